@@ -1,0 +1,2 @@
+//! The `dsgc` program.
+fn main() {}

@@ -1,0 +1,149 @@
+//! Tensors on the host: what goes into a graph and what comes out of it.
+
+use crate::DType;
+
+/// The elements of a [`Tensor`], row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Data {
+    /// Single precision.
+    F32(Vec<f32>),
+    /// Double precision: the interpreter's f64 mode, in which every float is one.
+    F64(Vec<f64>),
+    /// Token ids, segments, positions, counts.
+    I32(Vec<i32>),
+    /// Masks.
+    Bool(Vec<bool>),
+    /// Random keys: two 32-bit words each (threefry2x32).
+    Key(Vec<[u32; 2]>),
+}
+
+/// A dense row-major tensor with a shape of plain numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    /// Extent of each dimension; empty for a scalar.
+    pub shape: Vec<usize>,
+    /// The elements; as many as the shape says.
+    pub data: Data,
+}
+
+impl Tensor {
+    /// A tensor of single-precision floats.
+    ///
+    /// # Panics
+    /// If the number of elements is not the shape's product; likewise for the other constructors.
+    pub fn f32(shape: &[usize], data: Vec<f32>) -> Tensor {
+        Tensor::new(shape, Data::F32(data))
+    }
+
+    /// A tensor of double-precision floats.
+    pub fn f64(shape: &[usize], data: Vec<f64>) -> Tensor {
+        Tensor::new(shape, Data::F64(data))
+    }
+
+    /// A tensor of 32-bit integers.
+    pub fn i32(shape: &[usize], data: Vec<i32>) -> Tensor {
+        Tensor::new(shape, Data::I32(data))
+    }
+
+    /// A tensor of truth values.
+    pub fn bool(shape: &[usize], data: Vec<bool>) -> Tensor {
+        Tensor::new(shape, Data::Bool(data))
+    }
+
+    /// A single random key.
+    pub fn key(key: [u32; 2]) -> Tensor {
+        Tensor::new(&[], Data::Key(vec![key]))
+    }
+
+    /// A tensor of any kind of elements.
+    pub fn new(shape: &[usize], data: Data) -> Tensor {
+        let tensor = Tensor { shape: shape.to_vec(), data };
+        assert_eq!(tensor.len(), shape.iter().product::<usize>(), "elements and shape {shape:?} differ");
+        tensor
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match &self.data {
+            Data::F32(v) => v.len(),
+            Data::F64(v) => v.len(),
+            Data::I32(v) => v.len(),
+            Data::Bool(v) => v.len(),
+            Data::Key(v) => v.len(),
+        }
+    }
+
+    /// Whether there is no element.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The declared type that such elements belong to (both float widths are `f32` in a graph).
+    pub fn dtype(&self) -> DType {
+        match &self.data {
+            Data::F32(_) | Data::F64(_) => DType::F32,
+            Data::I32(_) => DType::I32,
+            Data::Bool(_) => DType::Bool,
+            Data::Key(_) => DType::Key,
+        }
+    }
+
+    /// All elements as doubles; truth values are 0 and 1.
+    ///
+    /// # Panics
+    /// On keys, which are no numbers.
+    pub fn to_f64(&self) -> Vec<f64> {
+        match &self.data {
+            Data::F32(v) => v.iter().map(|&x| f64::from(x)).collect(),
+            Data::F64(v) => v.clone(),
+            Data::I32(v) => v.iter().map(|&x| f64::from(x)).collect(),
+            Data::Bool(v) => v.iter().map(|&x| f64::from(u8::from(x))).collect(),
+            Data::Key(_) => panic!("a random key is no number"),
+        }
+    }
+
+    /// The one element of a scalar as a double.
+    ///
+    /// # Panics
+    /// If there is not exactly one element.
+    pub fn scalar(&self) -> f64 {
+        let all = self.to_f64();
+        assert_eq!(all.len(), 1, "a tensor of shape {:?} is no scalar", self.shape);
+        all[0]
+    }
+
+    /// Floats in single precision; other kinds as they are.
+    pub fn single(self) -> Tensor {
+        match self.data {
+            Data::F64(v) => Tensor { shape: self.shape, data: Data::F32(v.into_iter().map(|x| x as f32).collect()) },
+            data => Tensor { shape: self.shape, data },
+        }
+    }
+
+    /// Floats in double precision; other kinds as they are.
+    pub fn double(self) -> Tensor {
+        match self.data {
+            Data::F32(v) => Tensor { shape: self.shape, data: Data::F64(v.into_iter().map(f64::from).collect()) },
+            data => Tensor { shape: self.shape, data },
+        }
+    }
+
+    /// Rows `range` along the first dimension.
+    ///
+    /// # Panics
+    /// If this is a scalar or the range leaves the first dimension.
+    pub fn rows(&self, range: std::ops::Range<usize>) -> Tensor {
+        let width: usize = self.shape[1..].iter().product();
+        let at = range.start * width..range.end * width;
+        let data = match &self.data {
+            Data::F32(v) => Data::F32(v[at].to_vec()),
+            Data::F64(v) => Data::F64(v[at].to_vec()),
+            Data::I32(v) => Data::I32(v[at].to_vec()),
+            Data::Bool(v) => Data::Bool(v[at].to_vec()),
+            Data::Key(v) => Data::Key(v[at].to_vec()),
+        };
+        let mut shape = self.shape.clone();
+        shape[0] = range.len();
+        Tensor { shape, data }
+    }
+}
