@@ -66,9 +66,8 @@ impl Sources {
         let Some(line_start) = start_of_line(span.line.saturating_sub(1) as usize) else {
             return text.len()..text.len();
         };
-        let after = |from: usize, chars: usize| {
-            text[from..].char_indices().nth(chars).map_or(text.len(), |(i, _)| from + i)
-        };
+        let after =
+            |from: usize, chars: usize| text[from..].char_indices().nth(chars).map_or(text.len(), |(i, _)| from + i);
         let start = after(line_start, span.column.saturating_sub(1) as usize);
         start..after(start, span.len.max(1) as usize)
     }
@@ -137,9 +136,8 @@ impl Diag {
 
     /// The plain form with file names: `file:line:column: error: message`.
     pub fn plain(&self, sources: &Sources) -> String {
-        let at = self.labels.first().map(|l| {
-            format!("{}:{}:{}: ", sources.name(l.span.source), l.span.line, l.span.column)
-        });
+        let at =
+            self.labels.first().map(|l| format!("{}:{}:{}: ", sources.name(l.span.source), l.span.line, l.span.column));
         format!("{}{self}", at.unwrap_or_default())
     }
 }

@@ -1,5 +1,6 @@
 //! The graph of dsgc.
 pub mod diag;
+pub mod stage;
 mod tensor;
 pub use tensor::{Data, Tensor};
 /// Element types.

@@ -1,0 +1,390 @@
+//! The host side of a program: which models play which role, what is read from where, what is trained how, and
+//! the plan that says in which order graphs are called.
+//!
+//! A [`crate::Program`] is what one stage of a pipeline runs; this is the part of it that stays on the host. In the
+//! text form it stands as one block of JSON, so that every setting a run depends on is printed with the graphs.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::diag::Span;
+
+/// One stage of a pipeline.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Stage {
+    /// The stage's name in the pipeline, e.g. `sft`.
+    pub name: String,
+    /// The recipe it follows.
+    pub recipe: String,
+    /// Seed of everything random in the stage.
+    pub seed: u64,
+    /// Folder for this stage's results: `<output_dir>/<stage>`.
+    pub output_dir: String,
+    /// Models by role.
+    pub roles: Vec<Role>,
+    /// Data by name.
+    pub sources: Vec<Source>,
+    /// One per trained role.
+    pub trainings: Vec<Training>,
+    /// Passes over the outermost source; may be a fraction.
+    pub num_epochs: f64,
+    /// Optimizer steps after which the stage ends, whatever the epochs say.
+    pub max_steps: Option<u64>,
+    /// Evaluate every so many optimizer steps, besides before and after.
+    pub eval_steps: Option<u64>,
+    /// Print a line every so many optimizer steps.
+    pub logging_steps: u64,
+    /// What is called in which order.
+    pub plan: Vec<Statement>,
+    /// What is called on held-out data, before, every `eval_steps` and after.
+    pub evaluate: Vec<Evaluate>,
+    /// Roles whose models are written to `output_dir` at the end.
+    pub save: Vec<String>,
+}
+
+/// A model in the part it plays in a stage.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Role {
+    /// Name of the role; its parameters are `@<role>/<Hugging Face name>`.
+    pub name: String,
+    /// What model it is.
+    pub model: Model,
+    /// Where its weights come from.
+    pub origin: Origin,
+    /// Whether an update trains it.
+    pub trained: bool,
+    /// Folder with its `tokenizer.json`, as the user gave it.
+    pub tokenizer: Option<String>,
+}
+
+/// Where weights come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Origin {
+    /// The graph of this name writes initial values to every parameter of the role.
+    Random {
+        /// Name of the graph; its only input is a random key.
+        init: String,
+    },
+    /// A Hugging Face folder.
+    Folder(String),
+    /// The result of an earlier stage of the same pipeline: `<output_dir>/<stage>` or a folder in it.
+    Stage(String),
+}
+
+/// What is known of a model beyond its graph: enough to read and write it as a Hugging Face folder.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Model {
+    /// Name of the model document, e.g. `opt`.
+    pub family: String,
+    /// The `config.json` to write beside the weights.
+    pub config: serde_json::Map<String, serde_json::Value>,
+    /// How tensor names and layouts in files differ from ours.
+    pub tensors: TensorRules,
+    /// Keys of the `config.json` that was read which the model document does not use; kept and listed.
+    pub unused: Vec<String>,
+}
+
+/// How the tensors of a Hugging Face file map to parameters. Patterns are globs where `*` is any run of characters.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TensorRules {
+    /// Prefixes that a file may put before every name; tried in order, the empty one matches as is.
+    pub strip_prefixes: Vec<String>,
+    /// A prefix to put before every name when `config.json` says this architecture.
+    pub add_prefix: BTreeMap<String, String>,
+    /// Parameters stored transposed in files.
+    pub transpose: Vec<String>,
+    /// Tensors of files that are not read and not written.
+    pub skip: Vec<String>,
+    /// File tensor -> parameter that it repeats (a tied head): may be absent, must be equal, is not written.
+    pub may_repeat: BTreeMap<String, String>,
+    /// Parameter -> further names under which files may have it; read only.
+    pub also_called: BTreeMap<String, Vec<String>>,
+}
+
+/// A set of rows, and how they become tensors.
+///
+/// Each sequence `s` of source `d` gives a batch the tensors `s.tokens: i32[B, T]`, `s.segment: i32[B, T]` (1 where
+/// there is text, 0 on padding) and `s.trained: bool[B, T]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Source {
+    /// Name in the recipe, e.g. `text` or `pairs`.
+    pub name: String,
+    /// File of rows, `.jsonl` or a `.json` list, relative to where `dsgc` runs.
+    pub path: String,
+    /// Where the user named it, for messages.
+    pub span: Span,
+    /// Held-out rows.
+    pub eval: Option<Held>,
+    /// Field -> column of the file.
+    pub fields: BTreeMap<String, String>,
+    /// The sequences that a row is made into, in order.
+    pub sequences: Vec<Sequence>,
+    /// Folder whose `tokenizer.json` is used.
+    pub tokenizer: String,
+    /// Side of the padding.
+    pub pad: Side,
+    /// The padding's token id.
+    pub pad_id: i32,
+    /// Id of the token that ends a conversation (`eoc`).
+    pub eoc_id: i32,
+    /// Longest sequence in tokens.
+    pub max_length: usize,
+    /// What happens to longer ones.
+    pub longer: Longer,
+    /// Pad every batch to `max_length` instead of its longest row (DeepSpeed-Chat's way).
+    pub pad_to_max: bool,
+    /// All sequences of a row are padded to one length.
+    pub same_length: bool,
+    /// The part of the rows that this stage takes, where several stages share a file.
+    pub split: Option<Split>,
+    /// Order of the rows.
+    pub shuffle: Shuffle,
+    /// Text put before the first field (DeepSpeed-Chat's local files: one space).
+    pub prefix: String,
+    /// Text between two fields.
+    pub separator: String,
+    /// Whether tokens of the first field of a sequence of several are training targets.
+    pub train_on_prompt: bool,
+    /// Rows per optimizer step over all devices.
+    pub batch_size: usize,
+    /// Rows per graph call; changes speed and memory, never the numbers.
+    pub micro_batch_size: usize,
+}
+
+/// A sequence of tokens made from a row.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sequence {
+    /// Its name in the batch.
+    pub name: String,
+    /// What it is put together from.
+    pub parts: Vec<Part>,
+}
+
+/// A part of a sequence.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// Text of a field of the row.
+    Field(String),
+    /// The end-of-conversation token.
+    Eoc,
+}
+
+/// Held-out rows of a source.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Held {
+    /// This share of the rows, taken after a shuffle with the stage's seed.
+    Share(f64),
+    /// Rows of another file.
+    Path(String),
+}
+
+/// Side of the padding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    /// Text first.
+    #[default]
+    Right,
+    /// Padding first.
+    Left,
+}
+
+/// What happens to sequences over the maximum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Longer {
+    /// The end is cut off.
+    #[default]
+    Truncate,
+    /// The row is left out, and counted in the report.
+    Drop,
+}
+
+/// A stage's part of a file that several stages share (DeepSpeed-Chat's `--data_split 2,4,4`).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Split {
+    /// Proportions of all parts.
+    pub parts: Vec<f64>,
+    /// Which one is this stage's.
+    pub part: usize,
+}
+
+/// The order in which rows are drawn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Shuffle {
+    /// As in the file.
+    None,
+    /// A new permutation each epoch, from the stage's seed.
+    #[default]
+    EachEpoch,
+    /// DeepSpeed-Chat's: one permutation from seed 0 for all epochs (torch's `DistributedSampler` without `set_epoch`).
+    DeepspeedChat,
+}
+
+/// How a role is trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Training {
+    /// The role.
+    pub role: String,
+    /// AdamW's settings.
+    pub optimizer: Optimizer,
+    /// The learning rate over steps.
+    pub schedule: Schedule,
+    /// Global L2 norm above which gradients are scaled down.
+    pub max_grad_norm: Option<f64>,
+}
+
+/// AdamW (Loshchilov and Hutter 2019), decoupled decay, bias correction on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Optimizer {
+    /// Decay rates of the two moments.
+    pub betas: (f64, f64),
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decay of parameters that no name in `no_decay` exempts.
+    pub weight_decay: f64,
+    /// A parameter whose Hugging Face name, in lower case, contains one of these is not decayed.
+    pub no_decay: Vec<String>,
+}
+
+/// The learning rate over optimizer steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Schedule {
+    /// The peak.
+    pub learning_rate: f64,
+    /// Its course after the warm-up.
+    pub kind: ScheduleKind,
+    /// Steps of linear rise from 0; the first step then uses 0.
+    pub warmup_steps: u64,
+    /// Share of all steps instead of a number; used where `warmup_steps` is 0.
+    pub warmup_ratio: f64,
+    /// Stay at 0 after the last step. Without it the cosine rises again, as in Hugging Face's.
+    pub clamp: bool,
+}
+
+/// Course of the learning rate after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// Stays.
+    Constant,
+    /// Falls to 0 in a straight line.
+    Linear,
+    /// `0.5 * (1 + cos(pi * t))`.
+    Cosine,
+}
+
+/// A statement of the plan.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Statement {
+    /// Once for every batch of a source; the outermost one is repeated for `num_epochs`.
+    For {
+        /// Name of the batch in the body.
+        batch: String,
+        /// The source it comes from.
+        source: String,
+        /// The body.
+        body: Vec<Statement>,
+    },
+    /// A fixed number of times.
+    Repeat {
+        /// How often.
+        times: u64,
+        /// The body.
+        body: Vec<Statement>,
+    },
+    /// One optimizer step of a role on a loss.
+    Update(Update),
+}
+
+/// One optimizer step: `update(role, graph(args))`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Update {
+    /// The role that is trained.
+    pub role: String,
+    /// The loss graph; its output `loss` is differentiated, the other scalars are metrics.
+    pub graph: String,
+    /// Graph input -> where its value comes from, e.g. `text.tokens` -> `batch.text.tokens`.
+    pub args: Vec<(String, String)>,
+    /// How it is run; filled in by the pass `autodiff`.
+    pub steps: Option<UpdateSteps>,
+}
+
+/// The graphs that `autodiff` derives for one update.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpdateSteps {
+    /// The optimizer batch is one call: loss, gradient and optimizer in a single graph.
+    Whole {
+        /// That graph.
+        step: String,
+    },
+    /// Several micro-batches: sums over the batch are accumulated and finished once (D1).
+    Split {
+        /// Sums that do not depend on parameters, called per micro-batch first; `None` when there are none.
+        count: Option<String>,
+        /// Gradients added to their accumulators, and the sums that depend on parameters, per micro-batch.
+        grad: String,
+        /// Loss and metrics from the totals of all sums.
+        finish: String,
+        /// Clipping, optimizer, accumulators back to zero.
+        apply: String,
+    },
+}
+
+/// A graph called on all held-out rows of a source; `B` is the whole set.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Evaluate {
+    /// The graph.
+    pub graph: String,
+    /// The source whose held-out rows are used.
+    pub source: String,
+    /// Graph input -> where its value comes from, e.g. `text.tokens` -> `batch.text.tokens`.
+    pub args: Vec<(String, String)>,
+    /// Graphs derived by `autodiff`: sums per micro-batch, then outputs from their totals.
+    pub steps: Option<EvaluateSteps>,
+}
+
+/// The graphs that `autodiff` derives for one evaluation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvaluateSteps {
+    /// All sums over the batch, per micro-batch.
+    pub sums: String,
+    /// The outputs from the totals of all sums.
+    pub finish: String,
+}
+
+/// Whether `name` matches `pattern`, in which `*` stands for any run of characters.
+pub fn glob(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((head, rest)) => {
+            name.starts_with(head)
+                && name[head.len()..]
+                    .char_indices()
+                    .map(|(i, _)| head.len() + i)
+                    .chain([name.len()])
+                    .any(|i| glob(rest, &name[i..]))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::glob;
+
+    #[test]
+    fn globs_match_whole_names() {
+        assert!(glob("h.*.attn.bias", "h.11.attn.bias"));
+        assert!(glob("*.inv_freq", "layers.0.inv_freq"));
+        assert!(!glob("h.*.attn.bias", "h.11.attn.bias.x"));
+        assert!(glob("exact", "exact"));
+    }
+}
