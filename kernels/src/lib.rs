@@ -1,1 +1,72 @@
-//! Placeholder for the crate's documentation.
+//! Devices: what runs planned programs.
+//!
+//! A [`Device`] holds one program with all its state in one arena and runs its graphs. Two exist: the interpreter
+//! ([`interp`]), plain loops in f32 or f64 and the oracle of every test, and the CPU ([`cpu`]). What the passes must
+//! know of a device beforehand is its [`dsgc_ir::Target`].
+
+use dsgc_ir::diag::Diag;
+use dsgc_ir::{Bindings, Graph, StateId, Tensor};
+
+pub mod interp;
+
+/// A planned program with its state, ready to run.
+pub trait Device {
+    /// Name for messages and reports, e.g. `cpu`.
+    fn name(&self) -> &str;
+
+    /// Sets a parameter or state. The tensor has the state's shape; floats of either width are taken.
+    fn set_state(&mut self, id: StateId, value: &Tensor);
+
+    /// The current value of a parameter or state; floats in the device's width.
+    fn state(&self, id: StateId) -> Tensor;
+
+    /// Runs a graph on named inputs and gives its named outputs. Symbolic dims are bound by the inputs' shapes;
+    /// those that no input shows (such as in a graph without inputs) must not occur.
+    ///
+    /// Errors are the user's: a shape beyond its declared range, a token outside the vocabulary.
+    fn run(&mut self, graph: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag>;
+}
+
+/// The values of a graph's symbols from the shapes of its inputs, checked against the declared types and ranges.
+pub fn bind(graph: &Graph, inputs: &[(&str, &Tensor)]) -> Result<Bindings, Diag> {
+    let mut bindings = Bindings::new();
+    let wrong = |why: String| Diag::error(format!("graph @{}: {why}", graph.name));
+    let find = |name: &str| inputs.iter().find(|(n, _)| *n == name).map(|(_, t)| *t);
+    if let Some((odd, _)) = inputs.iter().find(|(n, _)| graph.input_named(n).is_none()) {
+        return Err(wrong(format!("no input is called `{odd}`")));
+    }
+    // Symbols are bound where they stand alone or times a number; every other place is checked afterwards.
+    for value in graph.inputs() {
+        let (name, ty) = (graph.name_of(value), graph.ty(value));
+        let tensor = find(name).ok_or_else(|| wrong(format!("input `{name}` is missing")))?;
+        if tensor.dtype() != ty.dtype || tensor.shape.len() != ty.rank() {
+            let found = format!("{}{:?}", tensor.dtype(), tensor.shape);
+            return Err(wrong(format!("input `{name}` is {found}, expected {ty}")));
+        }
+        for (dim, &extent) in ty.dims.iter().zip(&tensor.shape) {
+            if let Some((factor, symbol)) = dim.as_scaled_symbol()
+                && factor > 0
+                && extent as i64 % factor == 0
+            {
+                bindings.entry(symbol.clone()).or_insert(extent as i64 / factor);
+            }
+        }
+    }
+    for range in &graph.dims {
+        if let Some(&n) = bindings.get(&range.symbol)
+            && !(range.min..=range.max).contains(&n)
+        {
+            let (symbol, min, max) = (&range.symbol, range.min, range.max);
+            return Err(wrong(format!("{symbol} is {n}, planned for {min} to {max}")));
+        }
+    }
+    for value in graph.inputs() {
+        let (name, ty) = (graph.name_of(value), graph.ty(value));
+        let expected = ty.shape(&bindings).map_err(|s| wrong(format!("no input shows how large `{s}` is")))?;
+        let found = find(name).map(|t| t.shape.clone()).unwrap_or_default();
+        if found != expected {
+            return Err(wrong(format!("input `{name}` has the shape {found:?}, expected {ty} = {expected:?}")));
+        }
+    }
+    Ok(bindings)
+}

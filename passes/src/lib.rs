@@ -1,1 +1,7 @@
-//! Placeholder for the crate's documentation.
+//! The rewrites of dsgc, one file each.
+//!
+//! A pass maps a whole [`dsgc_ir::Program`]: it reads the old one and builds a new one. [`PIPELINE`] says in which
+//! order they run; read it first.
+
+mod pipeline;
+pub use pipeline::{Fact, Numerics, PIPELINE, Pass, PassContext, compile};

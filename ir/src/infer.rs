@@ -1,0 +1,320 @@
+//! Result types: one rule per op.
+
+use crate::dim::Dim;
+use crate::op::{Arity, Op};
+use crate::types::{DType, DimList, Type};
+
+/// The types of an op's results from the types of its operands, or what is wrong with the operands.
+///
+/// `state` is the type of the parameter or state that [`Op::Read`] and [`Op::Write`] name; ignored by all others.
+pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, String> {
+    let arity_fits = match op.row().arity {
+        Arity::Exactly(n) => args.len() == n,
+        Arity::Many => !args.is_empty(),
+    };
+    if !arity_fits {
+        return Err(format!("`{}` has {} operands, expected {:?}", op.name(), args.len(), op.row().arity));
+    }
+    let one = |ty: Type| Ok(vec![ty]);
+    match op {
+        Op::Const { dtype, .. } | Op::Size { dtype, .. } => one(Type::scalar(*dtype)),
+        Op::Iota { len } => one(Type::new(DType::I32, [len.clone()])),
+        Op::Cast { dtype } => one(not_key(op, &args[0])?.with(*dtype)),
+        Op::Broadcast { shape } => {
+            broadcasts(&args[0].dims, shape)?;
+            one(Type::new(args[0].dtype, shape.clone()))
+        }
+        Op::Reshape { shape } => {
+            let (have, want) = (args[0].len(), Dim::product(shape));
+            if have != want {
+                return Err(format!("{} has {have} elements, {} has {want}", args[0], DimList(shape)));
+            }
+            one(Type::new(args[0].dtype, shape.clone()))
+        }
+        Op::Transpose { order } => {
+            let mut seen = order.clone();
+            seen.sort_unstable();
+            if seen != (0..args[0].rank()).collect::<Vec<_>>() {
+                return Err(format!("{order:?} does not order the dims of {}", args[0]));
+            }
+            one(Type::new(args[0].dtype, order.iter().map(|&i| args[0].dims[i].clone()).collect::<Vec<_>>()))
+        }
+        Op::Slice { axis, start, end } => {
+            let dim = axis_of(&args[0], *axis)?;
+            let mut dims = args[0].dims.clone();
+            dims[*axis] = end - start;
+            // Constant bounds can be checked here; symbolic ones are the frontend's and the launch's business.
+            let bad = |d: &Dim| d.constant().is_some_and(|n| n < 0);
+            if bad(start) || bad(&dims[*axis]) || bad(&(dim - end)) {
+                return Err(format!("slice {start}:{end} leaves dim {axis} of {}", args[0]));
+            }
+            one(Type::new(args[0].dtype, dims))
+        }
+        Op::Pad { axis, before, after } => {
+            let dim = axis_of(&args[0], *axis)?;
+            let mut dims = args[0].dims.clone();
+            dims[*axis] = &(dim + before) + after;
+            one(Type::new(args[0].dtype, dims))
+        }
+        Op::Concat { axis } => {
+            let mut dims = args[0].dims.clone();
+            axis_of(&args[0], *axis)?;
+            for arg in &args[1..] {
+                let same = arg.dtype == args[0].dtype
+                    && arg.rank() == dims.len()
+                    && (0..dims.len()).all(|i| i == *axis || arg.dims[i] == dims[i]);
+                if !same {
+                    return Err(format!("cannot join {} and {arg} along dim {axis}", args[0]));
+                }
+                dims[*axis] = &dims[*axis] + &arg.dims[*axis];
+            }
+            one(Type::new(args[0].dtype, dims))
+        }
+        Op::Stop {} => one(args[0].clone()),
+        Op::Add {} | Op::Sub {} | Op::Mul {} | Op::Div {} | Op::Max {} | Op::Min {} => {
+            same(&args[0], &args[1])?;
+            one(number(op, &args[0])?.clone())
+        }
+        Op::Pow {} => {
+            same(&args[0], &args[1])?;
+            one(float(op, &args[0])?.clone())
+        }
+        Op::Neg {} | Op::Abs {} => one(number(op, &args[0])?.clone()),
+        Op::Exp {}
+        | Op::Log {}
+        | Op::Sqrt {}
+        | Op::Tanh {}
+        | Op::Sigmoid {}
+        | Op::LogSigmoid {}
+        | Op::Relu {}
+        | Op::Gelu {}
+        | Op::GeluTanh {}
+        | Op::Silu {}
+        | Op::Erf {} => one(float(op, &args[0])?.clone()),
+        Op::Eq {} | Op::Ne {} => {
+            same(&args[0], &args[1])?;
+            one(not_key(op, &args[0])?.with(DType::Bool))
+        }
+        Op::Lt {} | Op::Le {} => {
+            same(&args[0], &args[1])?;
+            one(number(op, &args[0])?.with(DType::Bool))
+        }
+        Op::And {} | Op::Or {} => {
+            same(&args[0], &args[1])?;
+            one(typed(op, &args[0], DType::Bool)?.clone())
+        }
+        Op::Not {} => one(typed(op, &args[0], DType::Bool)?.clone()),
+        Op::Where {} => {
+            typed(op, &args[0], DType::Bool)?;
+            same(&args[1], &args[2])?;
+            same(&args[0], &args[1].with(DType::Bool))?;
+            one(args[1].clone())
+        }
+        Op::Contract { spec } => {
+            let labels = Contraction::parse(spec)?;
+            one(labels.result(float(op, &args[0])?, float(op, &args[1])?)?)
+        }
+        Op::ReduceSum { axes } | Op::ReduceMax { axes } | Op::ReduceMin { axes } => {
+            number(op, &args[0])?;
+            if !axes.windows(2).all(|w| w[0] < w[1]) || axes.iter().any(|&a| a >= args[0].rank()) {
+                return Err(format!("dims {axes:?} are not ascending dims of {}", args[0]));
+            }
+            let kept = (0..args[0].rank()).filter(|i| !axes.contains(i)).map(|i| args[0].dims[i].clone());
+            one(Type::new(args[0].dtype, kept.collect::<Vec<_>>()))
+        }
+        Op::Cumsum { axis, .. } => {
+            axis_of(number(op, &args[0])?, *axis)?;
+            one(args[0].clone())
+        }
+        Op::Embed {} => {
+            float(op, &args[0])?;
+            typed(op, &args[1], DType::I32)?;
+            rank(op, &args[0], 2)?;
+            one(Type::new(args[0].dtype, [args[1].dims.as_slice(), &args[0].dims[1..]].concat()))
+        }
+        Op::EmbedGrad { rows } => {
+            typed(op, &args[0], DType::I32)?;
+            float(op, &args[1])?;
+            let (width, lead) = args[1].dims.split_last().ok_or("`embed_grad` of a scalar")?;
+            if lead != args[0].dims {
+                return Err(format!("indices {} and gradient {} differ", args[0], args[1]));
+            }
+            one(Type::new(args[1].dtype, [rows.clone(), width.clone()]))
+        }
+        Op::LayerNorm { .. } => {
+            let x = float(op, &args[0])?;
+            let width = x.dims.last().ok_or("`layer_norm` of a scalar")?;
+            for arg in &args[1..] {
+                same(arg, &Type::new(x.dtype, [width.clone()]))?;
+            }
+            one(x.clone())
+        }
+        Op::LayerNormGrad { .. } => {
+            let x = float(op, &args[0])?;
+            let width = x.dims.last().ok_or("`layer_norm_grad` of a scalar")?;
+            let row = Type::new(x.dtype, [width.clone()]);
+            same(&args[1], &row)?;
+            same(&args[2], x)?;
+            Ok(vec![x.clone(), row.clone(), row])
+        }
+        Op::Attention { .. } => attention(op, args),
+        Op::AttentionGrad { .. } => {
+            let forward = attention(op, &args[..4])?;
+            same(&args[4], &forward[0])?;
+            same(&args[5], &forward[1])?;
+            same(&args[6], &forward[0])?;
+            Ok(args[..3].to_vec())
+        }
+        Op::TokenLogp {} | Op::TokenLogpGrad {} => {
+            let (_, lead) =
+                float(op, &args[0])?.dims.split_last().ok_or_else(|| format!("`{}` of a scalar", op.name()))?;
+            typed(op, &args[1], DType::I32)?;
+            if lead != args[1].dims {
+                return Err(format!("logits {} and tokens {} differ", args[0], args[1]));
+            }
+            if let Some(grad) = args.get(2) {
+                same(grad, &args[1].with(args[0].dtype))?;
+                return one(args[0].clone());
+            }
+            one(args[1].with(args[0].dtype))
+        }
+        Op::PositionIn {} => {
+            rank(op, &args[0], 2)?;
+            one(typed(op, &args[0], DType::I32)?.clone())
+        }
+        Op::Fold { .. } => one(typed(op, &args[0], DType::Key)?.clone()),
+        Op::RandomNormal { shape, .. } | Op::RandomUniform { shape, .. } => {
+            typed(op, &args[0], DType::Key)?;
+            rank(op, &args[0], 0)?;
+            one(Type::new(DType::F32, shape.clone()))
+        }
+        Op::Adamw { .. } => {
+            for arg in &args[1..4] {
+                same(arg, float(op, &args[0])?)?;
+            }
+            same(&args[4], &Type::scalar(DType::F32))?;
+            same(&args[5], &Type::scalar(DType::I32))?;
+            same(&args[6], &Type::scalar(DType::F32))?;
+            Ok(vec![args[0].clone(); 3])
+        }
+        Op::Read { .. } => one(state.ok_or("`read` of an unknown state")?.clone()),
+        Op::Write { .. } => {
+            same(&args[0], state.ok_or("`write` of an unknown state")?)?;
+            Ok(vec![])
+        }
+    }
+}
+
+/// Whether `from` stretches to `to`: aligned from the right, each dim equal or a literal 1.
+pub fn broadcasts(from: &[Dim], to: &[Dim]) -> Result<(), String> {
+    let fits = from.len() <= to.len()
+        && from.iter().rev().zip(to.iter().rev()).all(|(a, b)| a == b || a.constant() == Some(1));
+    if fits { Ok(()) } else { Err(format!("{} does not stretch to {}", DimList(from), DimList(to))) }
+}
+
+/// The labels of a [`Op::Contract`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contraction {
+    /// Letters of the first operand's dims.
+    pub lhs: Vec<char>,
+    /// Letters of the second operand's dims.
+    pub rhs: Vec<char>,
+    /// Letters of the result's dims.
+    pub out: Vec<char>,
+}
+
+impl Contraction {
+    /// Reads `btd,vd->btv`. A letter stands once per operand; every letter of the result stands in an operand.
+    pub fn parse(spec: &str) -> Result<Contraction, String> {
+        let bad = || format!("`{spec}` is no contraction; expected e.g. `btd,vd->btv`");
+        let (operands, out) = spec.split_once("->").ok_or_else(bad)?;
+        let (lhs, rhs) = operands.split_once(',').ok_or_else(bad)?;
+        let letters = |s: &str| -> Result<Vec<char>, String> {
+            let all: Vec<char> = s.chars().collect();
+            let unique = all.iter().enumerate().all(|(i, c)| c.is_ascii_lowercase() && !all[..i].contains(c));
+            if unique { Ok(all) } else { Err(bad()) }
+        };
+        let labels = Contraction { lhs: letters(lhs)?, rhs: letters(rhs)?, out: letters(out)? };
+        let known = |c: &char| labels.lhs.contains(c) || labels.rhs.contains(c);
+        let used = |c: &char, other: &[char]| labels.out.contains(c) || other.contains(c);
+        if !labels.out.iter().all(known)
+            || !labels.lhs.iter().all(|c| used(c, &labels.rhs))
+            || !labels.rhs.iter().all(|c| used(c, &labels.lhs))
+        {
+            return Err(bad());
+        }
+        Ok(labels)
+    }
+
+    /// The text form.
+    pub fn spec(&self) -> String {
+        let text = |v: &[char]| v.iter().collect::<String>();
+        format!("{},{}->{}", text(&self.lhs), text(&self.rhs), text(&self.out))
+    }
+
+    fn result(&self, lhs: &Type, rhs: &Type) -> Result<Type, String> {
+        if lhs.rank() != self.lhs.len() || rhs.rank() != self.rhs.len() {
+            return Err(format!("{} does not label {lhs} and {rhs}", self.spec()));
+        }
+        let dim_of = |c: &char| {
+            let left = self.lhs.iter().position(|x| x == c).map(|i| &lhs.dims[i]);
+            let right = self.rhs.iter().position(|x| x == c).map(|i| &rhs.dims[i]);
+            match (left, right) {
+                (Some(a), Some(b)) if a != b => Err(format!("`{c}` is {a} in {lhs} and {b} in {rhs}")),
+                (a, b) => Ok(a.or(b).cloned().unwrap_or_default()),
+            }
+        };
+        for c in self.lhs.iter().chain(&self.rhs) {
+            dim_of(c)?;
+        }
+        Ok(Type::new(lhs.dtype, self.out.iter().map(dim_of).collect::<Result<Vec<_>, _>>()?))
+    }
+}
+
+fn attention(op: &Op, args: &[Type]) -> Result<Vec<Type>, String> {
+    let (q, k, v, segment) = (float(op, &args[0])?, float(op, &args[1])?, &args[2], &args[3]);
+    rank(op, q, 4)?;
+    rank(op, k, 4)?;
+    same(k, v)?;
+    same(segment, &Type::new(DType::I32, &q.dims[..2]))?;
+    let groups = match (q.dims[2].constant(), k.dims[2].constant()) {
+        (Some(h), Some(kv)) => kv > 0 && h % kv == 0,
+        _ => q.dims[2] == k.dims[2],
+    };
+    if q.dims[..2] != k.dims[..2] || q.dims[3] != k.dims[3] || !groups {
+        return Err(format!("queries {q} and keys {k} do not fit"));
+    }
+    let lse = Type::new(q.dtype, [q.dims[0].clone(), q.dims[2].clone(), q.dims[1].clone()]);
+    Ok(vec![q.clone(), lse])
+}
+
+fn same(found: &Type, expected: &Type) -> Result<(), String> {
+    if found == expected { Ok(()) } else { Err(format!("found {found}, expected {expected}")) }
+}
+
+fn typed<'a>(op: &Op, ty: &'a Type, dtype: DType) -> Result<&'a Type, String> {
+    if ty.dtype == dtype { Ok(ty) } else { Err(format!("`{}` of {ty}, expected {dtype}", op.name())) }
+}
+
+fn float<'a>(op: &Op, ty: &'a Type) -> Result<&'a Type, String> {
+    typed(op, ty, DType::F32)
+}
+
+fn number<'a>(op: &Op, ty: &'a Type) -> Result<&'a Type, String> {
+    match ty.dtype {
+        DType::F32 | DType::I32 => Ok(ty),
+        DType::Bool | DType::Key => Err(format!("`{}` of {ty}, expected numbers", op.name())),
+    }
+}
+
+fn not_key<'a>(op: &Op, ty: &'a Type) -> Result<&'a Type, String> {
+    if ty.dtype == DType::Key { Err(format!("`{}` of a random key", op.name())) } else { Ok(ty) }
+}
+
+fn rank(op: &Op, ty: &Type, rank: usize) -> Result<(), String> {
+    if ty.rank() == rank { Ok(()) } else { Err(format!("`{}` of {ty}, expected {rank} dims", op.name())) }
+}
+
+fn axis_of(ty: &Type, axis: usize) -> Result<&Dim, String> {
+    ty.dims.get(axis).ok_or_else(|| format!("{ty} has no dim {axis}"))
+}

@@ -1,0 +1,443 @@
+//! The op table: one row per op.
+//!
+//! Names, attributes, arity and documentation live here and nowhere else; printer, parser, verifier, cost report and
+//! fuzzer read the table. Result types are in [`mod@crate::infer`], one arm per op. Meaning is given by the
+//! interpreter, gradients by the pass `autodiff`.
+
+use std::fmt::Display;
+
+use crate::dim::Dim;
+use crate::graph::StateId;
+use crate::types::{DType, DimList};
+
+/// What kind of work an op is; kernels, planner and reports group by it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Class {
+    /// One result element from the elements of the operands at the same place.
+    Elementwise,
+    /// Moves elements without arithmetic.
+    Structure,
+    /// The operand's bytes under another type; costs nothing.
+    View,
+    /// Sums of products.
+    Contraction,
+    /// Fewer elements out than in.
+    Reduction,
+    /// Kept whole because kernel and gradient are better whole.
+    Composite,
+    /// Draws random numbers from a key.
+    Random,
+    /// The optimizer.
+    Update,
+    /// Reads or writes state.
+    State,
+}
+
+/// How many operands an op takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arity {
+    /// Exactly this many.
+    Exactly(usize),
+    /// At least one.
+    Many,
+}
+
+/// A row of the table, for everything that must know all ops.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// Name in the text form and in YAML.
+    pub name: &'static str,
+    /// Kind of work.
+    pub class: Class,
+    /// Number of operands.
+    pub arity: Arity,
+    /// Names of the attributes in printed order.
+    pub attributes: &'static [&'static str],
+    /// The op's documentation.
+    pub doc: &'static str,
+}
+
+/// Attributes of an op as text: `axis=1 start=0`.
+pub type AttributeText = Vec<(&'static str, String)>;
+
+/// A value that can stand as an attribute in the text form.
+trait Attribute: Sized {
+    fn show(&self) -> String;
+    fn read(text: &str) -> Result<Self, String>;
+}
+
+macro_rules! attribute_from_str {
+    ($($t:ty),*) => { $(
+        impl Attribute for $t {
+            fn show(&self) -> String { self.to_string() }
+            fn read(text: &str) -> Result<Self, String> {
+                text.parse().map_err(|_| format!("`{text}` is no {}", stringify!($t)))
+            }
+        }
+    )* };
+}
+attribute_from_str!(usize, u64, bool, String);
+
+impl Attribute for f64 {
+    fn show(&self) -> String {
+        // `{:?}` prints the shortest text that reads back to the same number.
+        format!("{self:?}")
+    }
+    fn read(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|_| format!("`{text}` is no number"))
+    }
+}
+
+impl Attribute for DType {
+    fn show(&self) -> String {
+        self.to_string()
+    }
+    fn read(text: &str) -> Result<Self, String> {
+        DType::ALL.into_iter().find(|d| d.name() == text).ok_or_else(|| format!("`{text}` is no element type"))
+    }
+}
+
+impl Attribute for Dim {
+    fn show(&self) -> String {
+        self.to_string()
+    }
+    fn read(text: &str) -> Result<Self, String> {
+        Dim::parse(text)
+    }
+}
+
+fn list_items(text: &str) -> Result<Vec<&str>, String> {
+    let inner = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).ok_or(format!("`{text}` is no list"))?;
+    Ok(inner.split(',').map(str::trim).filter(|t| !t.is_empty()).collect())
+}
+
+impl Attribute for Vec<Dim> {
+    fn show(&self) -> String {
+        DimList(self).to_string()
+    }
+    fn read(text: &str) -> Result<Self, String> {
+        list_items(text)?.into_iter().map(Dim::parse).collect()
+    }
+}
+
+impl Attribute for Vec<usize> {
+    fn show(&self) -> String {
+        format!("{self:?}")
+    }
+    fn read(text: &str) -> Result<Self, String> {
+        list_items(text)?.into_iter().map(usize::read).collect()
+    }
+}
+
+impl Attribute for StateId {
+    fn show(&self) -> String {
+        self.0.to_string()
+    }
+    fn read(text: &str) -> Result<Self, String> {
+        u32::from_str_radix(text, 10).map(StateId).map_err(|_| format!("`{text}` is no state"))
+    }
+}
+
+macro_rules! ops {
+    ($( $(#[doc = $doc:literal])+ $variant:ident $text:literal $class:ident $arity:tt
+        { $( $(#[doc = $attr_doc:literal])* $attr:ident: $ty:ty ),* } )+) => {
+        /// An op with its attributes. Operands stand in [`crate::OpData`].
+        #[derive(Clone, Debug, PartialEq)]
+        pub enum Op {
+            $( $(#[doc = $doc])+ $variant { $( $(#[doc = $attr_doc])* $attr: $ty ),* }, )+
+        }
+
+        /// All rows, in the order of the table.
+        pub const ROWS: &[Row] = &[
+            $( Row {
+                name: $text,
+                class: Class::$class,
+                arity: ops!(@arity $arity),
+                attributes: &[$(stringify!($attr)),*],
+                doc: concat!($($doc, "\n"),+),
+            }, )+
+        ];
+
+        impl Op {
+            /// The op's place in [`ROWS`].
+            fn index(&self) -> usize {
+                let mut at = 0;
+                $( if let Op::$variant { .. } = self { return at; } at += 1; )+
+                unreachable!("the table has {at} rows and none is this op")
+            }
+
+            /// The attributes as text, in printed order.
+            pub fn attributes(&self) -> AttributeText {
+                match self {
+                    $( Op::$variant { $($attr),* } => vec![$( (stringify!($attr), $attr.show()) ),*], )+
+                }
+            }
+
+            /// An op from its name and attributes as text.
+            pub fn from_text(name: &str, attributes: &[(String, String)]) -> Result<Op, String> {
+                let known: &[&str] = ROWS.iter().find(|r| r.name == name).map_or(&[], |r| r.attributes);
+                if let Some((odd, _)) = attributes.iter().find(|(k, _)| !known.contains(&k.as_str())) {
+                    return Err(format!("`{name}` has no attribute `{odd}`"));
+                }
+                #[allow(unused)]
+                let find = |key: &str| {
+                    attributes.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
+                        .ok_or_else(|| format!("`{name}` misses its attribute `{key}`"))
+                };
+                match name {
+                    $( $text => Ok(Op::$variant { $( $attr: <$ty as Attribute>::read(find(stringify!($attr))?)? ),* }), )+
+                    _ => Err(match crate::diag::nearest(name, ROWS.iter().map(|r| r.name)) {
+                        Some(near) => format!("no op is called `{name}`; the nearest is `{near}`"),
+                        None => format!("no op is called `{name}`"),
+                    }),
+                }
+            }
+        }
+    };
+    (@arity many) => { Arity::Many };
+    (@arity $n:literal) => { Arity::Exactly($n) };
+}
+
+ops! {
+    // Scalars and sequences.
+    /// A scalar constant.
+    Const "const" Structure 0 { /// Its value; not 0 is true.
+        value: f64, /// Its type.
+        dtype: DType }
+    /// The value of a dim at launch, as a scalar.
+    Size "size" Structure 0 { /// The dim.
+        dim: Dim, /// `i32` or `f32`.
+        dtype: DType }
+    /// `0, 1, 2, ...` in one dimension.
+    Iota "iota" Structure 0 { /// How many.
+        len: Dim }
+
+    // Structure.
+    /// Numbers to another type: floats to integers by truncation, anything to `bool` by `!= 0`.
+    Cast "cast" Elementwise 1 { /// The new type.
+        dtype: DType }
+    /// Stretches dims that are 1 and adds leading ones, aligned from the right.
+    Broadcast "broadcast" Structure 1 { /// The result's dims.
+        shape: Vec<Dim> }
+    /// The same elements in the same order under other dims.
+    Reshape "reshape" View 1 { /// The result's dims.
+        shape: Vec<Dim> }
+    /// Reorders dims: result dim `i` is operand dim `order[i]`.
+    Transpose "transpose" Structure 1 { /// A permutation.
+        order: Vec<usize> }
+    /// The part from `start` to before `end` along one dim.
+    Slice "slice" Structure 1 { /// The dim.
+        axis: usize, /// First place.
+        start: Dim, /// Place after the last.
+        end: Dim }
+    /// Puts zeros (false) around one dim.
+    Pad "pad" Structure 1 { /// The dim.
+        axis: usize, /// How many before.
+        before: Dim, /// How many after.
+        after: Dim }
+    /// Operands one after the other along one dim.
+    Concat "concat" Structure many { /// The dim.
+        axis: usize }
+    /// The operand; no gradient flows through.
+    Stop "stop" View 1 { }
+
+    // Elementwise arithmetic.
+    /// `a + b`.
+    Add "add" Elementwise 2 { }
+    /// `a - b`.
+    Sub "sub" Elementwise 2 { }
+    /// `a * b`.
+    Mul "mul" Elementwise 2 { }
+    /// `a / b`; integers truncate.
+    Div "div" Elementwise 2 { }
+    /// The larger.
+    Max "max" Elementwise 2 { }
+    /// The smaller.
+    Min "min" Elementwise 2 { }
+    /// `a` to the power of `b`.
+    Pow "pow" Elementwise 2 { }
+    /// `-x`.
+    Neg "neg" Elementwise 1 { }
+    /// Absolute value.
+    Abs "abs" Elementwise 1 { }
+    /// `e` to the power of `x`.
+    Exp "exp" Elementwise 1 { }
+    /// Natural logarithm.
+    Log "log" Elementwise 1 { }
+    /// Square root.
+    Sqrt "sqrt" Elementwise 1 { }
+    /// Hyperbolic tangent.
+    Tanh "tanh" Elementwise 1 { }
+    /// `1 / (1 + exp(-x))`.
+    Sigmoid "sigmoid" Elementwise 1 { }
+    /// `log(sigmoid(x))`, finite for every finite `x`.
+    LogSigmoid "log_sigmoid" Elementwise 1 { }
+    /// `max(x, 0)`.
+    Relu "relu" Elementwise 1 { }
+    /// `x * Phi(x)` with the normal distribution function (Hendrycks and Gimpel 2016), by `erf`.
+    Gelu "gelu" Elementwise 1 { }
+    /// GELU by the tanh formula of the same paper: `x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))`.
+    GeluTanh "gelu_tanh" Elementwise 1 { }
+    /// `x * sigmoid(x)`.
+    Silu "silu" Elementwise 1 { }
+    /// Gauss's error function.
+    Erf "erf" Elementwise 1 { }
+
+    // Elementwise comparison and choice.
+    /// `a == b`.
+    Eq "eq" Elementwise 2 { }
+    /// `a != b`.
+    Ne "ne" Elementwise 2 { }
+    /// `a < b`.
+    Lt "lt" Elementwise 2 { }
+    /// `a <= b`.
+    Le "le" Elementwise 2 { }
+    /// Both.
+    And "and" Elementwise 2 { }
+    /// Either.
+    Or "or" Elementwise 2 { }
+    /// The opposite.
+    Not "not" Elementwise 1 { }
+    /// `a` where the condition holds, else `b`: operands condition, a, b.
+    Where "where" Elementwise 3 { }
+
+    // Contraction and reduction.
+    /// A sum of products in einsum letters, e.g. `btd,vd->btv`.
+    Contract "contract" Contraction 2 { /// Labels of both operands and the result.
+        spec: String }
+    /// Sum over dims, which go away.
+    ReduceSum "reduce_sum" Reduction 1 { /// The dims, ascending.
+        axes: Vec<usize> }
+    /// Largest element over dims, which go away.
+    ReduceMax "reduce_max" Reduction 1 { /// The dims, ascending.
+        axes: Vec<usize> }
+    /// Smallest element over dims, which go away.
+    ReduceMin "reduce_min" Reduction 1 { /// The dims, ascending.
+        axes: Vec<usize> }
+    /// Running sum along a dim; from the end if `reverse`.
+    Cumsum "cumsum" Composite 1 { /// The dim.
+        axis: usize, /// Whether it runs from the end.
+        reverse: bool }
+
+    // Composites.
+    /// Rows of a table: operands table `[V, D]` and indices `i32[..]`; result `[.., D]`.
+    Embed "embed" Composite 2 { }
+    /// Gradient of [`Op::Embed`] for the table: operands indices `[..]` and result gradient `[.., D]`.
+    EmbedGrad "embed_grad" Composite 2 { /// Rows of the table.
+        rows: Dim }
+    /// `(x - mean) / sqrt(var + eps) * weight + bias` over the last dim: operands x, weight, bias.
+    LayerNorm "layer_norm" Composite 3 { /// Added to the variance.
+        eps: f64 }
+    /// Gradients of [`Op::LayerNorm`] for x, weight, bias: operands x, weight, result gradient.
+    LayerNormGrad "layer_norm_grad" Composite 3 { /// Added to the variance.
+        eps: f64 }
+    /// `softmax(scale * q k^T) v`: operands q `[B, T, H, D]`, k and v `[B, T, K, D]` with `H` a multiple of `K`
+    /// (grouped queries), segment `i32[B, T]`. A query sees keys of its own segment, not after itself if `causal`;
+    /// segment 0 is padding, whose rows are 0. Results: `[B, T, H, D]`, and the log of the softmax's divisor
+    /// `[B, H, T]` for the gradient.
+    Attention "attention" Composite 4 { /// Whether later keys are hidden.
+        causal: bool, /// Factor on the scores.
+        scale: f64 }
+    /// Gradients of [`Op::Attention`] for q, k, v: operands q, k, v, segment, both results, result gradient.
+    AttentionGrad "attention_grad" Composite 7 { /// As in the forward op.
+        causal: bool, /// As in the forward op.
+        scale: f64 }
+    /// Log-probability of a token: operands logits `[.., V]` and tokens `i32[..]`; the softmax is never stored.
+    TokenLogp "token_logp" Composite 2 { }
+    /// Gradient of [`Op::TokenLogp`] for the logits: operands logits, tokens, result gradient.
+    TokenLogpGrad "token_logp_grad" Composite 3 { }
+    /// Place of each token inside its text: operand segment `i32[B, T]`; counts from 0 in every segment of a row.
+    PositionIn "position_in" Composite 1 { }
+
+    // Random.
+    /// Another key from a key and a number.
+    Fold "fold" Random 1 { /// The number.
+        data: u64 }
+    /// Normally distributed numbers; an element depends on the key and its coordinates only.
+    RandomNormal "random_normal" Random 1 { /// Dims of the result.
+        shape: Vec<Dim>, /// Mean.
+        mean: f64, /// Standard deviation.
+        std: f64 }
+    /// Evenly distributed numbers in `[low, high)`; an element depends on the key and its coordinates only.
+    RandomUniform "random_uniform" Random 1 { /// Dims of the result.
+        shape: Vec<Dim>, /// Smallest.
+        low: f64, /// Bound never reached.
+        high: f64 }
+
+    // Optimizer.
+    /// AdamW with bias correction: operands parameter, gradient, both moments, learning rate `f32[]`, step from 1
+    /// `i32[]`, factor on the gradient `f32[]` (clipping). Results: parameter, both moments.
+    /// `p - lr * (m_hat / (sqrt(v_hat) + eps) + decay * p)`, Loshchilov and Hutter 2019.
+    Adamw "adamw" Update 7 { /// Decay rate of the first moment.
+        beta1: f64, /// Decay rate of the second moment.
+        beta2: f64, /// Added to the root of the second moment.
+        eps: f64, /// Decoupled weight decay.
+        decay: f64 }
+
+    // State.
+    /// The value of a parameter or state when the graph began.
+    Read "read" State 0 { /// Which.
+        state: StateId }
+    /// Makes the operand the value of a parameter or state when the graph ends; at most one per graph and state.
+    Write "write" State 1 { /// Which.
+        state: StateId }
+}
+
+impl Op {
+    /// The op's row.
+    pub fn row(&self) -> &'static Row {
+        &ROWS[self.index()]
+    }
+
+    /// Name in the text form.
+    pub fn name(&self) -> &'static str {
+        self.row().name
+    }
+
+    /// Kind of work.
+    pub fn class(&self) -> Class {
+        self.row().class
+    }
+
+    /// Pairs of a result and an operand that may share a buffer if the operand dies here and both have one size.
+    /// Every device's kernel must allow it: an element is written after the last read of the operand's element there.
+    pub fn in_place(&self, operands: usize) -> Vec<(usize, usize)> {
+        match self {
+            Op::TokenLogpGrad {} => vec![(0, 0)],
+            Op::Adamw { .. } => vec![(0, 0), (1, 2), (2, 3)],
+            Op::Cast { .. } => vec![(0, 0)],
+            _ if self.class() == Class::Elementwise => (0..operands).map(|arg| (0, arg)).collect(),
+            _ => vec![],
+        }
+    }
+}
+
+impl Display for Op {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.name())?;
+        for (key, value) in self.attributes() {
+            write!(f, " {key}={value}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_used_once() {
+        for (i, row) in ROWS.iter().enumerate() {
+            assert!(ROWS[..i].iter().all(|r| r.name != row.name), "{} twice", row.name);
+        }
+    }
+
+    #[test]
+    fn attributes_read_back() {
+        let op = Op::Slice { axis: 1, start: Dim::from(0i64), end: Dim::parse("T-1").unwrap() };
+        let text: Vec<(String, String)> = op.attributes().into_iter().map(|(k, v)| (k.to_string(), v)).collect();
+        assert_eq!(Op::from_text("slice", &text), Ok(op));
+        assert_eq!(Op::from_text("slcie", &[]), Err("no op is called `slcie`; the nearest is `slice`".into()));
+    }
+}

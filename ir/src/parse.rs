@@ -1,0 +1,414 @@
+//! The text form, read.
+//!
+//! A line is an item of a program or an op of a graph, so the reader goes line by line with a small cursor. Errors
+//! point at the place; types are inferred and compared with the ones that stand there.
+
+use std::collections::BTreeMap;
+
+use crate::diag::{Diag, Span};
+use crate::dim::{Dim, Symbol};
+use crate::graph::{Buffer, DimRange, Graph, Loc, Phase, Reason, Region, Site, StateId, Tag, Value};
+use crate::op::Op;
+use crate::program::{Arena, Level, Program, StateKind};
+use crate::types::{DType, Type};
+
+/// Reads a program from the text form. Blank lines and lines that begin with `;` are comments.
+pub fn parse(text: &str) -> Result<Program, Diag> {
+    let mut reader = Reader { text, at: 0, program: Program::default() };
+    reader.program()?;
+    Ok(reader.program)
+}
+
+struct Reader<'a> {
+    text: &'a str,
+    at: usize,
+    program: Program,
+}
+
+type Read<T> = Result<T, Diag>;
+
+impl<'a> Reader<'a> {
+    fn program(&mut self) -> Read<()> {
+        loop {
+            self.skip_blank_lines();
+            if self.at == self.text.len() {
+                return Ok(());
+            }
+            match self.word()? {
+                "level" => {
+                    let name = self.word()?;
+                    self.program.level = [Level::Logical, Level::Planned]
+                        .into_iter()
+                        .find(|l| l.name() == name)
+                        .ok_or_else(|| self.error(format!("no level is called `{name}`")))?;
+                }
+                "source" => {
+                    self.word()?;
+                    let name = self.json()?;
+                    self.program.sources.push(name);
+                }
+                "arena" => {
+                    let mut field = |name: &str| -> Read<usize> {
+                        self.expect(name)?;
+                        self.expect("=")?;
+                        self.number()
+                    };
+                    self.program.arena = Arena {
+                        persistent: field("persistent")?,
+                        values: field("values")?,
+                        scratch: field("scratch")?,
+                    };
+                }
+                kind @ ("param" | "state") => self.state(kind == "param")?,
+                "graph" => self.graph()?,
+                "stage" => self.program.stage = self.json()?,
+                other => {
+                    return Err(self.error(format!("found `{other}`, expected `graph`, `param`, `state` or `stage`")));
+                }
+            }
+            self.end_of_line()?;
+        }
+    }
+
+    fn state(&mut self, is_param: bool) -> Read<()> {
+        self.expect("@")?;
+        let name = self.name()?.to_string();
+        self.expect(":")?;
+        let ty = self.ty()?;
+        let trained = self.take("trained");
+        let buffer = self.buffer()?;
+        let span = if self.take("loc") { self.span()? } else { Span::NONE };
+        let kind = if is_param { StateKind::Param { trained } } else { StateKind::State };
+        if self.program.state_named(&name).is_some() {
+            return Err(self.error(format!("`@{name}` is declared twice")));
+        }
+        let id = self.program.declare(name, ty, kind, span);
+        self.program.states[id.0 as usize].buffer = buffer;
+        Ok(())
+    }
+
+    fn graph(&mut self) -> Read<()> {
+        self.expect("@")?;
+        let mut graph = Graph::new(self.name()?);
+        let mut names: BTreeMap<String, Value> = BTreeMap::new();
+        self.expect("(")?;
+        while !self.take(")") {
+            self.expect("%")?;
+            let name = self.name()?.to_string();
+            self.expect(":")?;
+            let value = graph.input(name.clone(), self.ty()?);
+            if let Some(buffer) = self.buffer()? {
+                graph.set_buffer(value, buffer);
+            }
+            if names.insert(name.clone(), value).is_some() {
+                return Err(self.error(format!("`%{name}` is defined twice")));
+            }
+            self.take(",");
+        }
+        self.expect("{")?;
+        loop {
+            self.end_of_line()?;
+            self.skip_blank_lines();
+            if self.take("return") {
+                break;
+            }
+            if self.take("dim ") {
+                let symbol = Symbol::from(self.name()?);
+                self.expect(":")?;
+                let min = self.number()? as i64;
+                self.expect("..")?;
+                let max = self.number()? as i64;
+                if self.take("batch") {
+                    graph.batch = Some(symbol.clone());
+                }
+                graph.dims.push(DimRange { symbol, min, max });
+            } else {
+                self.op(&mut graph, &mut names)?;
+            }
+        }
+        while !self.rest_of_line().trim().is_empty() {
+            let name = self.name()?.to_string();
+            self.expect("=")?;
+            let value = self.value(&names)?;
+            graph.outputs.push((name, value));
+            self.take(",");
+        }
+        self.end_of_line()?;
+        self.skip_blank_lines();
+        self.expect("}")?;
+        if self.program.graph(&graph.name).is_some() {
+            return Err(self.error(format!("graph `@{}` is defined twice", graph.name)));
+        }
+        if graph.scratch.iter().all(|&s| s == 0) {
+            graph.scratch.clear();
+        }
+        self.program.graphs.push(graph);
+        Ok(())
+    }
+
+    fn op(&mut self, graph: &mut Graph, names: &mut BTreeMap<String, Value>) -> Read<()> {
+        self.skip_spaces();
+        let start = self.at;
+        let mut results = Vec::new();
+        while self.take("%") {
+            results.push(self.name()?.to_string());
+            self.take(",");
+        }
+        if !results.is_empty() {
+            self.expect("=")?;
+        }
+        let op_name = self.word()?;
+        let mut state = None;
+        if self.take("@") {
+            let name = self.name()?;
+            let found = self.program.state_named(name);
+            state = Some(found.ok_or_else(|| self.error(format!("no param or state is called `@{name}`")))?);
+        }
+        let mut args = Vec::new();
+        while self.peek("%") {
+            args.push(self.value(names)?);
+            self.take(",");
+        }
+        let (mut attributes, mut scratch) = (Vec::new(), 0);
+        while let Some(key) = self.attribute_key() {
+            attributes.push((key.to_string(), self.attribute_value()?.to_string()));
+        }
+        if let Some(StateId(id)) = state {
+            attributes.push(("state".into(), id.to_string()));
+        }
+        let op = Op::from_text(op_name, &attributes).map_err(|why| self.error_at(start, why))?;
+        let mut types = Vec::new();
+        if self.take(":") {
+            loop {
+                let ty = self.ty()?;
+                types.push((ty, self.buffer()?));
+                if !self.take(",") {
+                    break;
+                }
+            }
+        }
+        if let Some("scratch") = self.attribute_key() {
+            scratch = self.number()?;
+        }
+        let site = self.site()?;
+        let state_ty = state.map(|id| self.program.state(id).ty.clone());
+        let id = graph.try_push(op, &args, state_ty.as_ref(), site).map_err(|why| self.error_at(start, why))?;
+        let defined: Vec<Value> = graph.op(id).results().collect();
+        if defined.len() != results.len() || (defined.len() != types.len() && !types.is_empty()) {
+            return Err(self.error_at(start, format!("`{op_name}` has {} results", defined.len())));
+        }
+        graph.scratch.push(scratch);
+        for (i, (value, name)) in defined.into_iter().zip(results).enumerate() {
+            if let Some((ty, buffer)) = types.get(i) {
+                if ty != graph.ty(value) {
+                    let found = graph.ty(value);
+                    return Err(self.error_at(start, format!("`{op_name}` gives {found}, but {ty} stands here")));
+                }
+                if let Some(buffer) = buffer {
+                    graph.set_buffer(value, *buffer);
+                }
+            }
+            if name.parse::<u32>() != Ok(value.0) {
+                graph.set_name(value, name.clone());
+            }
+            if names.insert(name.clone(), value).is_some() {
+                return Err(self.error_at(start, format!("`%{name}` is defined twice")));
+            }
+        }
+        Ok(())
+    }
+
+    fn site(&mut self) -> Read<Site> {
+        let mut site = Site::default();
+        for phase in Phase::ALL {
+            if self.take_word(phase.name()) {
+                site.phase = phase;
+            }
+        }
+        if self.take_word("layer") {
+            let text = self.word()?;
+            let (block, instance) = text.rsplit_once('/').ok_or_else(|| self.error("a layer is `name/number`"))?;
+            let instance = instance.parse().map_err(|_| self.error("a layer is `name/number`"))?;
+            site.tag = Some(Tag { block: block.into(), instance });
+        }
+        for (word, reason) in [("loc", Reason::Written), ("grad_of", Reason::Grad), ("update_of", Reason::Update)] {
+            if self.take_word(word) {
+                site.loc = Loc { span: self.span()?, reason };
+            }
+        }
+        Ok(site)
+    }
+
+    fn span(&mut self) -> Read<Span> {
+        let mut part = || -> Read<u32> {
+            let n = self.number()? as u32;
+            self.take(":");
+            Ok(n)
+        };
+        Ok(Span { source: part()?, line: part()?, column: part()?, len: part()? })
+    }
+
+    fn buffer(&mut self) -> Read<Option<Buffer>> {
+        if !self.take_word("in") {
+            return Ok(None);
+        }
+        let name = self.letters();
+        let region = Region::ALL.into_iter().find(|r| r.name() == name);
+        let region = region.ok_or_else(|| self.error(format!("no region is called `{name}`")))?;
+        self.expect("+")?;
+        let offset = self.number()?;
+        self.expect(":")?;
+        Ok(Some(Buffer { region, offset, bytes: self.number()? }))
+    }
+
+    fn ty(&mut self) -> Read<Type> {
+        self.skip_spaces();
+        let name = self.letters();
+        let dtype = DType::ALL.into_iter().find(|d| d.name() == name);
+        let dtype = dtype.ok_or_else(|| self.error(format!("no element type is called `{name}`")))?;
+        let list = self.attribute_value()?;
+        let inner = list.strip_prefix('[').and_then(|l| l.strip_suffix(']'));
+        let inner = inner.ok_or_else(|| self.error("expected dims in brackets"))?;
+        let dims: Result<Vec<Dim>, String> =
+            inner.split(',').map(str::trim).filter(|d| !d.is_empty()).map(Dim::parse).collect();
+        Ok(Type::new(dtype, dims.map_err(|why| self.error(why))?))
+    }
+
+    fn value(&mut self, names: &BTreeMap<String, Value>) -> Read<Value> {
+        self.expect("%")?;
+        let name = self.name()?;
+        names.get(name).copied().ok_or_else(|| self.error(format!("`%{name}` is not defined before its use")))
+    }
+
+    // The cursor. Spaces within a line are skipped before every token.
+
+    fn rest(&self) -> &'a str {
+        &self.text[self.at..]
+    }
+
+    fn rest_of_line(&self) -> &'a str {
+        self.rest().split('\n').next().unwrap_or("")
+    }
+
+    fn skip_spaces(&mut self) {
+        self.at += self.rest().len() - self.rest().trim_start_matches([' ', '\t']).len();
+    }
+
+    fn skip_blank_lines(&mut self) {
+        loop {
+            let line = self.rest_of_line();
+            let trimmed = line.trim();
+            if !(trimmed.is_empty() || trimmed.starts_with(';')) || self.at == self.text.len() {
+                return self.skip_spaces();
+            }
+            self.at = (self.at + line.len() + 1).min(self.text.len());
+        }
+    }
+
+    fn end_of_line(&mut self) -> Read<()> {
+        let rest = self.rest_of_line().trim();
+        if rest.is_empty() || rest.starts_with(';') {
+            self.at += self.rest_of_line().len();
+            Ok(())
+        } else {
+            Err(self.error(format!("found `{rest}`, expected the end of the line")))
+        }
+    }
+
+    fn peek(&mut self, token: &str) -> bool {
+        self.skip_spaces();
+        self.rest().starts_with(token)
+    }
+
+    fn take(&mut self, token: &str) -> bool {
+        let found = self.peek(token);
+        if found {
+            self.at += token.len();
+        }
+        found
+    }
+
+    /// Takes a word only if it ends there.
+    fn take_word(&mut self, word: &str) -> bool {
+        self.skip_spaces();
+        let ends =
+            self.rest().strip_prefix(word).is_some_and(|r| !r.starts_with(|c: char| c.is_alphanumeric() || c == '_'));
+        if ends {
+            self.at += word.len();
+        }
+        ends
+    }
+
+    fn expect(&mut self, token: &str) -> Read<()> {
+        if self.take(token) { Ok(()) } else { Err(self.error(format!("expected `{token}`"))) }
+    }
+
+    fn run(&mut self, part: impl Fn(char) -> bool) -> &'a str {
+        self.skip_spaces();
+        let rest = self.rest();
+        let len = rest.find(|c| !part(c)).unwrap_or(rest.len());
+        self.at += len;
+        &rest[..len]
+    }
+
+    fn letters(&mut self) -> &'a str {
+        self.run(|c| c.is_ascii_alphanumeric())
+    }
+
+    fn word(&mut self) -> Read<&'a str> {
+        let word = self.run(|c| !c.is_whitespace() && c != ',');
+        if word.is_empty() { Err(self.error("expected a word")) } else { Ok(word) }
+    }
+
+    fn name(&mut self) -> Read<&'a str> {
+        let name = self.run(|c| c.is_alphanumeric() || "._/-".contains(c));
+        if name.is_empty() { Err(self.error("expected a name")) } else { Ok(name) }
+    }
+
+    fn number(&mut self) -> Read<usize> {
+        self.run(|c| c.is_ascii_digit()).parse().map_err(|_| self.error("expected a number"))
+    }
+
+    /// `key=` if an attribute comes next.
+    fn attribute_key(&mut self) -> Option<&'a str> {
+        self.skip_spaces();
+        let rest = self.rest();
+        let len = rest.find(|c: char| !(c.is_alphanumeric() || c == '_'))?;
+        if len > 0 && rest[len..].starts_with('=') {
+            self.at += len + 1;
+            return Some(&rest[..len]);
+        }
+        None
+    }
+
+    fn attribute_value(&mut self) -> Read<&'a str> {
+        if self.peek("[") {
+            let rest = self.rest_of_line();
+            let len = rest.find(']').ok_or_else(|| self.error("expected `]`"))? + 1;
+            self.at += len;
+            return Ok(&rest[..len]);
+        }
+        Ok(self.run(|c| !c.is_whitespace()))
+    }
+
+    /// A JSON value; the cursor ends after it.
+    fn json<T: serde::de::DeserializeOwned>(&mut self) -> Read<T> {
+        let mut stream = serde_json::Deserializer::from_str(self.rest()).into_iter::<T>();
+        let value = stream.next().ok_or_else(|| self.error("expected JSON"))?;
+        let value = value.map_err(|e| self.error(format!("{e}")))?;
+        self.at += stream.byte_offset();
+        Ok(value)
+    }
+
+    fn error(&self, message: impl Into<String>) -> Diag {
+        self.error_at(self.at, message)
+    }
+
+    fn error_at(&self, at: usize, message: impl Into<String>) -> Diag {
+        let before = &self.text[..at];
+        let line = before.matches('\n').count() as u32 + 1;
+        let column = before.rsplit('\n').next().unwrap_or("").chars().count() as u32 + 1;
+        let message = message.into();
+        Diag::error(message).label(Span { source: 0, line, column, len: 1 }, "")
+    }
+}

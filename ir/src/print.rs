@@ -1,0 +1,158 @@
+//! The text form, written.
+//!
+//! [`crate::parse`] reads it back: `print(parse(print(x))) == print(x)` for every program.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use crate::graph::{Buffer, Graph, Loc, Phase, Reason, Site, Value};
+use crate::op::Op;
+use crate::program::{Level, Program, StateKind};
+use crate::stage::Stage;
+
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "level {}", self.level.name())?;
+        for (i, name) in self.sources.iter().enumerate() {
+            writeln!(f, "source {i} {}", quoted(name))?;
+        }
+        if self.level == Level::Planned {
+            let a = self.arena;
+            writeln!(f, "arena persistent={} values={} scratch={}", a.persistent, a.values, a.scratch)?;
+        }
+        for state in &self.states {
+            let (kind, trained) = match state.kind {
+                StateKind::Param { trained } => ("param", if trained { " trained" } else { "" }),
+                StateKind::State => ("state", ""),
+            };
+            write!(f, "{kind} @{} : {}{trained}", state.name, state.ty)?;
+            write_buffer(f, state.buffer)?;
+            if state.span.is_some() {
+                let s = state.span;
+                write!(f, " loc {}:{}:{}:{}", s.source, s.line, s.column, s.len)?;
+            }
+            writeln!(f)?;
+        }
+        for graph in &self.graphs {
+            writeln!(f)?;
+            write_graph(f, graph, self)?;
+        }
+        if self.stage != Stage::default() {
+            let json = serde_json::to_string_pretty(&self.stage).map_err(|_| fmt::Error)?;
+            writeln!(f, "\nstage {json}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The text form of one graph of a program.
+pub struct GraphText<'a>(pub &'a Graph, pub &'a Program);
+
+impl fmt::Display for GraphText<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_graph(f, self.0, self.1)
+    }
+}
+
+/// The printed name of every value: its own where that is free, else its own with its number, else its number.
+pub fn value_names(graph: &Graph) -> Vec<String> {
+    let mut taken = BTreeSet::new();
+    graph
+        .values()
+        .map(|v| {
+            let own = graph.name_of(v);
+            let name = match own {
+                "" => v.0.to_string(),
+                _ if taken.contains(own) => format!("{own}.{}", v.0),
+                _ => own.to_string(),
+            };
+            taken.insert(name.clone());
+            name
+        })
+        .collect()
+}
+
+fn write_graph(f: &mut fmt::Formatter<'_>, graph: &Graph, program: &Program) -> fmt::Result {
+    let names = value_names(graph);
+    let name = |v: Value| format!("%{}", names[v.0 as usize]);
+    let inputs: Vec<String> =
+        graph.inputs().map(|v| format!("{}: {}{}", name(v), graph.ty(v), BufferText(graph.buffer(v)))).collect();
+    writeln!(f, "graph @{}({}) {{", graph.name, inputs.join(", "))?;
+    for dim in &graph.dims {
+        let batch = if graph.batch.as_ref() == Some(&dim.symbol) { " batch" } else { "" };
+        writeln!(f, "  dim {}: {}..{}{batch}", dim.symbol, dim.min, dim.max)?;
+    }
+    for (id, op) in graph.ops() {
+        write!(f, "  ")?;
+        let results: Vec<String> = op.results().map(name).collect();
+        if !results.is_empty() {
+            write!(f, "{} = ", results.join(", "))?;
+        }
+        match op.op {
+            Op::Read { state } | Op::Write { state } => {
+                write!(f, "{} @{}", op.op.name(), program.state(state).name)?;
+            }
+            _ => write!(f, "{}", op.op.name())?,
+        }
+        for (i, &arg) in op.args.iter().enumerate() {
+            write!(f, "{}{}", if i == 0 { " " } else { ", " }, name(arg))?;
+        }
+        if !matches!(op.op, Op::Read { .. } | Op::Write { .. }) {
+            for (key, value) in op.op.attributes() {
+                write!(f, " {key}={value}")?;
+            }
+        }
+        if op.results().len() > 0 {
+            let types: Vec<String> =
+                op.results().map(|v| format!("{}{}", graph.ty(v), BufferText(graph.buffer(v)))).collect();
+            write!(f, " : {}", types.join(", "))?;
+        }
+        match graph.scratch.get(id.0 as usize) {
+            Some(bytes) if *bytes > 0 => write!(f, " scratch={bytes}")?,
+            _ => {}
+        }
+        write_site(f, &op.site)?;
+        writeln!(f)?;
+    }
+    let outputs: Vec<String> = graph.outputs.iter().map(|(n, v)| format!("{n}={}", name(*v))).collect();
+    writeln!(f, "  return {}", outputs.join(", "))?;
+    writeln!(f, "}}")
+}
+
+fn write_site(f: &mut fmt::Formatter<'_>, site: &Site) -> fmt::Result {
+    if site.phase != Phase::Forward {
+        write!(f, " {}", site.phase.name())?;
+    }
+    if let Some(tag) = &site.tag {
+        write!(f, " layer {}/{}", tag.block, tag.instance)?;
+    }
+    let Loc { span, reason } = site.loc;
+    if span.is_some() {
+        let why = match reason {
+            Reason::Written => "loc",
+            Reason::Grad => "grad_of",
+            Reason::Update => "update_of",
+        };
+        write!(f, " {why} {}:{}:{}:{}", span.source, span.line, span.column, span.len)?;
+    }
+    Ok(())
+}
+
+struct BufferText(Option<Buffer>);
+
+impl fmt::Display for BufferText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_buffer(f, self.0)
+    }
+}
+
+fn write_buffer(f: &mut fmt::Formatter<'_>, buffer: Option<Buffer>) -> fmt::Result {
+    match buffer {
+        Some(b) => write!(f, " in {}+{}:{}", b.region.name(), b.offset, b.bytes),
+        None => Ok(()),
+    }
+}
+
+fn quoted(text: &str) -> String {
+    serde_json::Value::from(text).to_string()
+}

@@ -1,0 +1,146 @@
+//! Programs: what one stage of a pipeline runs.
+
+use std::collections::BTreeMap;
+
+use crate::diag::Span;
+use crate::dim::Bindings;
+use crate::graph::{Buffer, Graph, StateId};
+use crate::stage::Stage;
+use crate::types::Type;
+
+/// What a state is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StateKind {
+    /// A model's parameter, read from a file or initialised by a graph.
+    Param {
+        /// Whether an update of the stage trains it.
+        trained: bool,
+    },
+    /// Anything else that outlives a call: moments, gradient accumulators, sums. Zero when a session begins.
+    State,
+}
+
+/// A parameter or state.
+#[derive(Clone, Debug, PartialEq)]
+pub struct State {
+    /// `<role>/<Hugging Face name>` for parameters; states of a parameter add a suffix: `model/fc1.weight.m`.
+    pub name: String,
+    /// Type; its dims are constants.
+    pub ty: Type,
+    /// What it is for.
+    pub kind: StateKind,
+    /// Where it was declared.
+    pub span: Span,
+    /// Where it lies; `None` before `plan_memory`.
+    pub buffer: Option<Buffer>,
+}
+
+impl State {
+    /// Bytes in memory.
+    ///
+    /// # Panics
+    /// If a dim is not a constant, which the verifier refuses.
+    pub fn bytes(&self) -> usize {
+        self.ty.bytes(&Bindings::new()).expect("states have constant dims")
+    }
+}
+
+/// How far a program has come down; the verifier is stricter each time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// What the frontend makes and most passes rewrite.
+    #[default]
+    Logical,
+    /// Every value and state has a buffer.
+    Planned,
+}
+
+impl Level {
+    /// The name in the text form.
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Logical => "logical",
+            Level::Planned => "planned",
+        }
+    }
+}
+
+/// Sizes of the arena's regions in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arena {
+    /// Parameters and state.
+    pub persistent: usize,
+    /// Values of the graph that needs most.
+    pub values: usize,
+    /// Workspace of the kernel that needs most.
+    pub scratch: usize,
+}
+
+impl Arena {
+    /// Bytes of all regions: the exact peak.
+    pub fn total(&self) -> usize {
+        self.persistent + self.values + self.scratch
+    }
+}
+
+/// Graphs, their states, and the host side of a stage.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Program {
+    /// How far it has come down.
+    pub level: Level,
+    /// Names of the files that locations point into; their index is [`Span::source`].
+    pub sources: Vec<String>,
+    /// Parameters and state; [`StateId`] is the index.
+    pub states: Vec<State>,
+    /// Graphs by order of definition.
+    pub graphs: Vec<Graph>,
+    /// The host side.
+    pub stage: Stage,
+    /// Sizes of the regions; zero before `plan_memory`.
+    pub arena: Arena,
+}
+
+impl Program {
+    /// Declares a parameter or state.
+    pub fn declare(&mut self, name: impl Into<String>, ty: Type, kind: StateKind, span: Span) -> StateId {
+        self.states.push(State { name: name.into(), ty, kind, span, buffer: None });
+        StateId(self.states.len() as u32 - 1)
+    }
+
+    /// A state by id.
+    pub fn state(&self, id: StateId) -> &State {
+        &self.states[id.0 as usize]
+    }
+
+    /// A state by name.
+    pub fn state_named(&self, name: &str) -> Option<StateId> {
+        self.states.iter().position(|s| s.name == name).map(|i| StateId(i as u32))
+    }
+
+    /// All states with their ids.
+    pub fn state_ids(&self) -> impl Iterator<Item = (StateId, &State)> {
+        self.states.iter().enumerate().map(|(i, s)| (StateId(i as u32), s))
+    }
+
+    /// A graph by name.
+    pub fn graph(&self, name: &str) -> Option<&Graph> {
+        self.graphs.iter().find(|g| g.name == name)
+    }
+
+    /// Parameters of a role, `(id, Hugging Face name)`, in the order of declaration.
+    pub fn params_of<'a>(&'a self, role: &'a str) -> impl Iterator<Item = (StateId, &'a str)> {
+        self.state_ids().filter_map(move |(id, s)| {
+            let name = s.name.strip_prefix(role)?.strip_prefix('/')?;
+            matches!(s.kind, StateKind::Param { .. }).then_some((id, name))
+        })
+    }
+
+    /// How often each op name occurs in all graphs.
+    pub fn op_counts(&self) -> BTreeMap<&'static str, usize> {
+        let mut counts = BTreeMap::new();
+        for op in self.graphs.iter().flat_map(|g| g.ops()) {
+            *counts.entry(op.1.op.name()).or_default() += 1;
+        }
+        counts
+    }
+}

@@ -1,0 +1,24 @@
+//! What passes must know of a device: the meeting place of passes and kernels.
+
+use crate::dim::Bindings;
+use crate::op::Op;
+use crate::types::Type;
+
+/// A description of a device, implemented by `kernels` and handed to the passes by the program, so that memory is
+/// exact and a missing kernel is an error at compile time. Answers are pure functions of their arguments.
+pub trait Target {
+    /// Name for messages and reports.
+    fn name(&self) -> &str;
+
+    /// Bytes to which every buffer's offset is aligned.
+    fn alignment(&self) -> usize;
+
+    /// Why there is no kernel for an op on operands of these types, or nothing if there is one.
+    fn missing_kernel(&self, op: &Op, args: &[Type]) -> Option<String>;
+
+    /// Bytes of workspace that the op's kernel needs at these bounds of the dims.
+    fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize;
+
+    /// Bytes of memory, where the device has a limit.
+    fn memory(&self) -> Option<usize>;
+}

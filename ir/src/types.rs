@@ -1,0 +1,121 @@
+//! Types of values.
+
+use std::fmt;
+
+use crate::dim::{Bindings, Dim, Symbol};
+
+/// Element types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DType {
+    /// Single precision; double in the interpreter's f64 mode.
+    F32,
+    /// 32-bit integers.
+    I32,
+    /// Truth values, a byte each.
+    Bool,
+    /// Random keys, two 32-bit words each.
+    Key,
+}
+
+impl DType {
+    /// All of them.
+    pub const ALL: [DType; 4] = [DType::F32, DType::I32, DType::Bool, DType::Key];
+
+    /// The name in the text form.
+    pub fn name(self) -> &'static str {
+        match self {
+            DType::F32 => "f32",
+            DType::I32 => "i32",
+            DType::Bool => "bool",
+            DType::Key => "key",
+        }
+    }
+
+    /// Bytes of one element in memory.
+    pub fn bytes(self) -> usize {
+        match self {
+            DType::F32 | DType::I32 => 4,
+            DType::Bool => 1,
+            DType::Key => 8,
+        }
+    }
+
+    /// Whether gradients can flow through values of this type.
+    pub fn is_float(self) -> bool {
+        self == DType::F32
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The type of a value: `f32[B, T, 768]`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Type {
+    /// Element type.
+    pub dtype: DType,
+    /// Extents, outermost first; empty for a scalar.
+    pub dims: Vec<Dim>,
+}
+
+impl Type {
+    /// A type from its parts.
+    pub fn new(dtype: DType, dims: impl Into<Vec<Dim>>) -> Type {
+        Type { dtype, dims: dims.into() }
+    }
+
+    /// A scalar.
+    pub fn scalar(dtype: DType) -> Type {
+        Type { dtype, dims: vec![] }
+    }
+
+    /// The same dims with another element type.
+    pub fn with(&self, dtype: DType) -> Type {
+        Type { dtype, dims: self.dims.clone() }
+    }
+
+    /// Number of dims.
+    pub fn rank(&self) -> usize {
+        self.dims.len()
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> Dim {
+        Dim::product(&self.dims)
+    }
+
+    /// Whether the type is a scalar's.
+    pub fn is_scalar(&self) -> bool {
+        self.dims.is_empty()
+    }
+
+    /// The extents under bindings; an unbound symbol otherwise.
+    pub fn shape(&self, bindings: &Bindings) -> Result<Vec<usize>, Symbol> {
+        self.dims.iter().map(|d| d.eval(bindings).map(|n| n.max(0) as usize)).collect()
+    }
+
+    /// Bytes in memory under bindings; an unbound symbol otherwise.
+    pub fn bytes(&self, bindings: &Bindings) -> Result<usize, Symbol> {
+        Ok(self.shape(bindings)?.iter().product::<usize>() * self.dtype.bytes())
+    }
+}
+
+/// Dims as they are printed: `[B, T, 768]`.
+pub struct DimList<'a>(pub &'a [Dim]);
+
+impl fmt::Display for DimList<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let all: Vec<String> = self.0.iter().map(Dim::to_string).collect();
+        write!(f, "[{}]", all.join(", "))
+    }
+}
+
+impl fmt::Display for Type {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.dtype, DimList(&self.dims))
+    }
+}

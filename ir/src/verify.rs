@@ -1,0 +1,287 @@
+//! The verifier: what every program must satisfy, stricter at each level.
+//!
+//! It runs after every pass in debug builds and in all tests. A failure is always a bug of ours.
+
+use std::collections::BTreeSet;
+use std::ops::Deref;
+
+use crate::dim::Symbol;
+use crate::graph::{Buffer, Graph, OpId, Region, Value};
+use crate::infer::infer;
+use crate::op::{Class, Op};
+use crate::print::value_names;
+use crate::program::{Level, Program};
+use crate::types::Type;
+
+/// What is wrong with a program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The graph; empty for the program itself.
+    pub graph: String,
+    /// The op at fault, if one is.
+    pub op: Option<OpId>,
+    /// What is wrong.
+    pub message: String,
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.op {
+            Some(op) => write!(f, "graph @{}, op {}: {}", self.graph, op.0, self.message),
+            None => write!(f, "graph @{}: {}", self.graph, self.message),
+        }
+    }
+}
+
+impl std::error::Error for Fault {}
+
+/// Checks a program at its own level; the first fault found.
+pub fn verify(program: &Program) -> Result<(), Fault> {
+    let fault = |message: String| Fault { graph: String::new(), op: None, message };
+    let mut names = BTreeSet::new();
+    for state in &program.states {
+        if !names.insert(&state.name) {
+            return Err(fault(format!("`@{}` is declared twice", state.name)));
+        }
+        if state.ty.dims.iter().any(|d| d.constant().is_none_or(|n| n < 0)) {
+            return Err(fault(format!("`@{}` has the type {}; its dims must be numbers", state.name, state.ty)));
+        }
+    }
+    let mut names = BTreeSet::new();
+    for graph in &program.graphs {
+        if !names.insert(&graph.name) {
+            return Err(fault(format!("graph `@{}` is defined twice", graph.name)));
+        }
+        logical(program, graph)?;
+        if program.level == Level::Planned {
+            planned(program, graph)?;
+        }
+    }
+    if program.level == Level::Planned {
+        states_are_placed(program)?;
+    }
+    Ok(())
+}
+
+fn logical(program: &Program, graph: &Graph) -> Result<(), Fault> {
+    let fault = |op, message: String| Err(Fault { graph: graph.name.clone(), op, message });
+    let declared: BTreeSet<&Symbol> = graph.dims.iter().map(|d| &d.symbol).collect();
+    for value in graph.values() {
+        for symbol in graph.ty(value).dims.iter().flat_map(|d| d.symbols()) {
+            if !declared.contains(&symbol) {
+                return fault(graph.def(value), format!("dim `{symbol}` is not declared"));
+            }
+        }
+    }
+    if graph.dims.iter().any(|d| d.min < 0 || d.min > d.max) {
+        return fault(None, "a dim's range is empty".into());
+    }
+    let (mut defined, mut written) = (graph.inputs().len() as u32, BTreeSet::new());
+    for (id, op) in graph.ops() {
+        if let Some(late) = op.args.iter().find(|a| a.0 >= defined) {
+            return fault(Some(id), format!("%{} is used before it is defined", late.0));
+        }
+        let types: Vec<Type> = op.args.iter().map(|&a| graph.ty(a).clone()).collect();
+        let state = match op.op {
+            Op::Read { state } | Op::Write { state } => match program.states.get(state.0 as usize) {
+                Some(s) => Some((state, &s.ty)),
+                None => return fault(Some(id), format!("state {} does not exist", state.0)),
+            },
+            _ => None,
+        };
+        match infer(&op.op, &types, state.map(|s| s.1)) {
+            Err(why) => return fault(Some(id), why),
+            Ok(results) => {
+                if !results.iter().eq(op.results().map(|v| graph.ty(v))) {
+                    return fault(Some(id), format!("`{}` has other results than inferred", op.op.name()));
+                }
+            }
+        }
+        match (&op.op, state) {
+            (Op::Write { .. }, Some((state, _))) if !written.insert(state) => {
+                return fault(Some(id), format!("`@{}` is written twice", program.state(state).name));
+            }
+            (Op::Read { .. }, Some((state, _))) if written.contains(&state) => {
+                return fault(Some(id), format!("`@{}` is read after it was written", program.state(state).name));
+            }
+            _ => {}
+        }
+        defined += op.results().len() as u32;
+    }
+    match graph.outputs.iter().find(|(_, v)| v.0 >= defined) {
+        Some((name, _)) => fault(None, format!("output `{name}` is not defined")),
+        None => Ok(()),
+    }
+}
+
+fn states_are_placed(program: &Program) -> Result<(), Fault> {
+    let fault = |message: String| Err(Fault { graph: String::new(), op: None, message });
+    let mut placed: Vec<(Buffer, &str)> = Vec::new();
+    for state in &program.states {
+        let Some(buffer) = state.buffer else {
+            return fault(format!("`@{}` has no buffer", state.name));
+        };
+        if buffer.region != Region::Persistent || buffer.bytes < state.bytes() {
+            return fault(format!("`@{}` does not fit its buffer", state.name));
+        }
+        if buffer.offset + buffer.bytes > program.arena.persistent {
+            return fault(format!("`@{}` leaves the arena", state.name));
+        }
+        placed.push((buffer, &state.name));
+    }
+    placed.sort_by_key(|(b, _)| b.offset);
+    match placed.windows(2).find(|w| w[0].0.offset + w[0].0.bytes > w[1].0.offset) {
+        Some(w) => fault(format!("`@{}` and `@{}` overlap", w[0].1, w[1].1)),
+        None => Ok(()),
+    }
+}
+
+/// The last op that uses each value, by operand; outputs live to the end. A view keeps its operand alive: the last
+/// use of a view is a use of everything it looks at.
+pub fn last_uses(graph: &Graph) -> Vec<u32> {
+    let mut last: Vec<u32> = graph.values().map(|v| graph.def(v).map_or(0, |d| d.0)).collect();
+    for (id, op) in graph.ops() {
+        for arg in &op.args {
+            last[arg.0 as usize] = last[arg.0 as usize].max(id.0);
+        }
+    }
+    for (_, value) in &graph.outputs {
+        last[value.0 as usize] = graph.len() as u32;
+    }
+    for (_, op) in graph.ops().rev() {
+        if op.op.class() == Class::View {
+            let view = last[op.result().0 as usize];
+            let base = &mut last[op.args[0].0 as usize];
+            *base = (*base).max(view);
+        }
+    }
+    last
+}
+
+/// Runs through the graph and checks that no op writes over bytes that are read later.
+fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
+    let names = value_names(graph);
+    let fault = |op, message: String| Err(Fault { graph: graph.name.clone(), op, message });
+    let bounds = graph.upper_bounds();
+    let last = last_uses(graph);
+    let size_of = |region| match region {
+        Region::Persistent => program.arena.persistent,
+        Region::Values => program.arena.values,
+        Region::Scratch => program.arena.scratch,
+    };
+    for value in graph.values() {
+        let Some(b) = graph.buffer(value) else {
+            return fault(graph.def(value), format!("%{} has no buffer", names[value.0 as usize]));
+        };
+        let bytes = graph.ty(value).bytes(&bounds).unwrap_or(usize::MAX);
+        if bytes > b.bytes || b.offset + b.bytes > size_of(b.region) || b.region == Region::Scratch {
+            return fault(graph.def(value), format!("%{} does not fit its buffer", names[value.0 as usize]));
+        }
+    }
+    if graph.scratch.len() != graph.len() || graph.scratch.iter().any(|&s| s > program.arena.scratch) {
+        return fault(None, "workspace is not planned".into());
+    }
+    let overlap = |a: Buffer, b: Buffer| {
+        a.region == b.region
+            && a.bytes > 0
+            && b.bytes > 0
+            && a.offset < b.offset + b.bytes
+            && b.offset < a.offset + a.bytes
+    };
+    let buffer = |v: Value| graph.buffer(v).expect("checked above");
+    // Values whose bytes are still needed after the op in hand.
+    let mut live: Vec<Value> = graph.inputs().collect();
+    if let Some((a, b)) = pairs(&live).find(|&(a, b)| overlap(buffer(a), buffer(b))) {
+        return fault(None, format!("inputs %{} and %{} overlap", names[a.0 as usize], names[b.0 as usize]));
+    }
+    for (id, op) in graph.ops() {
+        // A read looks at the state's own bytes, a view at its operand's.
+        match op.op {
+            Op::Read { state } => {
+                if Some(buffer(op.result())) != program.state(state).buffer {
+                    return fault(Some(id), "a read must be its state's buffer".into());
+                }
+            }
+            _ if op.op.class() == Class::View => {
+                let (view, base) = (buffer(op.result()), buffer(op.args[0]));
+                if (view.region, view.offset) != (base.region, base.offset) {
+                    return fault(Some(id), "a view must be its operand's buffer".into());
+                }
+            }
+            _ => {
+                let in_place = op.op.in_place(op.args.len());
+                for (r, result) in op.results().enumerate() {
+                    for &other in &live {
+                        let may = last[other.0 as usize] <= id.0
+                            && buffer(other).offset == buffer(result).offset
+                            && in_place.iter().any(|&(res, arg)| res == r && shares(graph, op.args[arg], other));
+                        if overlap(buffer(result), buffer(other)) && !may {
+                            let (a, b) = (&names[result.0 as usize], &names[other.0 as usize]);
+                            return fault(Some(id), format!("%{a} overwrites %{b}, which is still needed"));
+                        }
+                    }
+                }
+                let results: Vec<Value> = op.results().collect();
+                if let Some((a, b)) = pairs(&results).find(|&(a, b)| overlap(buffer(a), buffer(b))) {
+                    return fault(Some(id), format!("results %{} and %{} overlap", a.0, b.0));
+                }
+            }
+        }
+        if let Op::Write { state } = op.op {
+            // The write ends the old value: nothing may look at the state's bytes afterwards but the new value.
+            let target = program.state(state).buffer.unwrap_or(buffer(op.args[0]));
+            let late = live
+                .iter()
+                .find(|&&v| overlap(buffer(v), target) && last[v.0 as usize] > id.0 && buffer(v) != buffer(op.args[0]));
+            if let Some(v) = late {
+                return fault(Some(id), format!("%{} is read after its state was written", names[v.0 as usize]));
+            }
+        }
+        live.extend(op.results());
+        live.retain(|v| last[v.0 as usize] > id.0);
+    }
+    Ok(())
+}
+
+/// Whether two values are the same bytes by way of views.
+fn shares(graph: &Graph, a: Value, b: Value) -> bool {
+    root(graph, a) == root(graph, b)
+}
+
+/// The value whose bytes a value looks at, through any number of views.
+pub fn root(graph: &Graph, mut value: Value) -> Value {
+    while let Some(def) = graph.def(value) {
+        let op = graph.op(def);
+        if op.op.class() != Class::View {
+            break;
+        }
+        value = op.args[0];
+    }
+    value
+}
+
+fn pairs(values: &[Value]) -> impl Iterator<Item = (Value, Value)> + '_ {
+    values.iter().enumerate().flat_map(|(i, &a)| values[i + 1..].iter().map(move |&b| (a, b)))
+}
+
+/// A program that every level of the verifier has accepted: all that `runtime` takes.
+#[derive(Clone, Debug)]
+pub struct Planned(Program);
+
+impl Planned {
+    /// Verifies a program at the planned level.
+    pub fn new(program: Program) -> Result<Planned, Fault> {
+        if program.level != Level::Planned {
+            return Err(Fault { graph: String::new(), op: None, message: "the program is not planned".into() });
+        }
+        verify(&program)?;
+        Ok(Planned(program))
+    }
+}
+
+impl Deref for Planned {
+    type Target = Program;
+    fn deref(&self) -> &Program {
+        &self.0
+    }
+}
