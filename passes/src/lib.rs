@@ -3,5 +3,9 @@
 //! A pass maps a whole [`dsgc_ir::Program`]: it reads the old one and builds a new one. [`PIPELINE`] says in which
 //! order they run; read it first.
 
+pub mod canonicalize;
+pub mod infer;
 mod pipeline;
+mod rebuild;
+
 pub use pipeline::{Fact, Numerics, PIPELINE, Pass, PassContext, compile};

@@ -3,11 +3,15 @@
 use dsgc_ir::diag::Diag;
 use dsgc_ir::{Planned, Program, Target};
 
+use crate::{canonicalize, infer};
+
 /// What a program satisfies at a point of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fact {
     /// As the frontend made it.
     Logical,
+    /// All types are inferred; dims with one value are numbers.
+    Typed,
     /// Gradient and optimizer graphs exist; every update and evaluation of the plan names them.
     Differentiated,
     /// Every value has a buffer.
@@ -44,7 +48,7 @@ pub struct Pass {
 }
 
 /// Every pass in the order it runs. Read this first.
-pub const PIPELINE: &[Pass] = &[];
+pub const PIPELINE: &[Pass] = &[infer::PASS, canonicalize::PASS];
 
 /// What is told of a pass that has run: the pass, and the program before and after it.
 pub type Observer<'a> = &'a mut dyn FnMut(&Pass, &Program, &Program);

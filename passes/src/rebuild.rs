@@ -1,0 +1,116 @@
+//! Rebuilding: how passes rewrite a graph.
+//!
+//! A pass reads the old graph and pushes into a new one; a map says what became of every old value.
+
+use dsgc_ir::{Graph, Op, OpData, Program, Value};
+
+/// A new graph that grows beside an old one.
+pub struct Rebuild<'a> {
+    /// The graph that is read.
+    pub old: &'a Graph,
+    /// The graph that grows.
+    pub new: Graph,
+    /// What became of each old value.
+    map: Vec<Option<Value>>,
+}
+
+impl<'a> Rebuild<'a> {
+    /// Starts a new graph with the old one's dims; inputs are the caller's.
+    pub fn new(old: &'a Graph, name: impl Into<String>) -> Rebuild<'a> {
+        Rebuild { old, new: Graph::like(old, name), map: vec![None; old.values().len()] }
+    }
+
+    /// Starts a new graph with the old one's name, dims and inputs.
+    pub fn same(old: &'a Graph) -> Rebuild<'a> {
+        let mut rebuild = Rebuild::new(old, old.name.clone());
+        for input in old.inputs() {
+            rebuild.keep_input(input);
+        }
+        rebuild
+    }
+
+    /// Gives the new graph an input of the old one.
+    pub fn keep_input(&mut self, input: Value) {
+        let new = self.new.input(self.old.name_of(input), self.old.ty(input).clone());
+        self.set(input, new);
+    }
+
+    /// Says what became of an old value.
+    pub fn set(&mut self, old: Value, new: Value) {
+        self.map[old.0 as usize] = Some(new);
+    }
+
+    /// What became of an old value, if anything did.
+    pub fn find(&self, old: Value) -> Option<Value> {
+        self.map[old.0 as usize]
+    }
+
+    /// What became of an old value.
+    ///
+    /// # Panics
+    /// If the pass has not said so: a bug of the pass.
+    pub fn get(&self, old: Value) -> Value {
+        match self.find(old) {
+            Some(new) => new,
+            None => panic!("bug: %{} of graph @{} has no successor", old.0, self.old.name),
+        }
+    }
+
+    /// Pushes an op of the old graph unchanged, on the new operands.
+    pub fn copy(&mut self, op: &OpData, program: &Program) {
+        let args: Vec<Value> = op.args.iter().map(|&a| self.get(a)).collect();
+        self.push(op, op.op.clone(), &args, program);
+    }
+
+    /// Pushes an op in the place of an old one: its results take the place of the old results.
+    ///
+    /// # Panics
+    /// If the new op does not fit: a bug of the pass.
+    pub fn push(&mut self, place_of: &OpData, op: Op, args: &[Value], program: &Program) {
+        let state = match op {
+            Op::Read { state } | Op::Write { state } => Some(&program.state(state).ty),
+            _ => None,
+        };
+        let shown = op.to_string();
+        match self.new.try_push(op, args, state, place_of.site.clone()) {
+            Ok(id) => {
+                let results: Vec<Value> = self.new.op(id).results().collect();
+                for (old, new) in place_of.results().zip(results) {
+                    self.new.set_name(new, self.old.name_of(old));
+                    self.set(old, new);
+                }
+            }
+            Err(why) => panic!("bug: `{shown}` in graph @{}: {why}", self.old.name),
+        }
+    }
+
+    /// Ends the rebuild with the old graph's outputs.
+    pub fn finish(mut self) -> Graph {
+        self.new.outputs = self.old.outputs.iter().map(|(n, v)| (n.clone(), self.get(*v))).collect();
+        self.new
+    }
+}
+
+/// The graph without ops that nothing uses. Writes and outputs are uses.
+pub fn without_dead_ops(graph: &Graph, program: &Program) -> Graph {
+    let mut used = vec![false; graph.values().len()];
+    for (_, value) in &graph.outputs {
+        used[value.0 as usize] = true;
+    }
+    let mut kept = vec![false; graph.len()];
+    for (id, op) in graph.ops().rev() {
+        if matches!(op.op, Op::Write { .. }) || op.results().any(|r| used[r.0 as usize]) {
+            kept[id.0 as usize] = true;
+            for arg in &op.args {
+                used[arg.0 as usize] = true;
+            }
+        }
+    }
+    let mut rebuild = Rebuild::same(graph);
+    for (id, op) in graph.ops() {
+        if kept[id.0 as usize] {
+            rebuild.copy(op, program);
+        }
+    }
+    rebuild.finish()
+}
