@@ -114,15 +114,8 @@ fn special_tokens(
     tokenizer: &tokenizers::Tokenizer,
     vocab_size: usize,
 ) -> Result<BTreeMap<&'static str, i32>, Diag> {
-    let read = |names: [&'static str; 2]| -> Result<Vec<(&str, Map<String, Value>)>, Diag> {
-        let mut objects = Vec::new();
-        for name in names {
-            objects.extend(read_object(&folder.join(name))?.map(|o| (name, o)));
-        }
-        Ok(objects)
-    };
-    let by_text = read(["tokenizer_config.json", "special_tokens_map.json"])?;
-    let by_id = read(["config.json", "generation_config.json"])?;
+    let by_text = objects(folder, ["tokenizer_config.json", "special_tokens_map.json"])?;
+    let by_id = objects(folder, ["config.json", "generation_config.json"])?;
     let mut ids = BTreeMap::new();
     for name in ["pad", "eos", "bos"] {
         let text = by_text.iter().find_map(|(file, o)| Some((file, token_text(o.get(&format!("{name}_token"))?)?)));
@@ -142,6 +135,18 @@ fn special_tokens(
         }
     }
     Ok(ids)
+}
+
+/// A file's name and the object in it.
+type Named = (&'static str, Map<String, Value>);
+
+/// Those of the files that are there.
+fn objects(folder: &Path, names: [&'static str; 2]) -> Result<Vec<Named>, Diag> {
+    let mut objects = Vec::new();
+    for name in names {
+        objects.extend(read_object(&folder.join(name))?.map(|o| (name, o)));
+    }
+    Ok(objects)
 }
 
 /// A token is its text, or an object (`AddedToken`) with the text under `content`.

@@ -2,8 +2,11 @@ use std::path::Path;
 
 use super::*;
 
-/// A folder with these tensors, each `(name, shape, first element)`, the others counting up.
-fn folder(dir: &Path, architecture: &str, files: &[(&str, &[(&str, &[usize], f32)])]) -> Folder {
+/// Name, shape and first element; the others count up from it.
+type Tensors<'a> = &'a [(&'a str, &'a [usize], f32)];
+
+/// A folder with files of these tensors.
+fn folder(dir: &Path, architecture: &str, files: &[(&str, Tensors)]) -> Folder {
     let config = format!(r#"{{"architectures": ["{architecture}"]}}"#);
     std::fs::write(dir.join("config.json"), config).unwrap();
     for (file, tensors) in files {
@@ -31,7 +34,7 @@ fn strings(words: &[&str]) -> Vec<String> {
 }
 
 /// The errors of reading one file of tensors as some parameters.
-fn errors(rules: &TensorRules, tensors: &[(&str, &[usize], f32)], params: &[(&str, &[usize])]) -> Vec<String> {
+fn errors(rules: &TensorRules, tensors: Tensors, params: &[(&str, &[usize])]) -> Vec<String> {
     let dir = tempfile::tempdir().unwrap();
     let folder = folder(dir.path(), "X", &[("model.safetensors", tensors)]);
     let errors = read_params(&folder, rules, &wanted(params)).unwrap_err();
@@ -41,7 +44,7 @@ fn errors(rules: &TensorRules, tensors: &[(&str, &[usize], f32)], params: &[(&st
 #[test]
 fn names_are_stripped_prefixed_skipped_and_repeated() {
     let dir = tempfile::tempdir().unwrap();
-    let tensors: &[(&str, &[usize], f32)] = &[
+    let tensors: Tensors = &[
         ("rwtransformer.embed.weight", &[2], 1.0),
         ("lm_head.weight", &[2], 1.0),
         ("layers.0.inv_freq", &[1], 0.0),
@@ -97,7 +100,7 @@ fn narrow_and_wide_floats_become_single() {
 #[test]
 fn all_misfits_come_at_once() {
     let rules = TensorRules { transpose: strings(&["turned"]), ..TensorRules::default() };
-    let tensors: &[(&str, &[usize], f32)] = &[("fc1.wieght", &[1], 0.0), ("turned", &[2, 3], 0.0), ("zzz", &[1], 0.0)];
+    let tensors: Tensors = &[("fc1.wieght", &[1], 0.0), ("turned", &[2, 3], 0.0), ("zzz", &[1], 0.0)];
     let params: &[(&str, &[usize])] = &[("fc1.weight", &[1]), ("turned", &[2, 3]), ("gone", &[4])];
     assert_eq!(
         errors(&rules, tensors, params),
