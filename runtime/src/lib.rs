@@ -1,1 +1,5 @@
-//! runtime.
+//! Runs planned programs: sessions, data, training, checkpoints, metrics.
+//!
+//! [`data`] turns files of rows into batches of tokens.
+
+pub mod data;

@@ -1,0 +1,294 @@
+//! Reading parameters from `model.safetensors` or its shards.
+//!
+//! Every tensor of the files must find its place and every parameter its tensor. A name in a file is taken through
+//! these steps, and the first name that is known decides:
+//!
+//! 1. each of `strip_prefixes` is taken off, in their order, and last the name is taken as it is (so that what
+//!    [`crate::save`] wrote is always read back);
+//! 2. where `add_prefix` names the folder's architecture, that is put before it; the plain form is tried after it,
+//!    for heads that do not lie inside the base model;
+//! 3. it is then a parameter, another name of one (`also_called`), a repetition (`may_repeat`), or to be left (`skip`).
+//!
+//! Files are mapped into memory, so only what is read is held twice, one tensor at a time.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+
+use dsgc_ir::Tensor;
+use dsgc_ir::diag::{Diag, nearest};
+use dsgc_ir::stage::{TensorRules, glob};
+use memmap2::Mmap;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+
+use crate::{Folder, file_error, read_object};
+
+/// Reads the parameters `wanted` (name and shape) in that order, as single-precision floats.
+///
+/// A missing, surplus, mis-shaped or doubled tensor is an error, and all such errors come at once.
+pub fn read_params(
+    folder: &Folder,
+    rules: &TensorRules,
+    wanted: &[(String, Vec<usize>)],
+) -> Result<Vec<Tensor>, Vec<Diag>> {
+    let files = open_files(folder).map_err(|e| vec![e])?;
+    let places = Places::new(folder, rules, wanted);
+    let mut found: Vec<Option<Found>> = wanted.iter().map(|_| None).collect();
+    let (mut repeats, mut surplus, mut errors) = (Vec::new(), Vec::new(), Vec::new());
+    for (file, map) in &files {
+        let tensors = parse(folder, file, map).map_err(|e| vec![e])?;
+        let mut tensors = tensors.tensors();
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        for (name, view) in tensors {
+            let tensor = Found { name, file, view };
+            match places.of(&tensor.name) {
+                Some(Place::Param(at)) => match &found[at] {
+                    Some(first) => errors.push(
+                        Diag::error(format!(
+                            "tensors `{}` in `{}` and `{}` in `{file}` are both parameter `{}`, expected one",
+                            first.name, first.file, tensor.name, wanted[at].0
+                        ))
+                        .help("take one of them out of the file"),
+                    ),
+                    None => found[at] = Some(tensor),
+                },
+                Some(Place::Repeats(of)) => repeats.push((tensor, of)),
+                Some(Place::Skipped) => {}
+                None => surplus.push(tensor),
+            }
+        }
+    }
+
+    let missing: Vec<&str> =
+        (wanted.iter().zip(&found)).filter(|(_, f)| f.is_none()).map(|(w, _)| w.0.as_str()).collect();
+    for (name, shape) in wanted.iter().filter(|w| missing.contains(&w.0.as_str())) {
+        let diag = Diag::error(format!("found no tensor for parameter `{name}`, expected one of shape {shape:?}"));
+        let near = nearest(name, surplus.iter().map(|t| t.name.as_str()));
+        errors.push(match near.and_then(|n| surplus.iter().find(|t| t.name == n)) {
+            Some(t) => diag.help(format!("the nearest name is `{}` in `{}`", t.name, t.file)),
+            None => diag.help(format!("is `{}` the folder of this model?", folder.path().display())),
+        });
+    }
+    for tensor in &surplus {
+        let diag = Diag::error(format!("tensor `{}` in `{}` belongs to no parameter", tensor.name, tensor.file));
+        errors.push(match nearest(&tensor.name, missing.iter().copied()) {
+            Some(near) => diag.help(format!("the nearest parameter without a tensor is `{near}`")),
+            None => diag.help("if it is not needed, name it under `skip` of the model's `from_hf.tensors`"),
+        });
+    }
+
+    let mut params: Vec<Tensor> = Vec::new();
+    for ((name, shape), tensor) in wanted.iter().zip(&found) {
+        let Some(tensor) = tensor else { continue };
+        match tensor.read(name, shape, is_transposed(rules, name)) {
+            Ok(param) => params.push(param),
+            Err(diag) => errors.push(diag),
+        }
+    }
+    for (tensor, of) in repeats {
+        // A repetition of something that is not read, or that has failed already, proves nothing.
+        let Some(first) = wanted.iter().position(|w| w.0 == of).and_then(|at| found[at].as_ref()) else { continue };
+        let same_shape = first.view.shape() == tensor.view.shape();
+        if !(same_shape && first.floats().is_ok_and(|f| tensor.floats().is_ok_and(|t| f == t))) {
+            errors.push(
+                Diag::error(format!(
+                    "tensor `{}` in `{}` differs from `{of}`, expected a copy of it",
+                    tensor.name, tensor.file
+                ))
+                .help(
+                    "this model ties the two: say `\"tie_word_embeddings\": false` in `config.json` if yours does not",
+                ),
+            );
+        }
+    }
+    if errors.is_empty() { Ok(params) } else { Err(errors) }
+}
+
+impl Folder {
+    /// Whether a tensor of the folder's files is read as this parameter: whether, say, a reward model's head is there
+    /// or has to be initialised.
+    pub fn holds(&self, rules: &TensorRules, parameter: &str) -> Result<bool, Diag> {
+        let wanted = [(parameter.to_owned(), Vec::new())];
+        let places = Places::new(self, rules, &wanted);
+        for (file, map) in &open_files(self)? {
+            let tensors = parse(self, file, map)?;
+            if tensors.names().into_iter().any(|n| matches!(places.of(n), Some(Place::Param(_)))) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Whether files have this parameter transposed.
+pub(crate) fn is_transposed(rules: &TensorRules, name: &str) -> bool {
+    rules.transpose.iter().any(|pattern| glob(pattern, name))
+}
+
+/// The transpose of a row-major matrix.
+pub(crate) fn transposed<T: Copy>(data: &[T], rows: usize, columns: usize) -> Vec<T> {
+    (0..columns).flat_map(|c| (0..rows).map(move |r| data[r * columns + c])).collect()
+}
+
+/// A tensor in a file.
+struct Found<'a> {
+    name: String,
+    file: &'a str,
+    view: TensorView<'a>,
+}
+
+impl Found<'_> {
+    /// The elements as they lie in the file.
+    fn floats(&self) -> Result<Vec<f32>, Diag> {
+        fn each<const N: usize>(bytes: &[u8], one: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+            bytes.as_chunks::<N>().0.iter().map(|b| one(*b)).collect()
+        }
+        let bytes = self.view.data();
+        match self.view.dtype() {
+            Dtype::F32 => Ok(each(bytes, f32::from_le_bytes)),
+            Dtype::F64 => Ok(each(bytes, |b| f64::from_le_bytes(b) as f32)),
+            Dtype::F16 => Ok(each(bytes, |b| half::f16::from_le_bytes(b).to_f32())),
+            Dtype::BF16 => Ok(each(bytes, |b| half::bf16::from_le_bytes(b).to_f32())),
+            other => Err(Diag::error(format!(
+                "tensor `{}` in `{}` has elements of type {other:?}, expected F32, F64, F16 or BF16",
+                self.name, self.file
+            ))
+            .help("quantised files cannot be trained: take the model's original weights")),
+        }
+    }
+
+    /// The parameter `name` of this shape.
+    fn read(&self, name: &str, shape: &[usize], transpose: bool) -> Result<Tensor, Diag> {
+        let stored: Vec<usize> = if transpose { shape.iter().rev().copied().collect() } else { shape.to_vec() };
+        if self.view.shape() != stored {
+            let diag = Diag::error(format!(
+                "tensor `{}` in `{}` has shape {:?}, expected {stored:?} for parameter `{name}`",
+                self.name,
+                self.file,
+                self.view.shape()
+            ));
+            let turned = self.view.shape().iter().rev().eq(&stored) && shape.len() == 2;
+            return Err(if turned {
+                diag.help("it is the other way round: see `transpose` of the model's `from_hf.tensors`")
+            } else {
+                diag
+            });
+        }
+        let floats = self.floats()?;
+        match (transpose, shape) {
+            (false, _) => Ok(Tensor::f32(shape, floats)),
+            (true, &[rows, columns]) => Ok(Tensor::f32(shape, transposed(&floats, columns, rows))),
+            (true, _) => Err(Diag::error(format!(
+                "parameter `{name}` of shape {shape:?} is no matrix, but stands under `transpose`"
+            ))),
+        }
+    }
+}
+
+/// What becomes of a tensor.
+enum Place<'a> {
+    /// It is the parameter of this index.
+    Param(usize),
+    /// It repeats this parameter.
+    Repeats(&'a str),
+    /// It is not read.
+    Skipped,
+}
+
+/// Finds the place of a name in a file.
+struct Places<'a> {
+    rules: &'a TensorRules,
+    add_prefix: Option<&'a str>,
+    params: BTreeMap<&'a str, usize>,
+}
+
+impl<'a> Places<'a> {
+    fn new(folder: &Folder, rules: &'a TensorRules, wanted: &'a [(String, Vec<usize>)]) -> Places<'a> {
+        let mut params: BTreeMap<&str, usize> = BTreeMap::new();
+        for (at, (name, _)) in wanted.iter().enumerate() {
+            for other in rules.also_called.get(name).into_iter().flatten() {
+                params.entry(other).or_insert(at);
+            }
+            params.insert(name, at);
+        }
+        let add_prefix = folder.architecture().and_then(|a| rules.add_prefix.get(a)).map(String::as_str);
+        Places { rules, add_prefix, params }
+    }
+
+    fn of(&self, name: &str) -> Option<Place<'a>> {
+        let prefixes = self.rules.strip_prefixes.iter().map(String::as_str).chain([""]);
+        let stripped = prefixes.filter_map(|p| name.strip_prefix(p));
+        stripped
+            .flat_map(|n| self.add_prefix.map(|p| format!("{p}{n}")).into_iter().chain([n.to_owned()]))
+            .find_map(|n| self.known(&n))
+    }
+
+    fn known(&self, name: &str) -> Option<Place<'a>> {
+        if let Some(&at) = self.params.get(name) {
+            return Some(Place::Param(at));
+        }
+        if let Some(of) = self.rules.may_repeat.get(name) {
+            return Some(Place::Repeats(of));
+        }
+        self.rules.skip.iter().any(|pattern| glob(pattern, name)).then_some(Place::Skipped)
+    }
+}
+
+/// The files that hold the folder's weights, mapped.
+fn open_files(folder: &Folder) -> Result<Vec<(String, Mmap)>, Diag> {
+    let path = folder.path();
+    let names: Vec<String> = if path.join("model.safetensors").is_file() {
+        vec!["model.safetensors".to_owned()]
+    } else if let Some(index) = read_object(&path.join("model.safetensors.index.json"))? {
+        let shards = index.get("weight_map").and_then(|m| m.as_object()).ok_or_else(|| {
+            Diag::error(
+                "found no `weight_map` in `model.safetensors.index.json`, expected tensor names with their files",
+            )
+        })?;
+        let mut names: Vec<String> = shards.values().filter_map(|f| f.as_str()).map(str::to_owned).collect();
+        names.sort();
+        names.dedup();
+        names
+    } else {
+        return Err(no_weights(path));
+    };
+    // The listed names are file names; with a separator they would lead out of the folder.
+    if let Some(name) = names.iter().find(|n| n.contains(['/', '\\'])) {
+        return Err(Diag::error(format!(
+            "`model.safetensors.index.json` names the shard `{name}`, expected a file name"
+        )));
+    }
+    names.into_iter().map(|name| map(&path.join(&name)).map(|m| (name, m))).collect()
+}
+
+fn map(path: &Path) -> Result<Mmap, Diag> {
+    let file = File::open(path).map_err(|e| file_error("open", path, e))?;
+    // SAFETY: the map is only read. A file that somebody shortens meanwhile ends the process, as it would end any
+    // other reader of safetensors; no result can come of it.
+    unsafe { Mmap::map(&file) }.map_err(|e| file_error("read", path, e))
+}
+
+fn parse<'a>(folder: &Folder, file: &str, map: &'a Mmap) -> Result<SafeTensors<'a>, Diag> {
+    SafeTensors::deserialize(map).map_err(|e| {
+        file_error("read", &folder.path().join(file), e).help("the file is not whole: download or write it again")
+    })
+}
+
+fn no_weights(path: &Path) -> Diag {
+    let diag = Diag::error(format!("found no `model.safetensors` in `{}`", path.display()));
+    let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].into_iter().find(|f| path.join(f).is_file());
+    match pickled {
+        Some(file) => diag.help(format!(
+            "`{file}` is a pickle, which can run code and is not read: convert it with \
+             `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)`"
+        )),
+        None => {
+            diag.help("give a folder with `model.safetensors`, or with `model.safetensors.index.json` and its shards")
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "weights_tests.rs"]
+mod tests;

@@ -1,0 +1,210 @@
+//! Texts to tokens, and rows of tokens to tensors.
+//!
+//! A sequence is tokenised as one text, prefix and separators included, because the tokens at a joint depend on both
+//! sides. The end-of-conversation token is appended as an id, since its text need not be a token of the vocabulary.
+
+use std::collections::BTreeMap;
+
+use dsgc_hf::Tokenizer;
+use dsgc_ir::Tensor;
+use dsgc_ir::diag::Diag;
+use dsgc_ir::stage::{Longer, Part, Sequence, Side, Source};
+
+use super::DataReport;
+
+/// Rows that are tokenised at a time: enough for all cores, and few enough that their texts are no second data set.
+const CHUNK: usize = 4096;
+
+/// The tensors of some rows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Batch {
+    /// Number of rows, the tensors' first dimension.
+    pub rows: usize,
+    /// `<sequence>.tokens` and `<sequence>.segment` of i32 and `<sequence>.trained` of bool, all `[rows, T]`.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+/// Rows as tokens, and how they came about.
+#[derive(Default)]
+pub(super) struct Tokenised {
+    /// For each row its sequences, in the source's order.
+    pub rows: Vec<Vec<Tokens>>,
+    pub report: DataReport,
+}
+
+/// One sequence of one row.
+pub(super) struct Tokens {
+    ids: Vec<i32>,
+    trained: Vec<bool>,
+}
+
+/// The columns that the sequences of a source need, each once. Says if the sequences cannot be made.
+pub(super) fn columns(source: &Source) -> Result<Vec<String>, Vec<Diag>> {
+    let (mut columns, mut errors): (Vec<String>, Vec<Diag>) = (Vec::new(), Vec::new());
+    for sequence in &source.sequences {
+        let fields = fields(sequence);
+        if fields.is_empty() {
+            errors.push(Diag::error(format!("sequence `{}` has no field, expected one at least", sequence.name)));
+        }
+        if sequence.parts.iter().rev().skip(1).any(|p| matches!(p, Part::Eoc)) {
+            errors.push(
+                Diag::error(format!("sequence `{}` has `eoc` before its end", sequence.name))
+                    .help("write it as the last part"),
+            );
+        }
+        for field in fields {
+            let column = column(source, field);
+            if !columns.iter().any(|c| c == column) {
+                columns.push(column.to_owned());
+            }
+        }
+    }
+    if source.max_length == 0 {
+        errors.push(Diag::error("found a max_length of 0, expected 1 or more"));
+    }
+    if source.pad_id < 0 {
+        errors.push(Diag::error(format!("found {} as the id of the padding, expected a token's id", source.pad_id)));
+    }
+    if errors.is_empty() { Ok(columns) } else { Err(errors.into_iter().map(|e| e.label(source.span, "")).collect()) }
+}
+
+/// Tokenises the rows `take` of `texts`, whose columns are those of [`columns`].
+pub(super) fn tokenise(
+    source: &Source,
+    texts: &[Vec<String>],
+    take: &[usize],
+    tokenizer: &Tokenizer,
+) -> Result<Tokenised, Vec<Diag>> {
+    let columns = columns(source)?;
+    let text_of = |row: usize, field: &str| {
+        let column = column(source, field);
+        columns.iter().position(|c| c == column).map_or("", |at| texts[row][at].as_str())
+    };
+    let mut done = Tokenised::default();
+    done.report.rows = take.len();
+    for chunk in take.chunks(CHUNK) {
+        let mut rows: Vec<Vec<Tokens>> = chunk.iter().map(|_| Vec::new()).collect();
+        for sequence in &source.sequences {
+            let fields = fields(sequence);
+            let joined: Vec<String> = chunk
+                .iter()
+                .map(|&row| {
+                    let texts: Vec<&str> = fields.iter().map(|f| text_of(row, f)).collect();
+                    format!("{}{}", source.prefix, texts.join(&source.separator))
+                })
+                .collect();
+            let joined: Vec<&str> = joined.iter().map(String::as_str).collect();
+            let encoded = tokenizer.encode_all(&joined).map_err(|e| vec![e.label(source.span, "")])?;
+            for ((tokens, &row), encoded) in rows.iter_mut().zip(chunk).zip(encoded) {
+                let prompt_end = match fields[..] {
+                    [first, _, ..] if !source.train_on_prompt => source.prefix.len() + text_of(row, first).len(),
+                    _ => 0,
+                };
+                let (mut ids, mut trained) = (encoded.ids, Vec::with_capacity(encoded.starts.len() + 1));
+                trained.extend(encoded.starts.iter().map(|&start| start >= prompt_end));
+                if sequence.parts.last() == Some(&Part::Eoc) {
+                    ids.push(source.eoc_id);
+                    trained.push(true);
+                }
+                tokens.push(Tokens { ids, trained });
+            }
+        }
+        for row in rows {
+            done.add(source, row);
+        }
+    }
+    done.check(source).map_err(|e| vec![e.label(source.span, "")])?;
+    Ok(done)
+}
+
+impl Tokenised {
+    fn add(&mut self, source: &Source, mut row: Vec<Tokens>) {
+        if row.iter().any(|s| s.ids.len() > source.max_length) {
+            match source.longer {
+                Longer::Drop => {
+                    self.report.dropped += 1;
+                    return;
+                }
+                Longer::Truncate => self.report.truncated += 1,
+            }
+        }
+        for sequence in &mut row {
+            sequence.ids.truncate(source.max_length);
+            sequence.trained.truncate(source.max_length);
+            self.report.tokens += sequence.ids.len();
+            self.report.trained_tokens += sequence.trained.iter().filter(|&&t| t).count();
+        }
+        if row.iter().any(|s| !s.trained.contains(&true)) {
+            self.report.rows_without_trained += 1;
+        }
+        self.rows.push(row);
+    }
+
+    fn check(&self, source: &Source) -> Result<(), Diag> {
+        let DataReport { rows, dropped, .. } = self.report;
+        if self.rows.is_empty() {
+            return Err(Diag::error(format!(
+                "all {rows} rows of `{}` are dropped, {dropped} of them for more than {} tokens",
+                source.path, source.max_length
+            ))
+            .help("raise `max_length`"));
+        }
+        if self.report.trained_tokens == 0 {
+            return Err(Diag::error(format!(
+                "none of the {} tokens of `{}` is a training target: with a max_length of {} nothing but prompts is left",
+                self.report.tokens, source.path, source.max_length
+            ))
+            .help("raise `max_length`, or set `train_on_prompt: true`"));
+        }
+        Ok(())
+    }
+}
+
+/// The tensors of the rows of these numbers.
+pub(super) fn batch(source: &Source, data: &Tokenised, rows: &[usize]) -> Batch {
+    let longest = |at: usize| rows.iter().map(|&r| data.rows[r][at].ids.len()).max().unwrap_or(0);
+    let over_all = (0..source.sequences.len()).map(longest).max().unwrap_or(0);
+    let mut tensors = BTreeMap::new();
+    for (at, sequence) in source.sequences.iter().enumerate() {
+        let width = if source.pad_to_max {
+            source.max_length
+        } else if source.same_length {
+            over_all
+        } else {
+            longest(at)
+        };
+        // A dimension of 0 is no tensor that a graph could be run on.
+        let width = width.max(1);
+        let size = rows.len() * width;
+        let (mut tokens, mut segment, mut trained) = (vec![source.pad_id; size], vec![0; size], vec![false; size]);
+        for (i, row) in rows.iter().map(|&r| &data.rows[r][at]).enumerate() {
+            let before = match source.pad {
+                Side::Right => 0,
+                Side::Left => width - row.ids.len(),
+            };
+            let place = i * width + before..i * width + before + row.ids.len();
+            tokens[place.clone()].copy_from_slice(&row.ids);
+            trained[place.clone()].copy_from_slice(&row.trained);
+            segment[place].fill(1);
+        }
+        let shape = [rows.len(), width];
+        tensors.insert(format!("{}.tokens", sequence.name), Tensor::i32(&shape, tokens));
+        tensors.insert(format!("{}.segment", sequence.name), Tensor::i32(&shape, segment));
+        tensors.insert(format!("{}.trained", sequence.name), Tensor::bool(&shape, trained));
+    }
+    Batch { rows: rows.len(), tensors }
+}
+
+/// The fields of a sequence, in order.
+fn fields(sequence: &Sequence) -> Vec<&str> {
+    let fields = sequence.parts.iter().filter_map(|part| match part {
+        Part::Field(name) => Some(name.as_str()),
+        Part::Eoc => None,
+    });
+    fields.collect()
+}
+
+/// The column of a field: as `fields` says, else the one of its name.
+fn column<'a>(source: &'a Source, field: &'a str) -> &'a str {
+    source.fields.get(field).map_or(field, String::as_str)
+}
