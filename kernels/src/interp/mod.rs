@@ -16,6 +16,7 @@ use dsgc_ir::{Bindings, Buffer, Graph, Op, OpData, Planned, Program, Region, Sta
 
 use crate::{Device, bind};
 
+pub mod apart;
 mod arena;
 mod composite;
 mod eval;
