@@ -134,7 +134,7 @@ impl Attribute for StateId {
         self.0.to_string()
     }
     fn read(text: &str) -> Result<Self, String> {
-        u32::from_str_radix(text, 10).map(StateId).map_err(|_| format!("`{text}` is no state"))
+        text.parse().map(StateId).map_err(|_| format!("`{text}` is no state"))
     }
 }
 

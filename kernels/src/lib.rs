@@ -8,6 +8,7 @@ use dsgc_ir::diag::Diag;
 use dsgc_ir::{Bindings, Graph, StateId, Tensor};
 
 pub mod interp;
+pub mod random;
 
 /// A planned program with its state, ready to run.
 pub trait Device {

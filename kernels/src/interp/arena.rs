@@ -1,0 +1,116 @@
+//! The planned arena of the interpreter: every value in its buffer, and poison wherever nothing lives.
+
+use dsgc_ir::{Arena, Buffer, DType, Data, Region, Tensor};
+
+use super::Precision;
+use super::real::Real;
+
+/// The poison: as floats of either width NaN, as an integer -336_211, which is no index, as a truth value neither.
+const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
+
+/// Memory as the plan lays it out. In f64 mode every offset and size is doubled, so that floats of twice the size
+/// have the same neighbours; elements of other types leave the second half of their buffers unused.
+#[derive(Clone, Debug)]
+pub(super) struct Memory {
+    regions: [Vec<u8>; 3],
+    precision: Precision,
+}
+
+impl Memory {
+    /// Zeros for the states, poison for the rest.
+    pub(super) fn new(arena: Arena, precision: Precision) -> Memory {
+        let mut memory = Memory { regions: Default::default(), precision };
+        let scale = memory.scale();
+        for (region, bytes) in Region::ALL.into_iter().zip([arena.persistent, arena.values, arena.scratch]) {
+            memory.regions[region as usize] = vec![0; bytes * scale];
+        }
+        memory.poison_all();
+        memory
+    }
+
+    fn scale(&self) -> usize {
+        match self.precision {
+            Precision::F32 => 1,
+            Precision::F64 => 2,
+        }
+    }
+
+    fn element(&self, dtype: DType) -> usize {
+        if dtype.is_float() { dtype.bytes() * self.scale() } else { dtype.bytes() }
+    }
+
+    /// Poisons everything that does not outlive a graph.
+    pub(super) fn poison_all(&mut self) {
+        for region in [Region::Values, Region::Scratch] {
+            poison(&mut self.regions[region as usize]);
+        }
+    }
+
+    /// Poisons a buffer.
+    pub(super) fn poison(&mut self, buffer: Buffer) {
+        let scale = self.scale();
+        let at = buffer.offset * scale..(buffer.offset + buffer.bytes) * scale;
+        if let Some(bytes) = self.regions[buffer.region as usize].get_mut(at) {
+            poison(bytes);
+        }
+    }
+
+    /// What lies in a buffer.
+    pub(super) fn read<F: Real>(&self, buffer: Buffer, dtype: DType, shape: &[usize]) -> Result<Tensor, String> {
+        let n: usize = shape.iter().product();
+        let at = self.range(buffer, n * self.element(dtype))?;
+        let bytes = &self.regions[buffer.region as usize][at];
+        let words = || bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
+        let data = match (dtype, self.precision) {
+            (DType::F32, Precision::F32) => Data::F32(words().map(f32::from_le_bytes).collect()),
+            (DType::F32, Precision::F64) => {
+                let doubles = bytes.chunks_exact(8).map(|b| [b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
+                Data::F64(doubles.map(f64::from_le_bytes).collect())
+            }
+            (DType::I32, _) => Data::I32(words().map(i32::from_le_bytes).collect()),
+            (DType::Bool, _) => {
+                if let Some(byte) = bytes.iter().find(|&&b| b > 1) {
+                    return Err(format!("bug in the memory plan: read poison ({byte:#04x}) as a truth value"));
+                }
+                Data::Bool(bytes.iter().map(|&b| b == 1).collect())
+            }
+            (DType::Key, _) => {
+                let all: Vec<u32> = words().map(u32::from_le_bytes).collect();
+                Data::Key(all.chunks_exact(2).map(|k| [k[0], k[1]]).collect())
+            }
+        };
+        Ok(Tensor::new(shape, data))
+    }
+
+    /// Puts a tensor into a buffer; its floats have the width of the arena.
+    pub(super) fn write(&mut self, buffer: Buffer, tensor: &Tensor) -> Result<(), String> {
+        let bytes: Vec<u8> = match &tensor.data {
+            Data::F32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Data::F64(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Data::I32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Data::Bool(v) => v.iter().map(|&x| u8::from(x)).collect(),
+            Data::Key(v) => v.iter().flatten().flat_map(|x| x.to_le_bytes()).collect(),
+        };
+        let at = self.range(buffer, bytes.len())?;
+        self.regions[buffer.region as usize][at].copy_from_slice(&bytes);
+        Ok(())
+    }
+
+    /// The first `bytes` of a buffer in its region.
+    fn range(&self, buffer: Buffer, bytes: usize) -> Result<std::ops::Range<usize>, String> {
+        let start = buffer.offset * self.scale();
+        let fits = bytes <= buffer.bytes * self.scale() && start + bytes <= self.regions[buffer.region as usize].len();
+        if fits { Ok(start..start + bytes) } else { Err(format!("{bytes} bytes do not fit {buffer:?}")) }
+    }
+}
+
+fn poison(bytes: &mut [u8]) {
+    for (i, byte) in bytes.iter_mut().enumerate() {
+        *byte = POISON[i % 4];
+    }
+}
+
+/// Whether two buffers have bytes in common.
+pub(super) fn overlap(a: Buffer, b: Buffer) -> bool {
+    a.region == b.region && a.offset < b.offset + b.bytes && b.offset < a.offset + a.bytes
+}

@@ -1,0 +1,249 @@
+//! The composites, by their formulas.
+
+use dsgc_ir::Tensor;
+
+use super::eval::{floats, ints, tensor};
+use super::real::Real;
+
+type Results = Result<Vec<Tensor>, String>;
+
+/// The row of a table, or why there is none.
+fn row_of(index: i32, rows: usize, what: &str) -> Result<usize, String> {
+    usize::try_from(index)
+        .ok()
+        .filter(|&i| i < rows)
+        .ok_or_else(|| format!("found {what} {index}, expected one of 0 to {} ({rows} rows)", rows as i64 - 1))
+}
+
+pub(super) fn embed<F: Real>(table: &Tensor, indices: &Tensor, shape: &[usize]) -> Results {
+    let (rows, width) = (table.shape[0], table.shape[1]);
+    let all = floats::<F>(table);
+    let mut out = Vec::with_capacity(indices.len() * width);
+    for &index in ints(indices) {
+        let at = row_of(index, rows, "index")? * width;
+        out.extend_from_slice(&all[at..at + width]);
+    }
+    Ok(vec![tensor(shape, out)])
+}
+
+pub(super) fn embed_grad<F: Real>(indices: &Tensor, grad: &Tensor, shape: &[usize]) -> Results {
+    let (rows, width) = (shape[0], shape[1]);
+    let all = floats::<F>(grad);
+    let mut out = vec![F::zero(); rows * width];
+    for (i, &index) in ints(indices).iter().enumerate() {
+        let at = row_of(index, rows, "index")? * width;
+        for k in 0..width {
+            out[at + k] = out[at + k] + all[i * width + k];
+        }
+    }
+    Ok(vec![tensor(shape, out)])
+}
+
+/// Mean and `1 / sqrt(var + eps)` of a row.
+fn moments<F: Real>(row: &[F], eps: f64) -> (F, F) {
+    let n = F::of(row.len() as f64);
+    let mean = sum(row.iter().copied()) / n;
+    let variance = sum(row.iter().map(|&x| (x - mean) * (x - mean))) / n;
+    (mean, F::of(1.0) / (variance + F::of(eps)).sqrt())
+}
+
+fn sum<F: Real>(all: impl Iterator<Item = F>) -> F {
+    all.fold(F::zero(), |a, b| a + b)
+}
+
+pub(super) fn layer_norm<F: Real>(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Results {
+    let (weight, bias) = (floats::<F>(weight), floats::<F>(bias));
+    let mut out = Vec::with_capacity(x.len());
+    for row in floats::<F>(x).chunks(weight.len().max(1)) {
+        let (mean, inverse) = moments(row, eps);
+        out.extend(row.iter().zip(weight).zip(bias).map(|((&x, &w), &b)| (x - mean) * inverse * w + b));
+    }
+    Ok(vec![tensor(&x.shape, out)])
+}
+
+/// With `n = (x - mean) * inverse` and `h = grad * weight`:
+/// `dx = inverse * (h - mean(h) - n * mean(h * n))`, `dw = sum grad * n`, `db = sum grad`.
+pub(super) fn layer_norm_grad<F: Real>(x: &Tensor, weight: &Tensor, grad: &Tensor, eps: f64) -> Results {
+    let shape = &weight.shape;
+    let weight = floats::<F>(weight);
+    let (width, n) = (weight.len(), F::of(weight.len() as f64));
+    let (mut dx, mut dw, mut db) = (Vec::new(), vec![F::zero(); width], vec![F::zero(); width]);
+    for (row, grad) in floats::<F>(x).chunks(width.max(1)).zip(floats::<F>(grad).chunks(width.max(1))) {
+        let (mean, inverse) = moments(row, eps);
+        let normal: Vec<F> = row.iter().map(|&x| (x - mean) * inverse).collect();
+        let h: Vec<F> = grad.iter().zip(weight).map(|(&g, &w)| g * w).collect();
+        let mean_h = sum(h.iter().copied()) / n;
+        let mean_hn = sum(h.iter().zip(&normal).map(|(&h, &x)| h * x)) / n;
+        for i in 0..width {
+            dx.push(inverse * (h[i] - mean_h - normal[i] * mean_hn));
+            dw[i] = dw[i] + grad[i] * normal[i];
+            db[i] = db[i] + grad[i];
+        }
+    }
+    Ok(vec![tensor(&x.shape, dx), tensor(shape, dw), tensor(shape, db)])
+}
+
+/// What attention and its gradient have in common: which query sees which key, and where their rows begin.
+pub(super) struct Heads<'a> {
+    /// `B`, `T`, `H` (heads of queries), `K` (heads of keys), `D`.
+    extents: [usize; 5],
+    segment: &'a [i32],
+    causal: bool,
+    scale: f64,
+}
+
+impl<'a> Heads<'a> {
+    pub(super) fn new(q: &Tensor, k: &Tensor, segment: &'a Tensor, causal: bool, scale: f64) -> Heads<'a> {
+        let extents = [q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3]];
+        Heads { extents, segment: ints(segment), causal, scale }
+    }
+
+    /// The places of the keys that the query at `t` of row `b` sees; none in padding.
+    fn seen(&self, b: usize, t: usize) -> Vec<usize> {
+        let places = self.extents[1];
+        let own = self.segment[b * places + t];
+        let end = if self.causal { t + 1 } else { places };
+        (0..end).filter(|&s| own != 0 && self.segment[b * places + s] == own).collect()
+    }
+
+    /// Every `(row, query head, place)`.
+    fn queries(&self) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
+        let [rows, places, heads, _, _] = self.extents;
+        (0..rows).flat_map(move |b| (0..heads).flat_map(move |h| (0..places).map(move |t| (b, h, t))))
+    }
+
+    /// Where the query begins.
+    fn query(&self, b: usize, t: usize, h: usize) -> usize {
+        let [_, places, heads, _, width] = self.extents;
+        ((b * places + t) * heads + h) * width
+    }
+
+    /// Where the key of a query head begins: `H / K` query heads in a row share one.
+    fn key(&self, b: usize, s: usize, h: usize) -> usize {
+        let [_, places, heads, groups, width] = self.extents;
+        ((b * places + s) * groups + h / (heads / groups)) * width
+    }
+
+    fn dot<F: Real>(&self, a: &[F], at: usize, b: &[F], bt: usize) -> F {
+        sum((0..self.extents[4]).map(|i| a[at + i] * b[bt + i]))
+    }
+
+    /// `q, k, v, segment -> result, log of the divisor`. Rows that see nothing are 0 in both.
+    pub(super) fn forward<F: Real>(&self, args: &[&Tensor]) -> Results {
+        let (q, k, v) = (floats::<F>(args[0]), floats::<F>(args[1]), floats::<F>(args[2]));
+        let [rows, places, heads, _, width] = self.extents;
+        let mut out = vec![F::zero(); q.len()];
+        let mut log_divisor = vec![F::zero(); rows * heads * places];
+        for (b, h, t) in self.queries() {
+            let (seen, query) = (self.seen(b, t), self.query(b, t, h));
+            if seen.is_empty() {
+                continue;
+            }
+            let scores: Vec<F> =
+                seen.iter().map(|&s| F::of(self.scale) * self.dot(q, query, k, self.key(b, s, h))).collect();
+            let most = scores.iter().fold(F::of(f64::NEG_INFINITY), |a, &b| a.larger(b));
+            let divisor = sum(scores.iter().map(|&s| (s - most).exp()));
+            for (&s, &score) in seen.iter().zip(&scores) {
+                let (p, value) = ((score - most).exp() / divisor, self.key(b, s, h));
+                for i in 0..width {
+                    out[query + i] = out[query + i] + p * v[value + i];
+                }
+            }
+            log_divisor[(b * heads + h) * places + t] = most + divisor.ln();
+        }
+        Ok(vec![tensor(&args[0].shape, out), tensor(&[rows, heads, places], log_divisor)])
+    }
+
+    /// `q, k, v, segment, result, log of the divisor, gradient -> dq, dk, dv`, with `p = exp(score - log divisor)`:
+    /// `dv = p g`, `ds = p (g v - g result)`, `dq = scale ds k`, `dk = scale ds q`.
+    pub(super) fn backward<F: Real>(&self, args: &[&Tensor]) -> Results {
+        let (q, k, v) = (floats::<F>(args[0]), floats::<F>(args[1]), floats::<F>(args[2]));
+        let (out, log_divisor, grad) = (floats::<F>(args[4]), floats::<F>(args[5]), floats::<F>(args[6]));
+        let [_, places, heads, _, width] = self.extents;
+        let scale = F::of(self.scale);
+        let (mut dq, mut dk, mut dv) = (vec![F::zero(); q.len()], vec![F::zero(); k.len()], vec![F::zero(); v.len()]);
+        for (b, h, t) in self.queries() {
+            let query = self.query(b, t, h);
+            let delta = self.dot(grad, query, out, query);
+            for s in self.seen(b, t) {
+                let key = self.key(b, s, h);
+                let p = (scale * self.dot(q, query, k, key) - log_divisor[(b * heads + h) * places + t]).exp();
+                let ds = scale * p * (self.dot(grad, query, v, key) - delta);
+                for i in 0..width {
+                    dv[key + i] = dv[key + i] + p * grad[query + i];
+                    dq[query + i] = dq[query + i] + ds * k[key + i];
+                    dk[key + i] = dk[key + i] + ds * q[query + i];
+                }
+            }
+        }
+        Ok(vec![tensor(&args[0].shape, dq), tensor(&args[1].shape, dk), tensor(&args[2].shape, dv)])
+    }
+}
+
+/// The log of the softmax's divisor of a row.
+fn log_divisor<F: Real>(row: &[F]) -> F {
+    let most = row.iter().fold(F::of(f64::NEG_INFINITY), |a, &b| a.larger(b));
+    most + sum(row.iter().map(|&x| (x - most).exp())).ln()
+}
+
+pub(super) fn token_logp<F: Real>(logits: &Tensor, tokens: &Tensor) -> Results {
+    let width = logits.shape.last().copied().unwrap_or(0);
+    let mut out = Vec::with_capacity(tokens.len());
+    for (i, &token) in ints(tokens).iter().enumerate() {
+        let row = &floats::<F>(logits)[i * width..(i + 1) * width];
+        out.push(row[row_of(token, width, "token")?] - log_divisor(row));
+    }
+    Ok(vec![tensor(&tokens.shape, out)])
+}
+
+/// `grad * (one at the token - softmax)`.
+pub(super) fn token_logp_grad<F: Real>(logits: &Tensor, tokens: &Tensor, grad: &Tensor) -> Results {
+    let width = logits.shape.last().copied().unwrap_or(0);
+    let mut out = Vec::with_capacity(logits.len());
+    for (i, (&token, &g)) in ints(tokens).iter().zip(floats::<F>(grad)).enumerate() {
+        let row = &floats::<F>(logits)[i * width..(i + 1) * width];
+        let (at, divisor) = (row_of(token, width, "token")?, log_divisor(row));
+        for (k, &x) in row.iter().enumerate() {
+            let one = if k == at { F::of(1.0) } else { F::zero() };
+            out.push(g * (one - (x - divisor).exp()));
+        }
+    }
+    Ok(vec![tensor(&logits.shape, out)])
+}
+
+/// How many places with the same segment number come before, in the same row.
+pub(super) fn position_in(segment: &Tensor) -> Results {
+    let places = segment.shape[1];
+    let mut out = Vec::with_capacity(segment.len());
+    for row in ints(segment).chunks(places.max(1)) {
+        out.extend((0..row.len()).map(|t| row[..t].iter().filter(|&&s| s == row[t]).count() as i32));
+    }
+    Ok(vec![Tensor::i32(&segment.shape, out)])
+}
+
+/// Settings of the optimizer.
+pub(super) struct Adam {
+    pub(super) beta1: f64,
+    pub(super) beta2: f64,
+    pub(super) eps: f64,
+    pub(super) decay: f64,
+}
+
+/// As `torch.optim.AdamW`: factors that are the same for all elements are computed in double precision.
+pub(super) fn adamw<F: Real>(args: &[&Tensor], settings: Adam) -> Results {
+    let Adam { beta1, beta2, eps, decay } = settings;
+    let (p, g, m, v) = (floats::<F>(args[0]), floats::<F>(args[1]), floats::<F>(args[2]), floats::<F>(args[3]));
+    let (rate, step, factor) = (args[4].scalar(), args[5].scalar(), floats::<F>(args[6])[0]);
+    let (correction1, correction2) = (1.0 - beta1.powf(step), 1.0 - beta2.powf(step));
+    let (keep, step_size, root) = (F::of(1.0 - rate * decay), F::of(rate / correction1), F::of(correction2.sqrt()));
+    let mut out: [Vec<F>; 3] = Default::default();
+    for i in 0..p.len() {
+        let g = g[i] * factor;
+        let m = F::of(beta1) * m[i] + F::of(1.0 - beta1) * g;
+        let v = F::of(beta2) * v[i] + F::of(1.0 - beta2) * g * g;
+        out[0].push(p[i] * keep - step_size * m / (v.sqrt() / root + F::of(eps)));
+        out[1].push(m);
+        out[2].push(v);
+    }
+    Ok(out.into_iter().map(|all| tensor(&args[0].shape, all)).collect())
+}

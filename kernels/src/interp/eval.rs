@@ -1,0 +1,294 @@
+//! The meaning of every op, one arm each; composites are in [`super::composite`].
+//!
+//! Loops in the plainest order, arithmetic in the chosen width, sums in index order. Where IEEE leaves a choice the
+//! answer is PyTorch's: `max`, `min` and their reductions give NaN if any element is; `relu` of NaN is NaN; a cast of
+//! NaN to `bool` is true. Integers wrap; a float too large for an integer becomes the nearest one.
+
+use std::cmp::Ordering;
+
+use dsgc_ir::infer::Contraction;
+use dsgc_ir::{Bindings, DType, Data, Dim, Op, Tensor};
+
+use super::composite;
+use super::real::Real;
+use super::structure::{around, broadcast, choose, concat, offsets, reshape, strides, transpose, window, zeros};
+use crate::random;
+
+/// The results of an op from its operands, or what is wrong with their values.
+///
+/// `shapes` are the results' extents under `dims`. The value of a state stands as the operand of [`Op::Read`]; to
+/// keep the operand of [`Op::Write`] is the caller's business.
+pub(crate) fn eval<F: Real>(
+    op: &Op,
+    args: &[&Tensor],
+    shapes: &[Vec<usize>],
+    dims: &Bindings,
+) -> Result<Vec<Tensor>, String> {
+    let one = |t: Tensor| Ok(vec![t]);
+    let unary = |f: fn(F) -> F| Ok(vec![map(args[0], f)]);
+    match op {
+        Op::Const { value, dtype } => one(scalar::<F>(*value, *dtype)),
+        Op::Size { dim, dtype } => one(scalar::<F>(extent(dim, dims)? as f64, *dtype)),
+        Op::Iota { .. } => one(Tensor::i32(&shapes[0], (0..shapes[0][0] as i32).collect())),
+        Op::Cast { dtype } => one(cast::<F>(args[0], *dtype)),
+        Op::Broadcast { .. } => one(broadcast(args[0], &shapes[0])),
+        Op::Reshape { .. } => one(reshape(args[0], &shapes[0])),
+        Op::Transpose { order } => one(transpose(args[0], &shapes[0], order)),
+        Op::Slice { axis, start, end } => {
+            let (first, last, own) = (extent(start, dims)?, extent(end, dims)?, args[0].shape[*axis]);
+            if first > last || last > own {
+                return Err(format!("slice {start}:{end} is {first}:{last}, but the dim is {own}"));
+            }
+            one(window(args[0], &shapes[0], *axis, first as i64))
+        }
+        Op::Pad { axis, before, after } => {
+            extent(after, dims)?;
+            one(window(args[0], &shapes[0], *axis, -(extent(before, dims)? as i64)))
+        }
+        Op::Concat { axis } => one(concat::<F>(args, &shapes[0], *axis)),
+        Op::Stop {} => one(args[0].clone()),
+
+        Op::Add {} => arithmetic::<F>(args, |a, b| a + b, |a, b| Some(a.wrapping_add(b))),
+        Op::Sub {} => arithmetic::<F>(args, |a, b| a - b, |a, b| Some(a.wrapping_sub(b))),
+        Op::Mul {} => arithmetic::<F>(args, |a, b| a * b, |a, b| Some(a.wrapping_mul(b))),
+        Op::Div {} => arithmetic::<F>(args, |a, b| a / b, |a, b| (b != 0).then(|| a.wrapping_div(b))),
+        Op::Max {} => arithmetic::<F>(args, F::larger, |a, b| Some(a.max(b))),
+        Op::Min {} => arithmetic::<F>(args, F::smaller, |a, b| Some(a.min(b))),
+        Op::Pow {} => arithmetic::<F>(args, F::powf, |_, _| None),
+        Op::Neg {} => one(signed::<F>(args[0], |x| -x, i32::wrapping_neg)),
+        Op::Abs {} => one(signed::<F>(args[0], F::abs, i32::wrapping_abs)),
+        Op::Exp {} => unary(F::exp),
+        Op::Log {} => unary(F::ln),
+        Op::Sqrt {} => unary(F::sqrt),
+        Op::Tanh {} => unary(F::tanh),
+        Op::Sigmoid {} => unary(F::sigmoid),
+        // With exp(-|x|) nothing overflows.
+        Op::LogSigmoid {} => unary(|x| x.smaller(F::zero()) - (-x.abs()).exp().ln_1p()),
+        Op::Relu {} => unary(|x| x.larger(F::zero())),
+        Op::Gelu {} => unary(|x| F::of(0.5) * x * (F::of(1.0) + (x * F::of(std::f64::consts::FRAC_1_SQRT_2)).erf())),
+        Op::GeluTanh {} => unary(|x| {
+            let inner = F::of((2.0 / std::f64::consts::PI).sqrt()) * (x + F::of(0.044715) * x * x * x);
+            F::of(0.5) * x * (F::of(1.0) + inner.tanh())
+        }),
+        Op::Silu {} => unary(|x| x * x.sigmoid()),
+        Op::Erf {} => unary(F::erf),
+
+        Op::Eq {} => one(compare::<F>(args, |o| o == Some(Ordering::Equal))),
+        Op::Ne {} => one(compare::<F>(args, |o| o != Some(Ordering::Equal))),
+        Op::Lt {} => one(compare::<F>(args, |o| o == Some(Ordering::Less))),
+        Op::Le {} => one(compare::<F>(args, |o| matches!(o, Some(Ordering::Less | Ordering::Equal)))),
+        Op::And {} => one(logic(args, |a, b| a && b)),
+        Op::Or {} => one(logic(args, |a, b| a || b)),
+        Op::Not {} => one(logic(&[args[0], args[0]], |a, _| !a)),
+        Op::Where {} => one(choose(bools(args[0]), args[1], args[2])),
+
+        Op::Contract { spec } => one(contract::<F>(&Contraction::parse(spec)?, args[0], args[1], &shapes[0])),
+        Op::ReduceSum { axes } => one(reduce::<F>(args[0], axes, (F::zero(), |a, b| a + b), (0, i32::wrapping_add))),
+        Op::ReduceMax { axes } => {
+            one(reduce::<F>(args[0], axes, (F::of(f64::NEG_INFINITY), F::larger), (i32::MIN, Ord::max)))
+        }
+        Op::ReduceMin { axes } => {
+            one(reduce::<F>(args[0], axes, (F::of(f64::INFINITY), F::smaller), (i32::MAX, Ord::min)))
+        }
+        Op::Cumsum { axis, reverse } => one(match &args[0].data {
+            Data::I32(v) => Tensor::i32(&args[0].shape, running(v, &args[0].shape, *axis, *reverse, i32::wrapping_add)),
+            Data::F32(_) | Data::F64(_) | Data::Bool(_) | Data::Key(_) => {
+                tensor(&args[0].shape, running(floats::<F>(args[0]), &args[0].shape, *axis, *reverse, |a, b| a + b))
+            }
+        }),
+
+        Op::Embed {} => composite::embed::<F>(args[0], args[1], &shapes[0]),
+        Op::EmbedGrad { .. } => composite::embed_grad::<F>(args[0], args[1], &shapes[0]),
+        Op::LayerNorm { eps } => composite::layer_norm::<F>(args[0], args[1], args[2], *eps),
+        Op::LayerNormGrad { eps } => composite::layer_norm_grad::<F>(args[0], args[1], args[2], *eps),
+        Op::Attention { causal, scale } => {
+            composite::Heads::new(args[0], args[1], args[3], *causal, *scale).forward::<F>(args)
+        }
+        Op::AttentionGrad { causal, scale } => {
+            composite::Heads::new(args[0], args[1], args[3], *causal, *scale).backward::<F>(args)
+        }
+        Op::TokenLogp {} => composite::token_logp::<F>(args[0], args[1]),
+        Op::TokenLogpGrad {} => composite::token_logp_grad::<F>(args[0], args[1], args[2]),
+        Op::PositionIn {} => composite::position_in(args[0]),
+
+        Op::Fold { data } => {
+            let folded = keys(args[0]).iter().map(|&key| random::fold(key, *data)).collect();
+            one(Tensor::new(&args[0].shape, Data::Key(folded)))
+        }
+        Op::RandomNormal { mean, std, .. } => {
+            one(draw::<F>(args[0], &shapes[0], |words| F::of(random::normal(words, *mean, *std))))
+        }
+        Op::RandomUniform { low, high, .. } => {
+            one(draw::<F>(args[0], &shapes[0], |words| F::uniform(words, *low, *high)))
+        }
+        Op::Adamw { beta1, beta2, eps, decay } => {
+            composite::adamw::<F>(args, composite::Adam { beta1: *beta1, beta2: *beta2, eps: *eps, decay: *decay })
+        }
+        Op::Read { .. } => one(args[0].clone()),
+        Op::Write { .. } => Ok(vec![]),
+    }
+}
+
+/// The value of a dim at launch.
+pub(crate) fn extent(dim: &Dim, dims: &Bindings) -> Result<usize, String> {
+    let n = dim.eval(dims).map_err(|s| format!("no input shows how large `{s}` is"))?;
+    usize::try_from(n).map_err(|_| format!("the dim {dim} is {n}"))
+}
+
+// The elements of a verified op's operands have the types that `infer` asked for.
+
+pub(crate) fn floats<F: Real>(tensor: &Tensor) -> &[F] {
+    F::of_data(&tensor.data).unwrap_or_else(|| panic!("bug: {} where floats are inferred", tensor.dtype()))
+}
+
+pub(crate) fn ints(tensor: &Tensor) -> &[i32] {
+    if let Data::I32(v) = &tensor.data { v } else { panic!("bug: {} where i32 is inferred", tensor.dtype()) }
+}
+
+fn bools(tensor: &Tensor) -> &[bool] {
+    if let Data::Bool(v) = &tensor.data { v } else { panic!("bug: {} where bool is inferred", tensor.dtype()) }
+}
+
+fn keys(tensor: &Tensor) -> &[random::Key] {
+    if let Data::Key(v) = &tensor.data { v } else { panic!("bug: {} where key is inferred", tensor.dtype()) }
+}
+
+pub(crate) fn tensor<F: Real>(shape: &[usize], elements: Vec<F>) -> Tensor {
+    Tensor::new(shape, F::into_data(elements))
+}
+
+fn scalar<F: Real>(value: f64, dtype: DType) -> Tensor {
+    cast::<F>(&Tensor::f64(&[], vec![value]), dtype)
+}
+
+fn cast<F: Real>(x: &Tensor, dtype: DType) -> Tensor {
+    if let (Data::I32(_), DType::I32) | (Data::Bool(_), DType::Bool) | (Data::Key(_), _) = (&x.data, dtype) {
+        return x.clone();
+    }
+    // Every number of every type is a double.
+    let all = x.to_f64();
+    let data = match dtype {
+        DType::F32 => F::into_data(all.into_iter().map(F::of).collect()),
+        DType::I32 => Data::I32(all.into_iter().map(|x| x as i32).collect()),
+        DType::Bool => Data::Bool(all.into_iter().map(|x| x != 0.0).collect()),
+        DType::Key => return zeros::<F>(dtype, &x.shape),
+    };
+    Tensor::new(&x.shape, data)
+}
+
+fn map<F: Real>(x: &Tensor, f: fn(F) -> F) -> Tensor {
+    tensor(&x.shape, floats::<F>(x).iter().map(|&x| f(x)).collect())
+}
+
+fn signed<F: Real>(x: &Tensor, float: fn(F) -> F, int: fn(i32) -> i32) -> Tensor {
+    match &x.data {
+        Data::I32(v) => Tensor::i32(&x.shape, v.iter().map(|&x| int(x)).collect()),
+        Data::F32(_) | Data::F64(_) | Data::Bool(_) | Data::Key(_) => map(x, float),
+    }
+}
+
+fn arithmetic<F: Real>(
+    args: &[&Tensor],
+    float: fn(F, F) -> F,
+    int: fn(i32, i32) -> Option<i32>,
+) -> Result<Vec<Tensor>, String> {
+    let shape = &args[0].shape;
+    if let (Data::I32(a), Data::I32(b)) = (&args[0].data, &args[1].data) {
+        let all: Option<Vec<i32>> = a.iter().zip(b).map(|(&a, &b)| int(a, b)).collect();
+        return Ok(vec![Tensor::i32(shape, all.ok_or("an integer is divided by zero")?)]);
+    }
+    let (a, b) = (floats::<F>(args[0]), floats::<F>(args[1]));
+    Ok(vec![tensor(shape, a.iter().zip(b).map(|(&a, &b)| float(a, b)).collect())])
+}
+
+fn compare<F: Real>(args: &[&Tensor], holds: fn(Option<Ordering>) -> bool) -> Tensor {
+    fn each<T: PartialOrd>(a: &[T], b: &[T], holds: fn(Option<Ordering>) -> bool) -> Vec<bool> {
+        a.iter().zip(b).map(|(a, b)| holds(a.partial_cmp(b))).collect()
+    }
+    let all = match (&args[0].data, &args[1].data) {
+        (Data::I32(a), Data::I32(b)) => each(a, b, holds),
+        (Data::Bool(a), Data::Bool(b)) => each(a, b, holds),
+        (_, _) => each(floats::<F>(args[0]), floats::<F>(args[1]), holds),
+    };
+    Tensor::bool(&args[0].shape, all)
+}
+
+fn logic(args: &[&Tensor], f: fn(bool, bool) -> bool) -> Tensor {
+    Tensor::bool(&args[0].shape, bools(args[0]).iter().zip(bools(args[1])).map(|(&a, &b)| f(a, b)).collect())
+}
+
+fn contract<F: Real>(labels: &Contraction, lhs: &Tensor, rhs: &Tensor, shape: &[usize]) -> Tensor {
+    let summed: Vec<char> = labels.lhs.iter().copied().filter(|c| !labels.out.contains(c)).collect();
+    let extents: Vec<usize> = summed
+        .iter()
+        .map(|c| labels.lhs.iter().zip(&lhs.shape).find(|(l, _)| *l == c).map_or(0, |(_, &n)| n))
+        .collect();
+    // Offsets in an operand as the given letters run; a letter it lacks leaves it in place.
+    let walk = |letters: &[char], shape: &[usize], own: &[char], operand: &Tensor| {
+        let steps = strides(&operand.shape);
+        let steps: Vec<usize> =
+            letters.iter().map(|c| own.iter().position(|o| o == c).map_or(0, |i| steps[i])).collect();
+        offsets(shape, &steps)
+    };
+    let (outer_l, outer_r) = (walk(&labels.out, shape, &labels.lhs, lhs), walk(&labels.out, shape, &labels.rhs, rhs));
+    let (inner_l, inner_r) = (walk(&summed, &extents, &labels.lhs, lhs), walk(&summed, &extents, &labels.rhs, rhs));
+    let (a, b) = (floats::<F>(lhs), floats::<F>(rhs));
+    let sum_at = |l: usize, r: usize| {
+        let mut sum = F::zero();
+        for (i, j) in inner_l.iter().zip(&inner_r) {
+            sum = sum + a[l + i] * b[r + j];
+        }
+        sum
+    };
+    tensor(shape, outer_l.into_iter().zip(outer_r).map(|(l, r)| sum_at(l, r)).collect())
+}
+
+fn reduce<F: Real>(
+    x: &Tensor,
+    axes: &[usize],
+    (start, step): (F, fn(F, F) -> F),
+    (int_start, int_step): (i32, fn(i32, i32) -> i32),
+) -> Tensor {
+    fn each<T: Copy>(all: &[T], to: &[usize], len: usize, start: T, step: fn(T, T) -> T) -> Vec<T> {
+        let mut out = vec![start; len];
+        for (&x, &at) in all.iter().zip(to) {
+            out[at] = step(out[at], x);
+        }
+        out
+    }
+    let kept: Vec<usize> = (0..x.shape.len()).filter(|i| !axes.contains(i)).collect();
+    let shape: Vec<usize> = kept.iter().map(|&i| x.shape[i]).collect();
+    let mut steps = vec![0; x.shape.len()];
+    for (&i, stride) in kept.iter().zip(strides(&shape)) {
+        steps[i] = stride;
+    }
+    let (to, len) = (offsets(&x.shape, &steps), shape.iter().product());
+    match &x.data {
+        Data::I32(v) => Tensor::i32(&shape, each(v, &to, len, int_start, int_step)),
+        Data::F32(_) | Data::F64(_) | Data::Bool(_) | Data::Key(_) => {
+            tensor(&shape, each(floats::<F>(x), &to, len, start, step))
+        }
+    }
+}
+
+fn running<T: Copy>(all: &[T], shape: &[usize], axis: usize, reverse: bool, add: fn(T, T) -> T) -> Vec<T> {
+    let (outer, inner) = around(shape, axis);
+    let extent = shape[axis];
+    let mut out = all.to_vec();
+    for o in 0..outer {
+        for k in 0..inner {
+            let at = |i: usize| (o * extent + if reverse { extent - 1 - i } else { i }) * inner + k;
+            for i in 1..extent {
+                out[at(i)] = add(out[at(i - 1)], out[at(i)]);
+            }
+        }
+    }
+    out
+}
+
+fn draw<F: Real>(key: &Tensor, shape: &[usize], number: impl Fn([u32; 2]) -> F) -> Tensor {
+    let key = keys(key)[0];
+    let inner = shape.iter().skip(1).product();
+    let n = shape.iter().product();
+    tensor(shape, (0..n).map(|i| number(random::words(key, i, inner))).collect())
+}

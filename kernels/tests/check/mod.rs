@@ -1,0 +1,62 @@
+//! What tests of ops share: programs from text, tensors from numbers, and a run in every mode of the interpreter.
+
+use dsgc_ir::verify::Planned;
+use dsgc_ir::{Bindings, DType, Data, Program, Tensor, Type, parse};
+use dsgc_kernels::Device;
+use dsgc_kernels::interp::apart::plan_apart;
+use dsgc_kernels::interp::{Interp, Precision};
+
+/// A program with one graph `@g` from its parameters and lines; it returns the results of the last line, by name.
+pub fn program(params: &str, lines: &str) -> Program {
+    let last = lines.lines().last().unwrap_or("");
+    let results = last.split_once('=').map_or("", |(results, _)| results);
+    let returned: Vec<String> =
+        results.split(',').map(str::trim).filter(|r| !r.is_empty()).map(|r| format!("{}={r}", &r[1..])).collect();
+    let text = format!("level logical\ngraph @g({params}) {{\n{lines}\nreturn {}\n}}\n", returned.join(", "));
+    parse(&text).unwrap_or_else(|e| panic!("{e:?} in\n{text}"))
+}
+
+/// A tensor of a type with constant dims; a key is two numbers.
+pub fn tensor(ty: &Type, numbers: &[f64]) -> Tensor {
+    let shape = ty.shape(&Bindings::new()).unwrap_or_else(|s| panic!("{ty} has the symbol {s}"));
+    let data = match ty.dtype {
+        DType::F32 => Data::F64(numbers.to_vec()),
+        DType::I32 => Data::I32(numbers.iter().map(|&x| x as i32).collect()),
+        DType::Bool => Data::Bool(numbers.iter().map(|&x| x != 0.0).collect()),
+        DType::Key => Data::Key(numbers.chunks(2).map(|k| [k[0] as u32, k[1] as u32]).collect()),
+    };
+    Tensor::new(&shape, data)
+}
+
+/// The numbers of a tensor; the words of keys.
+pub fn numbers(tensor: &Tensor) -> Vec<f64> {
+    match &tensor.data {
+        Data::Key(v) => v.iter().flatten().map(|&w| f64::from(w)).collect(),
+        Data::F32(_) | Data::F64(_) | Data::I32(_) | Data::Bool(_) => tensor.to_f64(),
+    }
+}
+
+/// Runs `@g` on numbers for its inputs in one mode.
+pub fn run(mut interp: Interp, given: &[&[f64]]) -> Result<Vec<Tensor>, String> {
+    let graph = interp.program().graph("g").expect("the graph is called g").clone();
+    let named: Vec<(&str, Tensor)> =
+        graph.inputs().zip(given).map(|(v, x)| (graph.name_of(v), tensor(graph.ty(v), x))).collect();
+    let named: Vec<(&str, &Tensor)> = named.iter().map(|(n, t)| (*n, t)).collect();
+    Ok(interp.run("g", &named).map_err(|e| e.message)?.into_iter().map(|(_, t)| t).collect())
+}
+
+/// A session in every mode, with the tolerance of its width.
+pub fn modes(program: &Program) -> Vec<(&'static str, f64, Interp)> {
+    let planned = || Planned::new(plan_apart(program.clone())).unwrap_or_else(|f| panic!("{f} in\n{program}"));
+    vec![
+        ("f32", 2e-6, Interp::new(program.clone(), Precision::F32)),
+        ("f64", 1e-11, Interp::new(program.clone(), Precision::F64)),
+        ("f32 in the arena", 2e-6, Interp::planned(planned(), Precision::F32)),
+        ("f64 in the arena", 1e-11, Interp::planned(planned(), Precision::F64)),
+    ]
+}
+
+/// Whether two numbers are equal within a tolerance, relative above 1; NaN equals NaN.
+pub fn near(a: f64, b: f64, tolerance: f64) -> bool {
+    a == b || (a.is_nan() && b.is_nan()) || (a - b).abs() <= tolerance * b.abs().max(1.0)
+}
