@@ -1,1 +1,31 @@
-//! yaml.
+//! The YAML language of dsgc, and its standard library.
+//!
+//! ```text
+//! text --node--> spanned tree --document, expr--> syntax trees --...--> ir::Program
+//! ```
+//!
+//! [`document::parse`] reads one of the four kinds of documents (a pipeline, a model, a recipe, functions) into a
+//! syntax tree in which every name, number and expression knows its line and column. Nothing is looked up yet. All
+//! errors of a file are collected and come as [`Diag`](dsgc_ir::diag::Diag)s; [`render`] shows them with the lines
+//! they speak of.
+//!
+//! The keys of every mapping stand in a [`schema::Table`] beside its reader. Readers know no other keys, and what a
+//! key means is written there and nowhere else.
+
+pub mod document;
+pub mod expr;
+pub mod foreign;
+pub mod functions;
+pub mod graph;
+pub mod library;
+pub mod literal;
+pub mod model;
+pub mod node;
+pub mod pipeline;
+pub mod plan;
+mod reader;
+pub mod recipe;
+pub mod render;
+pub mod schema;
+pub mod text;
+mod yaml_error;
