@@ -1,6 +1,7 @@
 //! The order of the passes, and what each one promises.
 
 use dsgc_ir::diag::Diag;
+use dsgc_ir::verify::verify;
 use dsgc_ir::{Planned, Program, Target};
 
 use crate::{autodiff, canonicalize, infer};
@@ -58,6 +59,11 @@ pub fn compile(program: Program, context: &PassContext, observe: Observer) -> Re
     let mut program = program;
     for pass in PIPELINE {
         let next = (pass.run)(program.clone(), context)?;
+        if cfg!(debug_assertions)
+            && let Err(fault) = verify(&next)
+        {
+            panic!("bug: after the pass `{}`: {fault}", pass.name);
+        }
         observe(pass, &program, &next);
         program = next;
     }

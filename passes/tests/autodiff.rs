@@ -118,8 +118,13 @@ fn scalar(x: f64) -> Tensor {
     Tensor::new(&[], Data::F64(vec![x]))
 }
 
-/// Trains three steps on four rows; outputs of every step, then all states that all cuts have.
-fn train(micro: usize) -> (Vec<BTreeMap<String, f64>>, BTreeMap<String, Vec<f64>>, Program) {
+/// Outputs of a step, by name.
+type Outputs = BTreeMap<String, f64>;
+/// States by name.
+type States = BTreeMap<String, Vec<f64>>;
+
+/// Trains three steps on four rows; outputs of every step, all states that every cut has, and the program.
+fn train(micro: usize) -> (Vec<Outputs>, States, Program) {
     let program = differentiate(program(LOSS, micro)).unwrap_or_else(|e| panic!("{e}"));
     let Statement::For { body, .. } = &program.stage.plan[0] else { panic!("the plan begins with `for`") };
     let Statement::Update(update) = &body[0] else { panic!("the body is an update") };
