@@ -7,16 +7,19 @@
 //! ```
 //!
 //! States lie one after the other in the persistent region. A read is its state's own bytes, a view its operand's; a
-//! value that is written to a state is made in the state's place where nobody reads the old value any more; an
-//! elementwise result takes the place of an operand that dies. What is left is packed by live range: best fit in four
+//! value that is written to a state is made in the state's place where nobody reads the old value any more (an old value
+//! that is used after the write is copied before it); an elementwise result takes the place of an operand that dies. What is left is packed by live range: best fit in four
 //! orders, of which the smallest plan is kept. Sizes are those at the upper bounds of all dims. The peak is exact, as
 //! the device has no other memory.
 
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::verify::{last_uses, root};
-use dsgc_ir::{Arena, Bindings, Buffer, Class, Graph, Level, Op, OpId, Program, Region, Target, Type, Value};
+use dsgc_ir::{
+    Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpId, Program, Region, StateId, Target, Type, Value,
+};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
+use crate::rebuild::Rebuild;
 
 /// The pass.
 pub const PASS: Pass = Pass {
@@ -40,7 +43,7 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         state.buffer = Some(Buffer { region: Region::Persistent, offset: arena.persistent, bytes });
         arena.persistent += bytes.next_multiple_of(target.alignment());
     }
-    let mut graphs = std::mem::take(&mut program.graphs);
+    let mut graphs: Vec<Graph> = program.graphs.iter().map(|g| with_copies(g, &program)).collect();
     let mut limit = Vec::new();
     for graph in &mut graphs {
         let bounds = graph.upper_bounds();
@@ -83,6 +86,35 @@ fn missing_kernels(graph: &Graph, target: &dyn Target) -> Vec<Diag> {
         }
     }
     all
+}
+
+/// The graph with copies of old values of states that are used after their state is written.
+fn with_copies(graph: &Graph, program: &Program) -> Graph {
+    let mut direct: Vec<u32> = vec![0; graph.values().len()];
+    for (id, op) in graph.ops() {
+        for arg in &op.args {
+            direct[arg.0 as usize] = id.0;
+        }
+    }
+    for (_, output) in &graph.outputs {
+        direct[output.0 as usize] = graph.len() as u32;
+    }
+    let is_old =
+        |v: Value, state: StateId| graph.def(root(graph, v)).is_some_and(|d| graph.op(d).op == Op::Read { state });
+    let mut rebuild = Rebuild::same(graph);
+    for (id, op) in graph.ops() {
+        if let Op::Write { state } = op.op {
+            for old in graph.values().filter(|&v| direct[v.0 as usize] > id.0 && is_old(v, state)) {
+                let Some(now) = rebuild.find(old) else { continue };
+                let mut b = Builder::new(&mut rebuild.new, op.site.clone());
+                let shape = b.ty(now).dims;
+                let copy = b.one(Op::Broadcast { shape }, &[now]);
+                rebuild.set(old, copy);
+            }
+        }
+        rebuild.copy(op, program);
+    }
+    rebuild.finish()
 }
 
 /// Bytes that one or more values share, from the first one's definition to the last one's last use.
