@@ -12,6 +12,7 @@ use crate::diag::Span;
 
 /// One stage of a pipeline.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Stage {
     /// The stage's name in the pipeline, e.g. `sft`.
     pub name: String,
@@ -109,6 +110,7 @@ pub struct TensorRules {
 /// Each sequence `s` of source `d` gives a batch the tensors `s.tokens: i32[B, T]`, `s.segment: i32[B, T]` (1 where
 /// there is text, 0 on padding) and `s.trained: bool[B, T]`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Source {
     /// Name in the recipe, e.g. `text` or `pairs`.
     pub name: String,

@@ -1,9 +1,10 @@
 //! The order of the passes, and what each one promises.
 
 use dsgc_ir::diag::Diag;
+use dsgc_ir::verify::verify;
 use dsgc_ir::{Planned, Program, Target};
 
-use crate::{canonicalize, infer};
+use crate::{autodiff, canonicalize, infer};
 
 /// What a program satisfies at a point of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -48,7 +49,7 @@ pub struct Pass {
 }
 
 /// Every pass in the order it runs. Read this first.
-pub const PIPELINE: &[Pass] = &[infer::PASS, canonicalize::PASS];
+pub const PIPELINE: &[Pass] = &[infer::PASS, canonicalize::PASS, autodiff::PASS, canonicalize::PASS];
 
 /// What is told of a pass that has run: the pass, and the program before and after it.
 pub type Observer<'a> = &'a mut dyn FnMut(&Pass, &Program, &Program);
@@ -58,6 +59,11 @@ pub fn compile(program: Program, context: &PassContext, observe: Observer) -> Re
     let mut program = program;
     for pass in PIPELINE {
         let next = (pass.run)(program.clone(), context)?;
+        if cfg!(debug_assertions)
+            && let Err(fault) = verify(&next)
+        {
+            panic!("bug: after the pass `{}`: {fault}", pass.name);
+        }
         observe(pass, &program, &next);
         program = next;
     }

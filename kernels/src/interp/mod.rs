@@ -22,9 +22,11 @@ mod composite;
 mod eval;
 mod real;
 mod structure;
+mod target;
 
 use arena::{Memory, overlap};
 use real::Real;
+pub use target::InterpTarget;
 
 /// Width of floats.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -231,13 +231,11 @@ pub fn vjp(
         Op::Contract { spec } => {
             let labels = Contraction::parse(spec)?;
             if want(0) {
-                let grad =
-                    Contraction { lhs: labels.out.clone(), rhs: labels.rhs.clone(), out: labels.lhs.clone() };
+                let grad = Contraction { lhs: labels.out.clone(), rhs: labels.rhs.clone(), out: labels.lhs.clone() };
                 grads[0] = Some(b.one(Op::Contract { spec: grad.spec() }, &[dy, args[1]]));
             }
             if want(1) {
-                let grad =
-                    Contraction { lhs: labels.out.clone(), rhs: labels.lhs.clone(), out: labels.rhs.clone() };
+                let grad = Contraction { lhs: labels.out.clone(), rhs: labels.lhs.clone(), out: labels.rhs.clone() };
                 grads[1] = Some(b.one(Op::Contract { spec: grad.spec() }, &[dy, args[0]]));
             }
         }
@@ -319,7 +317,6 @@ fn restore(b: &mut Builder, reduced: Value, like: Value, axes: &[usize]) -> Valu
     let full = b.ty(like).dims;
     let kept: Vec<Dim> =
         full.iter().enumerate().map(|(i, d)| if axes.contains(&i) { Dim::from(1i64) } else { d.clone() }).collect();
-    let shaped =
-        if b.ty(reduced).dims == kept { reduced } else { b.one(Op::Reshape { shape: kept }, &[reduced]) };
+    let shaped = if b.ty(reduced).dims == kept { reduced } else { b.one(Op::Reshape { shape: kept }, &[reduced]) };
     b.stretch(shaped, &full)
 }

@@ -1,0 +1,30 @@
+//! What passes must know of the interpreter.
+
+use dsgc_ir::{Bindings, Op, Target, Type};
+
+/// The interpreter as a device to plan for: it has every kernel, needs no workspace and has no limit.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct InterpTarget;
+
+impl Target for InterpTarget {
+    fn name(&self) -> &str {
+        "interp"
+    }
+
+    /// A cache line, as on the CPU, so that plans look alike.
+    fn alignment(&self) -> usize {
+        64
+    }
+
+    fn missing_kernel(&self, _: &Op, _: &[Type]) -> Option<String> {
+        None
+    }
+
+    fn workspace(&self, _: &Op, _: &[Type], _: &Bindings) -> usize {
+        0
+    }
+
+    fn memory(&self) -> Option<usize> {
+        None
+    }
+}
