@@ -24,6 +24,8 @@ use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::stage::{EvaluateSteps, Statement, Training, Update, UpdateSteps};
 use dsgc_ir::{Builder, DType, Graph, Op, Program, Site, StateId, StateKind, Type, Value};
 
+use update::Layers;
+
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::rebuild::{Rebuild, without_dead_ops};
 
@@ -64,7 +66,7 @@ struct Derive {
     /// Role and loss graph -> how the update runs.
     updates: BTreeMap<(String, String), UpdateSteps>,
     /// Role -> parameters that its `apply` graph updates.
-    applied: BTreeMap<String, BTreeSet<StateId>>,
+    applied: BTreeMap<String, Layers>,
 }
 
 /// Rows per call and per optimizer step of the batches that an update sees.
@@ -135,25 +137,25 @@ impl Derive {
     }
 
     /// The role's `apply` graph, for all parameters that any loss so far gives a gradient.
-    fn apply(&mut self, program: &mut Program, training: &Training, params: BTreeSet<StateId>) -> String {
+    fn apply(&mut self, program: &mut Program, training: &Training, params: Layers) -> String {
         let name = format!("{}.apply", training.role);
         let all = self.applied.entry(training.role.clone()).or_default();
         all.extend(params);
+        let all = &*all;
         program.graphs.retain(|g| g.name != name);
         let mut graph = Graph::new(&name);
         let settings = update::inputs(&mut graph);
         let mut gradients = BTreeMap::new();
-        for &param in all.iter() {
+        for &param in all.keys() {
             let accumulator = update::companion(program, param, "grad");
-            let state = program.state(param);
-            let mut b = Builder::new(&mut graph, update::site(state.span));
-            gradients.insert(param, b.read(accumulator, &state.ty));
+            let mut b = Builder::new(&mut graph, update::site(program, param, all));
+            gradients.insert(param, b.read(accumulator, &program.state(param).ty));
         }
-        update::append(&mut graph, program, training, settings, &gradients);
-        for &param in all.iter() {
+        update::append(&mut graph, program, training, settings, &gradients, all);
+        for &param in all.keys() {
             let accumulator = update::companion(program, param, "grad");
             let state = program.state(param);
-            let mut b = Builder::new(&mut graph, update::site(state.span));
+            let mut b = Builder::new(&mut graph, update::site(program, param, all));
             let zero = b.fill(0.0, &state.ty.dims);
             b.write(accumulator, &state.ty, zero);
         }
@@ -187,8 +189,9 @@ fn whole(program: &mut Program, graph: &Graph, training: &Training, loss: Value)
     let loss = rebuild.get(loss);
     let mut step = rebuild.new;
     let one = Builder::new(&mut step, Site::default()).fill(1.0, &[]);
-    let gradients = gradients_of_params(&mut step, program, &training.role, &[(loss, one)])?;
-    update::append(&mut step, program, training, settings, &gradients);
+    let layers = update::layers(graph);
+    let gradients = gradients_of_params(&mut step, program, &training.role, &[(loss, one)], &layers)?;
+    update::append(&mut step, program, training, settings, &gradients, &layers);
     Ok(without_dead_ops(&step, program))
 }
 
@@ -198,6 +201,7 @@ fn gradients_of_params(
     program: &Program,
     role: &str,
     seeds: &[(Value, Value)],
+    layers: &Layers,
 ) -> Result<BTreeMap<StateId, Value>, Diag> {
     let reads: Vec<(StateId, Value)> = graph
         .ops()
@@ -214,7 +218,7 @@ fn gradients_of_params(
         let sum = match gradients.get(&state) {
             None => gradient,
             Some(&so_far) => {
-                Builder::new(graph, update::site(program.state(state).span)).one(Op::Add {}, &[so_far, gradient])
+                Builder::new(graph, update::site(program, state, layers)).one(Op::Add {}, &[so_far, gradient])
             }
         };
         gradients.insert(state, sum);

@@ -7,6 +7,7 @@ pub mod autodiff;
 pub mod canonicalize;
 pub mod infer;
 mod pipeline;
+pub mod plan_memory;
 mod rebuild;
 
 pub use pipeline::{Fact, Numerics, PIPELINE, Pass, PassContext, compile};

@@ -4,7 +4,7 @@ use dsgc_ir::diag::Diag;
 use dsgc_ir::verify::verify;
 use dsgc_ir::{Planned, Program, Target};
 
-use crate::{autodiff, canonicalize, infer};
+use crate::{autodiff, canonicalize, infer, plan_memory};
 
 /// What a program satisfies at a point of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,7 +49,7 @@ pub struct Pass {
 }
 
 /// Every pass in the order it runs. Read this first.
-pub const PIPELINE: &[Pass] = &[infer::PASS, canonicalize::PASS, autodiff::PASS, canonicalize::PASS];
+pub const PIPELINE: &[Pass] = &[infer::PASS, canonicalize::PASS, autodiff::PASS, canonicalize::PASS, plan_memory::PASS];
 
 /// What is told of a pass that has run: the pass, and the program before and after it.
 pub type Observer<'a> = &'a mut dyn FnMut(&Pass, &Program, &Program);

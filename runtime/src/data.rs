@@ -19,6 +19,7 @@ mod order;
 mod rows;
 
 pub use batch::Batch;
+pub use rows::columns_of_file;
 
 use dsgc_hf::Tokenizer;
 use dsgc_ir::diag::Diag;

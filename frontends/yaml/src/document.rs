@@ -23,15 +23,42 @@ pub enum Document {
     Pipeline(Box<Pipeline>),
 }
 
+impl Document {
+    /// What it is, for messages: `a model`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Document::Model(_) => "a model",
+            Document::Recipe(_) => "a recipe",
+            Document::Functions(_) => "functions",
+            Document::Pipeline(_) => "a pipeline",
+        }
+    }
+}
+
 /// The kinds of documents: their first key, and the table of all keys.
 pub const KINDS: [(&str, &Table); 4] =
     [("model", &MODEL), ("recipe", &RECIPE), ("functions", &FUNCTIONS), ("dsgc", &PIPELINE)];
 
 /// Reads a document. `name` is what messages call the file; all errors of the file come at once.
 pub fn parse(sources: &mut Sources, name: &str, text: &str) -> Result<Document, Vec<Diag>> {
+    parse_with(sources, name, text, |_, _| {})
+}
+
+/// [`parse`], with a change to the tree before anything is read from it: what `--set` puts in is checked as if it stood
+/// in the file.
+pub(crate) fn parse_with(
+    sources: &mut Sources,
+    name: &str,
+    text: &str,
+    change: impl FnOnce(&mut Node, &mut Vec<Diag>),
+) -> Result<Document, Vec<Diag>> {
     let source = sources.add(name, text);
     let mut reader = Reader::default();
-    let document = node::parse(source, text, &mut reader.errors).and_then(|node| read(&mut reader, &node));
+    let tree = node::parse(source, text, &mut reader.errors);
+    let document = tree.and_then(|mut node| {
+        change(&mut node, &mut reader.errors);
+        read(&mut reader, &node)
+    });
     match document {
         Some(document) if reader.errors.is_empty() => Ok(document),
         _ => {

@@ -13,12 +13,14 @@
 //! key means is written there and nowhere else.
 
 pub mod document;
+pub mod eval;
 pub mod expr;
 pub mod foreign;
 pub mod functions;
 pub mod graph;
 pub mod library;
 pub mod literal;
+pub mod load;
 pub mod model;
 pub mod node;
 pub mod pipeline;

@@ -18,8 +18,8 @@ pub struct Pipeline {
     pub doc: Option<Word>,
     /// Folder for results.
     pub output_dir: Option<Word>,
-    /// Seed of everything random.
-    pub seed: Option<i64>,
+    /// Seed of everything random; a whole number.
+    pub seed: Option<Node>,
     /// Models by name.
     pub models: Vec<ModelSource>,
     /// Data by name.
@@ -248,7 +248,7 @@ pub(crate) fn read(reader: &mut Reader, node: &Node) -> Option<Pipeline> {
     };
     let doc = fields.get("doc").and_then(|n| reader.word(n, "a text"));
     let output_dir = fields.get("output_dir").and_then(|n| reader.word(n, "a folder"));
-    let seed = fields.get("seed").and_then(|n| reader.int(n));
+    let seed = fields.get("seed").filter(|n| reader.int(n).is_some()).cloned();
     let models = fields.get("models").map_or_else(Vec::new, |n| reader.model_sources(n));
     let data = fields.get("data").map_or_else(Vec::new, |n| reader.data_sources(n));
     let defaults = fields.get("defaults").map_or_else(Vec::new, |n| reader.stage_settings(n));

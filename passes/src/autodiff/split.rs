@@ -14,7 +14,7 @@ use dsgc_ir::diag::Diag;
 use dsgc_ir::{Builder, Graph, Op, OpId, Program, StateId, Value};
 
 use super::batch::{Batch, Combine, analyse, cannot};
-use super::update::{companion, site};
+use super::update::{Layers, companion, layers, site};
 use super::{gradients_of_params, is_trained, scalar_outputs};
 use crate::rebuild::{Rebuild, without_dead_ops};
 
@@ -26,8 +26,8 @@ pub struct UpdateParts {
     pub grad: Graph,
     /// Outputs from all totals.
     pub finish: Graph,
-    /// Parameters that have a gradient.
-    pub params: BTreeSet<StateId>,
+    /// Parameters that have a gradient, with their layers.
+    pub params: Layers,
 }
 
 /// Cuts a loss graph for the training of a role. Accumulators `<param>.grad` are declared.
@@ -38,6 +38,7 @@ pub fn update(program: &mut Program, graph: &Graph, role: &str, loss: Value) -> 
     if let Some(read) = cut.walk(&[loss]).ops.iter().find(|&&id| reads_trained(program, graph, role, id)) {
         return Err(cannot(graph, Some(graph.op(*read)), "a part of the loss does not depend on the batch"));
     }
+    let layers = layers(graph);
     let mut given = BTreeSet::new();
     loop {
         let mut roots: Vec<Value> = finish.totals.iter().map(|&k| cut.batch.totals[k].value).collect();
@@ -67,11 +68,11 @@ pub fn update(program: &mut Program, graph: &Graph, role: &str, loss: Value) -> 
             }
             seeds.push((value, slope));
         }
-        let gradients = gradients_of_params(&mut part.new, program, role, &seeds)?;
+        let gradients = gradients_of_params(&mut part.new, program, role, &seeds, &layers)?;
         for (&param, &gradient) in &gradients {
             let accumulator = companion(program, param, "grad");
             let ty = program.state(param).ty.clone();
-            let mut b = Builder::new(&mut part.new, site(program.state(param).span));
+            let mut b = Builder::new(&mut part.new, site(program, param, &layers));
             let so_far = b.read(accumulator, &ty);
             let sum = b.one(Op::Add {}, &[so_far, gradient]);
             b.write(accumulator, &ty, sum);
@@ -85,7 +86,8 @@ pub fn update(program: &mut Program, graph: &Graph, role: &str, loss: Value) -> 
                 given.iter().map(|&k| &cut.batch.totals[k]).map(|t| (t.name.clone(), part.get(t.value))).collect();
             part.new
         });
-        return Ok(UpdateParts { count, grad, finish: finish.graph, params: gradients.into_keys().collect() });
+        let params = gradients.keys().map(|p| (*p, layers.get(p).cloned().flatten())).collect();
+        return Ok(UpdateParts { count, grad, finish: finish.graph, params });
     }
 }
 

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use dsgc_ir::diag::Span;
 use dsgc_ir::stage::{Optimizer, Training};
-use dsgc_ir::{Builder, DType, Dim, Graph, Loc, Op, Phase, Program, Reason, Site, StateId, StateKind, Type, Value};
+use dsgc_ir::{
+    Builder, DType, Dim, Graph, Loc, Op, Phase, Program, Reason, Site, StateId, StateKind, Tag, Type, Value,
+};
 
 /// Name of the input with the learning rate, `f32[]`.
 pub const LR: &str = "lr";
@@ -27,9 +28,16 @@ pub fn append(
     training: &Training,
     (lr, step): (Value, Value),
     gradients: &BTreeMap<StateId, Value>,
+    layers: &Layers,
 ) {
-    let mut b = Builder::new(graph, site(Span::NONE));
-    let norm = norm(&mut b, gradients.values());
+    let squares: Vec<Value> = gradients
+        .iter()
+        .map(|(&param, &gradient)| sum_of_squares(&mut Builder::new(graph, site(program, param, layers)), gradient))
+        .collect();
+    let mut b = Builder::new(graph, Site { phase: Phase::Update, ..Site::default() });
+    let sum = squares.into_iter().reduce(|a, c| b.one(Op::Add {}, &[a, c]));
+    let sum = sum.unwrap_or_else(|| b.fill(0.0, &[]));
+    let norm = b.one(Op::Sqrt {}, &[sum]);
     let one = b.fill(1.0, &[]);
     let factor = match training.max_grad_norm {
         Some(max) => {
@@ -41,14 +49,11 @@ pub fn append(
         None => one,
     };
     for (&param, &gradient) in gradients {
-        let (name, ty, span) = {
-            let state = program.state(param);
-            (state.name.clone(), state.ty.clone(), state.span)
-        };
         let moments = ["m", "v"].map(|suffix| companion(program, param, suffix));
-        b.site = site(span);
+        let (name, ty) = (&program.state(param).name, program.state(param).ty.clone());
+        b.site = site(program, param, layers);
         let Optimizer { betas, eps, .. } = training.optimizer;
-        let decay = decay_of(&training.optimizer, name.strip_prefix(&format!("{}/", training.role)).unwrap_or(&name));
+        let decay = decay_of(&training.optimizer, name.strip_prefix(&format!("{}/", training.role)).unwrap_or(name));
         let mut operands = vec![b.read(param, &ty), gradient];
         operands.extend(moments.iter().map(|&m| b.read(m, &ty)));
         operands.extend([lr, step, factor]);
@@ -67,9 +72,28 @@ pub fn companion(program: &mut Program, param: StateId, suffix: &str) -> StateId
     program.state_named(&name).unwrap_or_else(|| program.declare(name, ty, StateKind::State, span))
 }
 
-/// The site of an op that belongs to the parameter declared there.
-pub fn site(span: Span) -> Site {
-    Site { phase: Phase::Update, loc: Loc { span, reason: Reason::Update }, tag: None }
+/// The layer that a parameter belongs to, where all its reads are in one.
+pub type Layers = BTreeMap<StateId, Option<Tag>>;
+
+/// The layers of all parameters that a graph reads.
+pub fn layers(graph: &Graph) -> Layers {
+    let mut layers = Layers::new();
+    for (_, op) in graph.ops() {
+        if let Op::Read { state } = op.op {
+            let tag = &op.site.tag;
+            layers
+                .entry(state)
+                .and_modify(|t| *t = t.take().filter(|t| Some(t) == tag.as_ref()))
+                .or_insert(tag.clone());
+        }
+    }
+    layers
+}
+
+/// The site of an op that belongs to the update of a parameter.
+pub fn site(program: &Program, param: StateId, layers: &Layers) -> Site {
+    let loc = Loc { span: program.state(param).span, reason: Reason::Update };
+    Site { phase: Phase::Update, loc, tag: layers.get(&param).cloned().flatten() }
 }
 
 /// Decay of the parameter with this Hugging Face name.
@@ -79,19 +103,9 @@ fn decay_of(optimizer: &Optimizer, name: &str) -> f64 {
     if exempt { 0.0 } else { optimizer.weight_decay }
 }
 
-/// The square root of the sum of all squares. A tensor's sum is one product of it with itself, so that no tensor of
-/// squares is ever stored.
-fn norm<'v>(b: &mut Builder, tensors: impl IntoIterator<Item = &'v Value>) -> Value {
-    let mut sum: Option<Value> = None;
-    for &tensor in tensors {
-        let ty = b.ty(tensor);
-        let flat = b.one(Op::Reshape { shape: vec![Dim::product(&ty.dims)] }, &[tensor]);
-        let squares = b.one(Op::Contract { spec: "a,a->".into() }, &[flat, flat]);
-        sum = Some(match sum {
-            None => squares,
-            Some(sum) => b.one(Op::Add {}, &[sum, squares]),
-        });
-    }
-    let sum = sum.unwrap_or_else(|| b.fill(0.0, &[]));
-    b.one(Op::Sqrt {}, &[sum])
+/// One product of a tensor with itself, so that no tensor of squares is ever stored.
+fn sum_of_squares(b: &mut Builder, tensor: Value) -> Value {
+    let ty = b.ty(tensor);
+    let flat = b.one(Op::Reshape { shape: vec![Dim::product(&ty.dims)] }, &[tensor]);
+    b.one(Op::Contract { spec: "a,a->".into() }, &[flat, flat])
 }

@@ -39,6 +39,29 @@ pub(super) fn read(path: &str, columns: &[String], span: Span) -> Result<Vec<Vec
     Err(reader.errors.into_iter().map(|e| e.label(span, "")).collect())
 }
 
+/// The columns of a file's first row, in its order; what is wrong with the file otherwise.
+pub fn columns_of_file(path: &str) -> Result<Vec<String>, Diag> {
+    if let Some(first) = first_row(path)
+        && let Ok(row) = serde_json::from_str::<serde_json::Map<String, serde_json::Value>>(&first)
+    {
+        return Ok(row.into_iter().map(|(column, _)| column).collect());
+    }
+    // Whatever stands in the way has its message in `read`.
+    let errors = read(path, &[], Span::NONE).err().unwrap_or_default();
+    Err(errors.into_iter().next().unwrap_or_else(|| Diag::error(format!("found no first row in `{path}`"))))
+}
+
+/// The text of the first row.
+fn first_row(path: &str) -> Option<String> {
+    if Path::new(path).extension().is_some_and(|e| e == "jsonl") {
+        let mut lines = BufReader::new(File::open(path).ok()?).lines().map_while(Result::ok);
+        return lines.find(|line| !line.trim().is_empty()).map(|line| line.trim_start_matches('\u{feff}').into());
+    }
+    let text = std::fs::read_to_string(path).ok()?;
+    let rows: Vec<&RawValue> = serde_json::from_str(text.trim_start_matches('\u{feff}')).ok()?;
+    rows.first().map(|row| row.get().into())
+}
+
 struct Reader<'a> {
     path: &'a str,
     columns: &'a [String],

@@ -186,3 +186,19 @@ fn sequences_that_cannot_be_made_are_errors() {
     let errors = open(Source { fields: [].into(), ..source() }, PAIRS).err().unwrap();
     assert!(errors[0].contains("d.jsonl:1:1: found no column `prompt`"), "{errors:?}");
 }
+
+#[test]
+fn columns_are_those_of_the_first_row() {
+    let dir = tempfile::tempdir().unwrap();
+    let columns_of = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        columns_of_file(&path.display().to_string()).map_err(|e| e.message)
+    };
+    let expected = Ok(vec!["prompt".to_owned(), "chosen".to_owned()]);
+    assert_eq!(columns_of("a.jsonl", "\n{\"prompt\": \"x\", \"chosen\": 1}\n{\"other\": 2}\n"), expected);
+    assert_eq!(columns_of("a.json", "[{\"prompt\": \"x\", \"chosen\": 1}]"), expected);
+    assert!(columns_of("empty.jsonl", "\n").unwrap_err().contains("there are no rows"));
+    assert!(columns_of("list.jsonl", "[1]\n").unwrap_err().contains("expected an object"));
+    assert!(columns_of("a.parquet", "").unwrap_err().contains("`.jsonl` or `.json`"));
+}

@@ -1,0 +1,278 @@
+//! From the file of a pipeline to a program per stage.
+//!
+//! ```text
+//! pipeline.yaml --sets--> tree --document--> syntax tree
+//!   models   --config-->  document, config, weights, tokenizer of each model
+//!   stage    --settings--> every value and where it came from
+//!            --data, plan--> sources and statements
+//!            --lower-->   graphs
+//! ```
+//!
+//! Paths in a file start from the folder of that file, paths in `--set` and `output_dir` from the working directory.
+//! Nothing here touches a disk: a [`Host`] does.
+
+mod config;
+mod data;
+mod declared;
+mod documents;
+mod models;
+mod plan;
+mod resolved;
+mod sets;
+mod settings;
+mod stage;
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use dsgc_ir::Program;
+use dsgc_ir::diag::{Diag, Severity, Sources, Span, nearest};
+
+use crate::document::{self, Document};
+use crate::expr::Word;
+use crate::literal::Constant;
+use crate::node::Node;
+use crate::pipeline::{Pipeline, RUN, Setting, TRAINING};
+use crate::schema::{unknown_key, words};
+
+use documents::{Documents, beside};
+use settings::From;
+use stage::{Prepared, Surroundings};
+
+/// The machine around a pipeline: files and Hugging Face folders.
+pub trait Host {
+    /// The text of a file.
+    fn text(&self, path: &Path) -> io::Result<String>;
+    /// The `config.json` of a folder.
+    fn hf_config(&self, folder: &Path) -> Result<serde_json::Map<String, serde_json::Value>, Diag>;
+    /// What is to be known of a folder's tokenizer.
+    fn tokenizer(&self, folder: &Path) -> Result<TokenizerFacts, Diag>;
+    /// The columns of a file of rows, as far as its first row has them.
+    fn columns(&self, file: &Path) -> Result<Vec<String>, Diag>;
+}
+
+/// What is to be known of a tokenizer before anything is tokenised.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenizerFacts {
+    /// Number of rows that an embedding of all tokens needs.
+    pub vocab: usize,
+    /// Id of the padding token.
+    pub pad: Option<i32>,
+    /// Id of the token that ends a text.
+    pub eos: Option<i32>,
+    /// Id of the token that begins a text.
+    pub bos: Option<i32>,
+}
+
+/// What the command line says of a pipeline.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Arguments of `--set`: `a.b=c`.
+    pub sets: Vec<String>,
+    /// Only this stage; all of them otherwise.
+    pub stage: Option<String>,
+}
+
+/// Where a pipeline runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Device {
+    /// All cores of this machine.
+    #[default]
+    Cpu,
+    /// The interpreter: slow, and what everything else is tested against.
+    Interp,
+}
+
+/// A pipeline that may be compiled.
+#[derive(Debug)]
+pub struct Loaded {
+    /// A program per stage, in order.
+    pub stages: Vec<Program>,
+    /// `compile.device`.
+    pub device: Device,
+    /// The files that spans point into.
+    pub sources: Sources,
+    /// What is probably not as meant.
+    pub warnings: Vec<Diag>,
+    /// The pipeline with every default filled in and each value's origin beside it; loads to the same stages.
+    pub resolved: String,
+}
+
+/// What is wrong.
+#[derive(Debug)]
+pub struct Failed {
+    /// The messages: errors, and the warnings before them.
+    pub diags: Vec<Diag>,
+    /// The files that they point into.
+    pub sources: Sources,
+}
+
+/// From which folder a path starts.
+struct Places {
+    /// That of the pipeline.
+    folder: PathBuf,
+    /// Sources that are arguments of `--set`.
+    sets: BTreeSet<u32>,
+}
+
+impl Places {
+    /// The folder that a path at this place starts from.
+    fn folder(&self, span: Span) -> &Path {
+        if self.sets.contains(&span.source) { Path::new("") } else { &self.folder }
+    }
+
+    /// The path that a word names.
+    fn path(&self, word: &Word) -> PathBuf {
+        beside(self.folder(word.span), &word.text)
+    }
+}
+
+/// Loads a pipeline.
+pub fn load(path: &Path, options: &Options, host: &dyn Host) -> Result<Loaded, Failed> {
+    let mut documents = Documents::new(host);
+    let loaded = pipeline(&mut documents, path, options);
+    finish(documents, loaded, |loaded, sources, warnings| Loaded { sources, warnings, ..loaded })
+}
+
+/// `loaded` unless there is an error.
+fn finish<T>(
+    documents: Documents<'_>,
+    loaded: Option<T>,
+    with: impl FnOnce(T, Sources, Vec<Diag>) -> T,
+) -> Result<T, Failed> {
+    let Documents { sources, errors, mut warnings, .. } = documents;
+    match loaded {
+        Some(loaded) if errors.is_empty() => Ok(with(loaded, sources, warnings)),
+        _ => {
+            debug_assert!(errors.iter().any(|e| e.severity == Severity::Error), "nothing loaded, and nobody says why");
+            warnings.extend(errors);
+            Err(Failed { diags: warnings, sources })
+        }
+    }
+}
+
+fn pipeline(documents: &mut Documents<'_>, path: &Path, options: &Options) -> Option<Loaded> {
+    let text = documents.text(path, Span::NONE)?;
+    let changes = sets::parse(&options.sets, &mut documents.sources, &mut documents.errors);
+    let folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
+    let places = Places { folder, sets: sets::sources(&changes) };
+    let name = path.display().to_string();
+    let change = |tree: &mut Node, errors: &mut Vec<Diag>| sets::apply(changes, tree, errors);
+    let document = match document::parse_with(&mut documents.sources, &name, &text, change) {
+        Ok(document) => document,
+        Err(mut errors) => {
+            documents.errors.append(&mut errors);
+            return None;
+        }
+    };
+    let Document::Pipeline(pipeline) = document else {
+        let start = Span { source: documents.sources.add(name, text), line: 1, column: 1, len: 1 };
+        documents.error(
+            Diag::error(format!("found {}, expected a pipeline", document.kind()))
+                .label(start, "")
+                .help("only pipelines run; `dsgc check` takes every kind of document"),
+        );
+        return None;
+    };
+    let device = compile(documents, &pipeline);
+    let models = models::known(documents, &pipeline.models, &places);
+    let (output_dir, output_from) = output_dir(documents, &pipeline, path);
+    let stage_names: Vec<String> = pipeline.stages.iter().map(|s| s.name.text.clone()).collect();
+    if let Some(wanted) = options.stage.as_ref().filter(|wanted| !stage_names.contains(wanted)) {
+        let diag = Diag::error(format!("unknown stage `{wanted}`"));
+        documents.error(match nearest(wanted, stage_names.iter().map(String::as_str)) {
+            Some(near) => diag.help(format!("write `{near}`")),
+            None => diag.help(format!("`{}` has {}", path.display(), words(&stage_names))),
+        });
+    }
+    for stage in &pipeline.stages {
+        if let Some((model, _)) = models.iter().find(|(model, _)| model.text == stage.name.text) {
+            documents.error(
+                Diag::error(format!("found `{}` as the name of a model and of a stage", model.text))
+                    .label(stage.name.span, "the stage")
+                    .label(model.span, "the model")
+                    .help("a role is bound by name to a model or to the result of a stage: rename one of them"),
+            );
+        }
+    }
+    let around = Surroundings {
+        pipeline: &pipeline,
+        places: &places,
+        models: &models,
+        output_dir: &output_dir,
+        stage_names: &stage_names,
+    };
+    let (mut earlier, mut prepared) = (Vec::new(), Vec::new());
+    for stage in &pipeline.stages {
+        if let Some(stage) = stage::prepare(documents, &around, stage, &earlier) {
+            earlier.extend(stage::results(&stage, &output_dir));
+            prepared.push(stage);
+        }
+    }
+    check_defaults(documents, &pipeline, &places);
+    let wanted = |stage: &Prepared| options.stage.as_ref().is_none_or(|wanted| *wanted == stage.name);
+    let stages = prepared
+        .iter()
+        .filter(|s| wanted(s))
+        .map(|s| Program { stage: stage::host_side(s, &output_dir), ..Program::default() })
+        .collect();
+    if !documents.errors.is_empty() {
+        return None;
+    }
+    let resolved = resolved::text(&documents.sources, &around, &output_from, &prepared);
+    Some(Loaded { stages, device, resolved, sources: Sources::default(), warnings: Vec::new() })
+}
+
+/// `compile:`, as far as this version has it.
+fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> Device {
+    let mut device = Device::Cpu;
+    for Setting { key, value } in pipeline.compile.iter().chain(&pipeline.settings) {
+        let given = settings::literal(value).value;
+        match (key.text.as_str(), &given) {
+            ("device", Constant::Str(name)) if name == "cpu" => device = Device::Cpu,
+            ("device", Constant::Str(name)) if name == "interp" => device = Device::Interp,
+            ("devices", Constant::Int(1)) | ("zero_stage", Constant::Int(0)) => {}
+            ("gradient_checkpointing", Constant::Bool(false)) => {}
+            ("save_steps" | "save_total_limit", Constant::None) => {}
+            (name, Constant::None) if name == "parallel" => {
+                documents.error(Diag::error("`parallel` is not part of this version").label(key.span, ""));
+            }
+            (name, given) => documents
+                .error(Diag::error(format!("`{name}: {given}` is not part of this version")).label(value.span, "")),
+        }
+    }
+    device
+}
+
+/// `output_dir`, by default named after the file.
+fn output_dir(documents: &mut Documents<'_>, pipeline: &Pipeline, path: &Path) -> (String, From) {
+    match &pipeline.output_dir {
+        Some(word) if word.text.is_empty() => {
+            documents.error(Diag::error("found an empty `output_dir`, expected a folder").label(word.span, ""));
+            (String::new(), From::Default)
+        }
+        Some(word) => (word.text.trim_end_matches('/').to_string(), From::Given(word.span)),
+        None => {
+            let stem = path.file_stem().map_or("pipeline".into(), |stem| stem.to_string_lossy());
+            (format!("runs/{stem}"), From::Default)
+        }
+    }
+}
+
+/// Every key of `defaults` is a setting of all stages, or an option of the recipe of one.
+fn check_defaults(documents: &mut Documents<'_>, pipeline: &Pipeline, places: &Places) {
+    let recipes: Vec<_> = pipeline
+        .stages
+        .iter()
+        .filter_map(|s| documents.recipe(s.recipe.as_ref().unwrap_or(&s.name), places.folder(s.name.span)))
+        .collect();
+    for setting in &pipeline.defaults {
+        let name = setting.key.text.as_str();
+        let options = || recipes.iter().flat_map(|r| &r.recipe.options).map(|o| o.name.text.as_str());
+        if crate::pipeline::setting(name).is_none() && !options().any(|o| o == name) {
+            let tables = [&RUN, &TRAINING].into_iter().flat_map(|table| table.keys.iter().map(|k| k.name));
+            documents.errors.push(unknown_key(&setting.key, "`defaults`", options().chain(tables)));
+        }
+    }
+}

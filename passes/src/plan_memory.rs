@@ -1,0 +1,405 @@
+//! Gives every value and state its place in one arena.
+//!
+//! ```text
+//! %a = exp %x : f32[64]                %a = exp %x : f32[64] in values+0:256
+//! %b = neg %a : f32[64]           =>   %b = neg %a : f32[64] in values+0:256
+//! write @w %b                          write @w %b
+//! ```
+//!
+//! States lie one after the other in the persistent region. A read is its state's own bytes, a view its operand's; a
+//! value that is written to a state is made in the state's place where nobody reads the old value any more (an old value
+//! that is used after the write is copied before it); an elementwise result takes the place of an operand that dies. What is left is packed by live range: best fit in four
+//! orders, of which the smallest plan is kept. Sizes are those at the upper bounds of all dims. The peak is exact, as
+//! the device has no other memory.
+
+use dsgc_ir::diag::{Diag, Span};
+use dsgc_ir::verify::{last_uses, root};
+use dsgc_ir::{
+    Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpId, Program, Region, StateId, Target, Type, Value,
+};
+
+use crate::pipeline::{Fact, Numerics, Pass, PassContext};
+use crate::rebuild::Rebuild;
+
+/// The pass.
+pub const PASS: Pass = Pass {
+    name: "plan_memory",
+    requires: &[Fact::Typed, Fact::Differentiated],
+    provides: &[Fact::Planned],
+    numerics: Numerics::Exact,
+    run,
+};
+
+/// Runs the pass. Errors are limits: a missing kernel, or more memory than the device has.
+pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
+    let target = context.target;
+    let missing: Vec<Diag> = program.graphs.iter().flat_map(|g| missing_kernels(g, target)).collect();
+    if !missing.is_empty() {
+        return Err(missing);
+    }
+    let mut arena = Arena::default();
+    for state in &mut program.states {
+        let bytes = state.bytes();
+        state.buffer = Some(Buffer { region: Region::Persistent, offset: arena.persistent, bytes });
+        arena.persistent += bytes.next_multiple_of(target.alignment());
+    }
+    let mut graphs: Vec<Graph> = program.graphs.iter().map(|g| with_copies(g, &program)).collect();
+    let mut limit = Vec::new();
+    for graph in &mut graphs {
+        let bounds = graph.upper_bounds();
+        graph.scratch = graph
+            .ops()
+            .map(|(_, op)| {
+                target.workspace(&op.op, &types(graph, &op.args), &bounds).next_multiple_of(target.alignment())
+            })
+            .collect();
+        arena.scratch = arena.scratch.max(graph.scratch.iter().copied().max().unwrap_or(0));
+        let storages = Storages::new(graph, &program, target);
+        let (offsets, used) = pack(&storages.all);
+        storages.place(graph, &program, &offsets);
+        if let Some(memory) = target.memory()
+            && arena.persistent + used + arena.scratch > memory
+        {
+            limit.push(does_not_fit(graph, &storages, arena, used, memory));
+        }
+        arena.values = arena.values.max(used);
+    }
+    if !limit.is_empty() {
+        return Err(limit);
+    }
+    Ok(Program { graphs, arena, level: Level::Planned, ..program })
+}
+
+fn types(graph: &Graph, values: &[Value]) -> Vec<Type> {
+    values.iter().map(|&v| graph.ty(v).clone()).collect()
+}
+
+/// One message per op and operand types for which the device has no kernel.
+fn missing_kernels(graph: &Graph, target: &dyn Target) -> Vec<Diag> {
+    let mut all: Vec<Diag> = Vec::new();
+    for (_, op) in graph.ops() {
+        if let Some(why) = target.missing_kernel(&op.op, &types(graph, &op.args)) {
+            let diag = Diag::error(format!("{} has no kernel for `{}`: {why}", target.name(), op.op.name()));
+            if !all.iter().any(|d| d.message == diag.message) {
+                all.push(diag.label(op.site.loc.span, "used here"));
+            }
+        }
+    }
+    all
+}
+
+/// The graph with copies of old values of states that are used after their state is written.
+fn with_copies(graph: &Graph, program: &Program) -> Graph {
+    let mut direct: Vec<u32> = vec![0; graph.values().len()];
+    for (id, op) in graph.ops() {
+        for arg in &op.args {
+            direct[arg.0 as usize] = id.0;
+        }
+    }
+    for (_, output) in &graph.outputs {
+        direct[output.0 as usize] = graph.len() as u32;
+    }
+    let is_old =
+        |v: Value, state: StateId| graph.def(root(graph, v)).is_some_and(|d| graph.op(d).op == Op::Read { state });
+    let mut rebuild = Rebuild::same(graph);
+    for (id, op) in graph.ops() {
+        if let Op::Write { state } = op.op {
+            for old in graph.values().filter(|&v| direct[v.0 as usize] > id.0 && is_old(v, state)) {
+                let Some(now) = rebuild.find(old) else { continue };
+                let mut b = Builder::new(&mut rebuild.new, op.site.clone());
+                let shape = b.ty(now).dims;
+                let copy = b.one(Op::Broadcast { shape }, &[now]);
+                rebuild.set(old, copy);
+            }
+        }
+        rebuild.copy(op, program);
+    }
+    rebuild.finish()
+}
+
+/// Bytes that one or more values share, from the first one's definition to the last one's last use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Storage {
+    /// Aligned size.
+    bytes: usize,
+    /// First and last op during which the bytes are in use; inputs are there before op 0.
+    live: (i64, i64),
+}
+
+impl Storage {
+    fn meets(&self, other: &Storage) -> bool {
+        self.live.0 <= other.live.1 && other.live.0 <= self.live.1
+    }
+}
+
+/// Which values share bytes.
+struct Storages {
+    all: Vec<Storage>,
+    /// Per value, what its bytes are.
+    of: Vec<Home>,
+    bounds: Bindings,
+}
+
+/// Where a value's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Home {
+    /// In the place of the state with this index.
+    State(usize),
+    /// In the values region, in this storage.
+    Storage(usize),
+}
+
+impl Storages {
+    fn new(graph: &Graph, program: &Program, target: &dyn Target) -> Storages {
+        let bounds = graph.upper_bounds();
+        let bytes = |v: Value| graph.ty(v).bytes(&bounds).expect("the verifier saw that every dim is declared");
+        let last = last_uses(graph);
+        let end = |v: Value| i64::from(last[v.0 as usize]);
+        let written = written_in_place(graph, program, &last);
+        let mut storages = Storages { all: Vec::new(), of: Vec::new(), bounds: bounds.clone() };
+        let fresh = |all: &mut Vec<Storage>, v: Value, start: i64| {
+            all.push(Storage { bytes: bytes(v).next_multiple_of(target.alignment()), live: (start, end(v)) });
+            Home::Storage(all.len() - 1)
+        };
+        for input in graph.inputs() {
+            let home = fresh(&mut storages.all, input, -1);
+            storages.of.push(home);
+        }
+        for (id, op) in graph.ops() {
+            let mut taken: Vec<usize> = Vec::new();
+            for (r, result) in op.results().enumerate() {
+                let home = match op.op {
+                    Op::Read { state } => Home::State(state.0 as usize),
+                    _ if op.op.class() == Class::View => storages.of[op.args[0].0 as usize],
+                    _ => match written[result.0 as usize] {
+                        Some(state) => Home::State(state),
+                        None => {
+                            // The place of an operand that dies here.
+                            let dying = op.op.in_place(op.args.len()).into_iter().find_map(|(res, arg)| {
+                                let arg = op.args[arg];
+                                let Home::Storage(s) = storages.of[arg.0 as usize] else { return None };
+                                let fits = res == r
+                                    && storages.all[s].live.1 == i64::from(id.0)
+                                    && bytes(arg) == bytes(result)
+                                    && !taken.contains(&s);
+                                fits.then_some(s)
+                            });
+                            match dying {
+                                Some(s) => {
+                                    taken.push(s);
+                                    storages.all[s].live.1 = end(result);
+                                    Home::Storage(s)
+                                }
+                                None => fresh(&mut storages.all, result, i64::from(id.0)),
+                            }
+                        }
+                    },
+                };
+                storages.of.push(home);
+            }
+        }
+        storages
+    }
+
+    /// Writes the offsets into the graph.
+    fn place(&self, graph: &mut Graph, program: &Program, offsets: &[usize]) {
+        for value in graph.values() {
+            let buffer = match self.of[value.0 as usize] {
+                Home::State(state) => program.states[state].buffer.expect("states are placed first"),
+                Home::Storage(s) => {
+                    let bytes = graph.ty(value).bytes(&self.bounds).expect("the verifier saw every dim");
+                    Buffer { region: Region::Values, offset: offsets[s], bytes }
+                }
+            };
+            graph.set_buffer(value, buffer);
+        }
+    }
+}
+
+/// Per value, the state whose place it is made in: the value is written to it, and when it is made, the state's old
+/// value has been read for the last time, at the latest by the very op that may work in place.
+fn written_in_place(graph: &Graph, program: &Program, last: &[u32]) -> Vec<Option<usize>> {
+    let mut places: Vec<Option<usize>> = vec![None; graph.values().len()];
+    for (_, write) in graph.ops() {
+        let Op::Write { state } = write.op else { continue };
+        let made = root(graph, write.args[0]);
+        let Some(def) = graph.def(made) else { continue };
+        let op = graph.op(def);
+        let is_read = matches!(op.op, Op::Read { .. });
+        let one_size =
+            *graph.ty(made) == program.state(state).ty || graph.ty(made).len() == program.state(state).ty.len();
+        if is_read || !one_size || places[made.0 as usize].is_some() {
+            continue;
+        }
+        let result = op.results().position(|r| r == made).expect("the op defines it");
+        let in_place = op.op.in_place(op.args.len());
+        let free = graph.ops().all(|(_, read)| {
+            if read.op != (Op::Read { state }) {
+                return true;
+            }
+            let old = read.result();
+            let works_in_place = in_place.iter().any(|&(res, arg)| res == result && root(graph, op.args[arg]) == old);
+            let until = OpId(last[old.0 as usize]);
+            until < def || (until == def && works_in_place && uses(op.args.as_slice(), graph, old) == 1)
+        });
+        if free {
+            places[made.0 as usize] = Some(state.0 as usize);
+        }
+    }
+    places
+}
+
+/// How many of these operands are a value or a view of it.
+fn uses(args: &[Value], graph: &Graph, value: Value) -> usize {
+    args.iter().filter(|&&a| root(graph, a) == value).count()
+}
+
+/// Offsets of all storages and the size of the region: the best of four orders.
+fn pack(storages: &[Storage]) -> (Vec<usize>, usize) {
+    let span = |s: &Storage| s.live.1 - s.live.0;
+    let area = |s: &Storage| s.bytes as i64 * (span(s) + 1);
+    let orders: [&dyn Fn(usize) -> (i64, i64); 4] = [
+        &|i| (-(storages[i].bytes as i64), storages[i].live.0),
+        &|i| (-area(&storages[i]), storages[i].live.0),
+        &|i| (-span(&storages[i]), -(storages[i].bytes as i64)),
+        &|i| (storages[i].live.0, -(storages[i].bytes as i64)),
+    ];
+    let bound = peak(storages).0;
+    let mut best: Option<(Vec<usize>, usize)> = None;
+    for key in orders {
+        let mut order: Vec<usize> = (0..storages.len()).collect();
+        order.sort_by_key(|&i| (key(i), i));
+        let plan = best_fit(storages, &order);
+        if best.as_ref().is_none_or(|b| plan.1 < b.1) {
+            best = Some(plan);
+        }
+        if best.as_ref().is_some_and(|b| b.1 == bound) {
+            break;
+        }
+    }
+    best.unwrap_or_default()
+}
+
+/// Places storages in this order, each in the smallest gap between those that it meets, or behind them.
+fn best_fit(storages: &[Storage], order: &[usize]) -> (Vec<usize>, usize) {
+    let mut offsets = vec![0usize; storages.len()];
+    let mut placed: Vec<usize> = Vec::with_capacity(storages.len());
+    let mut total = 0;
+    for &i in order {
+        let storage = &storages[i];
+        // `placed` is sorted by offset.
+        let (mut end, mut gap): (usize, Option<(usize, usize)>) = (0, None);
+        for &j in placed.iter().filter(|&&j| storages[j].meets(storage) && storages[j].bytes > 0) {
+            let room = offsets[j].saturating_sub(end);
+            if room >= storage.bytes && gap.is_none_or(|g| room < g.0) {
+                gap = Some((room, end));
+            }
+            end = end.max(offsets[j] + storages[j].bytes);
+        }
+        offsets[i] = gap.map_or(end, |g| g.1);
+        total = total.max(offsets[i] + storage.bytes);
+        let at = placed.partition_point(|&j| offsets[j] <= offsets[i]);
+        placed.insert(at, i);
+    }
+    (offsets, total)
+}
+
+/// Most bytes that are in use during one op, and the op; no plan is smaller.
+fn peak(storages: &[Storage]) -> (usize, i64) {
+    let mut changes: Vec<(i64, i64)> = Vec::new();
+    for s in storages {
+        changes.extend([(s.live.0, s.bytes as i64), (s.live.1 + 1, -(s.bytes as i64))]);
+    }
+    changes.sort_unstable();
+    let (mut now, mut most) = (0i64, (0i64, -1i64));
+    for (i, &(at, change)) in changes.iter().enumerate() {
+        now += change;
+        let complete = changes.get(i + 1).is_none_or(|next| next.0 != at);
+        if complete && now > most.0 {
+            most = (now, at);
+        }
+    }
+    (most.0 as usize, most.1)
+}
+
+/// The limit, with the values that take most of the memory when most is in use.
+fn does_not_fit(graph: &Graph, storages: &Storages, arena: Arena, used: usize, memory: usize) -> Diag {
+    let needed = arena.persistent + used + arena.scratch;
+    let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+    let mut diag = Diag::error(format!(
+        "graph @{} needs {} of memory, the device has {}: parameters and state {}, values {}, workspace {}",
+        graph.name,
+        mib(needed),
+        mib(memory),
+        mib(arena.persistent),
+        mib(used),
+        mib(arena.scratch),
+    ));
+    let (_, at) = peak(&storages.all);
+    let mut largest: Vec<(usize, Value)> = graph
+        .values()
+        .filter_map(|v| match storages.of[v.0 as usize] {
+            Home::Storage(s) if storages.all[s].live.0 <= at && at <= storages.all[s].live.1 => {
+                Some((storages.all[s].bytes, v))
+            }
+            _ => None,
+        })
+        .collect();
+    largest.sort_by_key(|&(bytes, v)| (std::cmp::Reverse(bytes), v));
+    for (bytes, value) in largest.into_iter().take(3) {
+        let span = graph.def(value).map_or(Span::NONE, |d| graph.op(d).site.loc.span);
+        diag = diag.label(span, format!("{}, {}", graph.ty(value), mib(bytes)));
+    }
+    diag.help("a smaller `micro_batch_size` needs less memory and changes no numbers")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers that look random and are the same everywhere (Marsaglia's xorshift).
+    fn numbers(seed: u64) -> impl FnMut(u64) -> u64 {
+        let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        move |below| {
+            x ^= x << 13;
+            x ^= x >> 7;
+            x ^= x << 17;
+            x % below
+        }
+    }
+
+    #[test]
+    fn plans_never_overlap_and_are_near_the_bound() {
+        let (mut planned, mut bounds) = (0, 0);
+        for seed in 1..=200 {
+            let mut next = numbers(seed);
+            let count = 1 + next(80) as usize;
+            let storages: Vec<Storage> = (0..count)
+                .map(|_| {
+                    let start = next(60) as i64;
+                    Storage { bytes: 64 * (1 + next(40)) as usize, live: (start, start + next(15) as i64) }
+                })
+                .collect();
+            let (offsets, total) = pack(&storages);
+            for i in 0..count {
+                assert!(offsets[i] + storages[i].bytes <= total);
+                for j in (0..i).filter(|&j| storages[i].meets(&storages[j])) {
+                    let (a, b) = (offsets[i], offsets[j]);
+                    let apart = a + storages[i].bytes <= b || b + storages[j].bytes <= a;
+                    assert!(apart, "seed {seed}: storages {i} and {j} overlap");
+                }
+            }
+            let bound = peak(&storages).0;
+            assert!(bound <= total, "seed {seed}: the bound {bound} is above the plan {total}");
+            (planned, bounds) = (planned + total, bounds + bound);
+        }
+        assert!(planned * 100 <= bounds * 105, "plans take {planned}, the bounds are {bounds}");
+    }
+
+    #[test]
+    fn the_peak_is_the_fullest_moment() {
+        let storage = |bytes, from, to| Storage { bytes, live: (from, to) };
+        assert_eq!(peak(&[storage(64, 0, 2), storage(128, 2, 3), storage(64, 3, 5)]), (192, 2));
+        assert_eq!(peak(&[]).0, 0);
+    }
+}
