@@ -1,0 +1,5 @@
+//! From documents to programs: what is lowered, its numbers in the interpreter, and what is said about mistakes.
+
+mod setup;
+
+mod numbers;
