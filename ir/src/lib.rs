@@ -39,6 +39,8 @@
 pub mod cost;
 pub mod diag;
 pub mod dim;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod graph;
 pub mod infer;
 pub mod op;

@@ -54,18 +54,22 @@ impl fmt::Display for GraphText<'_> {
     }
 }
 
-/// The printed name of every value: its own where that is free, else its own with its number, else its number.
+/// The printed name of every value: its number if it has none, else its own, with its number where that is taken or
+/// looks like a number.
 pub fn value_names(graph: &Graph) -> Vec<String> {
     let mut taken = BTreeSet::new();
     graph
         .values()
         .map(|v| {
             let own = graph.name_of(v);
-            let name = match own {
+            let mut name = match own {
                 "" => v.0.to_string(),
-                _ if taken.contains(own) => format!("{own}.{}", v.0),
+                _ if own.parse::<u32>().is_ok() => format!("{own}.{}", v.0),
                 _ => own.to_string(),
             };
+            while taken.contains(&name) {
+                name = format!("{name}.{}", v.0);
+            }
             taken.insert(name.clone());
             name
         })

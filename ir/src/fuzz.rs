@@ -1,0 +1,694 @@
+//! Random programs for tests, made from the op table.
+//!
+//! [`random_program`] draws ops of all rows on values that fit, so every program verifies and runs without an error
+//! for every value of its dims; [`random_inputs`] gives a graph something to run on. Equal seeds give equal programs.
+
+use crate::diag::Span;
+use crate::dim::{Bindings, Dim, Symbol};
+use crate::graph::{DimRange, Graph, Loc, Phase, Reason, Site, StateId, Tag, Value};
+use crate::infer::infer;
+use crate::op::{Op, ROWS};
+use crate::program::{Program, StateKind};
+use crate::tensor::{Data, Tensor};
+use crate::types::{DType, Type};
+use crate::verify::root;
+
+/// Elements of the largest value: enough for every structure, small enough for thousands of graphs a second.
+const MOST_ELEMENTS: i64 = 512;
+
+/// Random numbers: splitmix64 (Steele, Lea and Flood 2014).
+#[derive(Clone, Debug)]
+pub struct Rng(u64);
+
+impl Rng {
+    /// The generator of a seed.
+    pub fn new(seed: u64) -> Rng {
+        Rng(seed)
+    }
+
+    /// 64 random bits.
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `n`, which is not 0.
+    pub fn below(&mut self, n: usize) -> usize {
+        (self.bits() % n as u64) as usize
+    }
+
+    /// A number of `low..=high`.
+    pub fn between(&mut self, low: i64, high: i64) -> i64 {
+        low + self.below((high - low + 1) as usize) as i64
+    }
+
+    /// True once in `n` times.
+    pub fn once_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+
+    /// A number of `[0, 1)` with all 53 bits.
+    pub fn unit(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// One of the given things.
+    pub fn choose<T: Clone>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())].clone()
+    }
+}
+
+/// A program of up to three graphs with about `size` drawn ops each (operands may need more), over shared states.
+///
+/// Dims are `B` (the batch), `T`, and `N` with one value only. Every value that nothing uses is an output.
+pub fn random_program(seed: u64, size: usize) -> Program {
+    let mut rng = Rng::new(seed);
+    let mut program = Program { sources: vec!["random.yaml".into()], ..Program::default() };
+    for i in 0..rng.between(1, 4) {
+        let dims: Vec<Dim> = (0..rng.below(3)).map(|_| Dim::from(rng.between(1, 4))).collect();
+        let span = if rng.once_in(2) { Span { source: 0, line: 1 + i as u32, column: 3, len: 2 } } else { Span::NONE };
+        let ty = Type::new(rng.choose(&[DType::F32, DType::F32, DType::F32, DType::I32, DType::Bool]), dims);
+        let kind = if ty.dtype.is_float() && rng.once_in(2) {
+            StateKind::Param { trained: rng.once_in(2) }
+        } else {
+            StateKind::State
+        };
+        program.declare(format!("model/layers.{i}.weight"), ty, kind, span);
+    }
+    for i in 0..rng.between(1, 3) {
+        let graph = Draw::new(&mut rng, &program, &format!("g{i}")).graph(size);
+        program.graphs.push(graph);
+    }
+    program
+}
+
+/// Values of a graph's dims, each in its range.
+pub fn random_bindings(graph: &Graph, seed: u64) -> Bindings {
+    let mut rng = Rng::new(seed);
+    graph.dims.iter().map(|d| (d.symbol.clone(), rng.between(d.min, d.max))).collect()
+}
+
+/// Tensors for all inputs of a graph: doubles of `[-2, 2)`, integers 0 to 2 (segments, tokens), truth values, keys.
+///
+/// # Panics
+/// If a dim of an input is not bound.
+pub fn random_inputs(graph: &Graph, bindings: &Bindings, seed: u64) -> Vec<(String, Tensor)> {
+    let mut rng = Rng::new(seed);
+    let named = graph.inputs().map(|v| (graph.name_of(v).to_string(), random_tensor(graph.ty(v), bindings, &mut rng)));
+    named.collect()
+}
+
+/// A tensor of a type, as [`random_inputs`] gives.
+///
+/// # Panics
+/// If a dim is not bound.
+pub fn random_tensor(ty: &Type, bindings: &Bindings, rng: &mut Rng) -> Tensor {
+    let shape = ty.shape(bindings).unwrap_or_else(|s| panic!("`{s}` is not bound"));
+    let n: usize = shape.iter().product();
+    let data = match ty.dtype {
+        DType::F32 => Data::F64((0..n).map(|_| 4.0 * rng.unit() - 2.0).collect()),
+        DType::I32 => Data::I32((0..n).map(|_| rng.below(3) as i32).collect()),
+        DType::Bool => Data::Bool((0..n).map(|_| rng.once_in(2)).collect()),
+        DType::Key => Data::Key((0..n).map(|_| [rng.bits() as u32, rng.bits() as u32]).collect()),
+    };
+    Tensor::new(&shape, data)
+}
+
+/// A graph that is being drawn.
+struct Draw<'a> {
+    rng: &'a mut Rng,
+    program: &'a Program,
+    graph: Graph,
+    /// All combinations of values of the dims.
+    bindings: Vec<Bindings>,
+}
+
+impl<'a> Draw<'a> {
+    fn new(rng: &'a mut Rng, program: &'a Program, name: &str) -> Draw<'a> {
+        let mut graph = Graph::new(name);
+        for (symbol, min, max) in [("B", 1, 3), ("T", 2, 5), ("N", 3, 3)] {
+            graph.dims.push(DimRange { symbol: symbol.into(), min, max });
+        }
+        graph.batch = Some(Symbol::from("B"));
+        let mut bindings = vec![Bindings::new()];
+        for d in &graph.dims {
+            let with =
+                |b: &Bindings, n| b.iter().map(|(s, v)| (s.clone(), *v)).chain([(d.symbol.clone(), n)]).collect();
+            bindings = bindings.iter().flat_map(|b| (d.min..=d.max).map(move |n| with(b, n))).collect();
+        }
+        Draw { rng, program, graph, bindings }
+    }
+
+    fn graph(mut self, size: usize) -> Graph {
+        let [b, t, n] = ["B", "T", "N"].map(Dim::symbol);
+        // The first input shows all dims.
+        let mut input = |name: &str, dtype, dims: &[&Dim]| {
+            self.graph.input(name, Type::new(dtype, dims.iter().copied().cloned().collect::<Vec<_>>()))
+        };
+        input("x", DType::F32, &[&b, &t, &n]);
+        input("tokens", DType::I32, &[&b, &t]);
+        input("text.segment", DType::I32, &[&b, &t]);
+        input("trained", DType::Bool, &[&b, &t]);
+        input("row", DType::F32, &[&n]);
+        input("key", DType::Key, &[]);
+        while self.graph.len() < size {
+            let row = self.rng.choose(ROWS).name;
+            self.draw(row);
+        }
+        self.write_states();
+        self.give_outputs();
+        self.graph
+    }
+
+    /// Writes come last. What is written is new, and old values of written states are no outputs: such a graph
+    /// would need a copy that only the memory planner could make.
+    fn write_states(&mut self) {
+        for (id, state) in self.program.state_ids() {
+            if self.rng.once_in(2) {
+                let value = self.value_of(&state.ty);
+                if self.state_under(value).is_none() {
+                    self.push_with(Op::Write { state: id }, &[value], Some(&state.ty));
+                }
+            }
+        }
+    }
+
+    fn give_outputs(&mut self) {
+        let (mut used, mut written) = (vec![false; self.graph.values().len()], Vec::new());
+        for (_, op) in self.graph.ops() {
+            op.args.iter().for_each(|a| used[a.0 as usize] = true);
+            if let Op::Write { state } = op.op {
+                written.push(state);
+            }
+        }
+        let free = |v: &Value| !used[v.0 as usize] && self.state_under(*v).is_none_or(|s| !written.contains(&s));
+        let free: Vec<Value> = self.graph.values().filter(free).collect();
+        for (i, v) in free.into_iter().enumerate() {
+            self.graph.outputs.push((format!("out{i}"), v));
+        }
+    }
+
+    /// The state whose own bytes a value is.
+    fn state_under(&self, value: Value) -> Option<StateId> {
+        match self.graph.op(self.graph.def(root(&self.graph, value))?).op {
+            Op::Read { state } => Some(state),
+            _ => None,
+        }
+    }
+
+    // Ops.
+
+    /// Draws an op of a row with operands that fit. Nothing happens where the result would be too large.
+    fn draw(&mut self, row: &str) {
+        match row {
+            "const" => {
+                let dtype = self.rng.choose(&[DType::F32, DType::I32, DType::Bool]);
+                self.constant(dtype);
+            }
+            "size" => {
+                let op = Op::Size { dim: self.dim(), dtype: self.rng.choose(&[DType::F32, DType::I32]) };
+                self.push(op, &[]);
+            }
+            "iota" => {
+                let len = self.dim();
+                self.push(Op::Iota { len }, &[]);
+            }
+            "cast" => {
+                let x = self.number_or_truth();
+                let dtype = self.rng.choose(&[DType::F32, DType::F32, DType::I32, DType::Bool]);
+                self.push(Op::Cast { dtype }, &[x]);
+            }
+            "broadcast" => {
+                let x = self.value();
+                let mut shape = self.ty(x).dims;
+                for dim in shape.iter_mut().filter(|d| d.constant() == Some(1)) {
+                    *dim = if self.rng.once_in(2) { self.dim() } else { dim.clone() };
+                }
+                let lead: Vec<Dim> = (0..self.rng.below(2)).map(|_| self.dim()).collect();
+                self.push(Op::Broadcast { shape: [lead, shape].concat() }, &[x]);
+            }
+            "reshape" => {
+                let x = self.value();
+                let shape = self.regrouped(&self.ty(x).dims);
+                self.push(Op::Reshape { shape }, &[x]);
+            }
+            "transpose" => {
+                let x = self.value();
+                let order = self.order(self.ty(x).rank());
+                self.push(Op::Transpose { order }, &[x]);
+            }
+            "slice" => {
+                let x = self.value();
+                self.slice(x);
+            }
+            "pad" => {
+                let x = self.value();
+                if let Some(axis) = self.axis(x) {
+                    let mut extent = || if self.rng.once_in(2) { Dim::default() } else { self.dim() };
+                    let (before, after) = (extent(), extent());
+                    self.push(Op::Pad { axis, before, after }, &[x]);
+                }
+            }
+            "concat" => {
+                let x = self.value();
+                if let Some(axis) = self.axis(x) {
+                    let mut ty = self.ty(x);
+                    let mut args = vec![x];
+                    for _ in 0..self.rng.below(3) {
+                        ty.dims[axis] = self.dim();
+                        args.push(self.value_of(&ty));
+                    }
+                    self.push(Op::Concat { axis }, &args);
+                }
+            }
+            "stop" => {
+                let x = self.value();
+                self.push(Op::Stop {}, &[x]);
+            }
+            "add" | "sub" | "mul" | "max" | "min" => {
+                let a = self.number();
+                let b = self.same_as(a);
+                let args = if self.rng.once_in(2) { [a, b] } else { [b, a] };
+                self.push(plain(row), &args);
+            }
+            "div" => {
+                let a = self.number();
+                let b = self.same_as(a);
+                // Integers must not be divided by zero.
+                let b = if self.ty(a).dtype == DType::I32 { self.at_least_one(b) } else { b };
+                self.push(Op::Div {}, &[a, b]);
+            }
+            "pow" => {
+                let a = self.any(DType::F32);
+                let b = self.same_as(a);
+                let a = self.tame(Op::Abs {}, a);
+                self.push(Op::Pow {}, &[a, b]);
+            }
+            "neg" | "abs" => {
+                let x = self.number();
+                self.push(plain(row), &[x]);
+            }
+            "exp" => {
+                let x = self.any(DType::F32);
+                let x = self.tame(Op::Tanh {}, x);
+                self.push(Op::Exp {}, &[x]);
+            }
+            "log" | "sqrt" => {
+                let x = self.any(DType::F32);
+                let x = self.tame(Op::Abs {}, x);
+                self.push(plain(row), &[x]);
+            }
+            "tanh" | "sigmoid" | "log_sigmoid" | "relu" | "gelu" | "gelu_tanh" | "silu" | "erf" => {
+                let x = self.any(DType::F32);
+                self.push(plain(row), &[x]);
+            }
+            "eq" | "ne" => {
+                let a = self.number_or_truth();
+                let b = self.same_as(a);
+                self.push(plain(row), &[a, b]);
+            }
+            "lt" | "le" => {
+                let a = self.number();
+                let b = self.same_as(a);
+                self.push(plain(row), &[a, b]);
+            }
+            "and" | "or" => {
+                let a = self.any(DType::Bool);
+                let b = self.same_as(a);
+                self.push(plain(row), &[a, b]);
+            }
+            "not" => {
+                let x = self.any(DType::Bool);
+                self.push(Op::Not {}, &[x]);
+            }
+            "where" => {
+                let a = self.value();
+                let b = self.same_as(a);
+                let condition = self.value_of(&self.ty(a).with(DType::Bool));
+                self.push(Op::Where {}, &[condition, a, b]);
+            }
+            "contract" => self.contract(),
+            "reduce_sum" | "reduce_max" | "reduce_min" => {
+                let x = self.number();
+                let axes: Vec<usize> = (0..self.ty(x).rank()).filter(|_| self.rng.once_in(2)).collect();
+                let op = match row {
+                    "reduce_sum" => Op::ReduceSum { axes },
+                    "reduce_max" => Op::ReduceMax { axes },
+                    _ => Op::ReduceMin { axes },
+                };
+                self.push(op, &[x]);
+            }
+            "cumsum" => {
+                let x = self.number();
+                if let Some(axis) = self.axis(x) {
+                    let reverse = self.rng.once_in(2);
+                    self.push(Op::Cumsum { axis, reverse }, &[x]);
+                }
+            }
+            "embed" => {
+                let rows = self.rng.between(1, 4);
+                let table = Type::new(DType::F32, [Dim::from(rows), self.dim()]);
+                let (table, indices) = (self.value_of(&table), self.any(DType::I32));
+                let indices = self.below(indices, rows);
+                self.push(Op::Embed {}, &[table, indices]);
+            }
+            "embed_grad" => {
+                let rows = self.rng.between(1, 4);
+                let grad = self.any_with_dims(DType::F32);
+                let dims = self.ty(grad).dims;
+                let indices = self.value_of(&Type::new(DType::I32, &dims[..dims.len() - 1]));
+                let indices = self.below(indices, rows);
+                self.push(Op::EmbedGrad { rows: Dim::from(rows) }, &[indices, grad]);
+            }
+            "layer_norm" | "layer_norm_grad" => {
+                let x = self.any_with_dims(DType::F32);
+                let row_ty = Type::new(DType::F32, &self.ty(x).dims[self.ty(x).rank() - 1..]);
+                let weight = self.value_of(&row_ty);
+                if row == "layer_norm" {
+                    let bias = self.value_of(&row_ty);
+                    self.push(Op::LayerNorm { eps: 1e-5 }, &[x, weight, bias]);
+                } else {
+                    let grad = self.same_as(x);
+                    self.push(Op::LayerNormGrad { eps: 1e-5 }, &[x, weight, grad]);
+                }
+            }
+            "attention" => self.attention(false),
+            "attention_grad" => self.attention(true),
+            "token_logp" | "token_logp_grad" => {
+                let vocabulary = self.rng.between(1, 4);
+                let lead = self.any(DType::I32);
+                let tokens = self.below(lead, vocabulary);
+                let lead = self.ty(tokens).dims;
+                let logits = Type::new(DType::F32, [lead.clone(), vec![Dim::from(vocabulary)]].concat());
+                let logits = self.value_of(&logits);
+                if row == "token_logp" {
+                    self.push(Op::TokenLogp {}, &[logits, tokens]);
+                } else {
+                    let grad = self.value_of(&Type::new(DType::F32, lead));
+                    self.push(Op::TokenLogpGrad {}, &[logits, tokens, grad]);
+                }
+            }
+            "position_in" => {
+                let ty = Type::new(DType::I32, [self.dim(), self.dim()]);
+                let segment = self.value_of(&ty);
+                self.push(Op::PositionIn {}, &[segment]);
+            }
+            "fold" => {
+                let key = self.any(DType::Key);
+                let data = self.rng.bits() >> self.rng.below(64);
+                self.push(Op::Fold { data }, &[key]);
+            }
+            "random_normal" | "random_uniform" => {
+                let key = self.value_of(&Type::scalar(DType::Key));
+                let shape = self.dims();
+                let op = match row {
+                    "random_normal" => Op::RandomNormal { shape, mean: 0.5, std: 2.0 },
+                    _ => Op::RandomUniform { shape, low: -1.0, high: 1.0 },
+                };
+                self.push(op, &[key]);
+            }
+            "adamw" => {
+                let param = self.any(DType::F32);
+                let (grad, first, second) = (self.same_as(param), self.same_as(param), self.same_as(param));
+                let (rate, clip) = (self.value_of(&Type::scalar(DType::F32)), self.value_of(&Type::scalar(DType::F32)));
+                let step = self.value_of(&Type::scalar(DType::I32));
+                let step = self.at_least_one(step);
+                let second = self.tame(Op::Abs {}, second);
+                let op = Op::Adamw { beta1: 0.9, beta2: 0.95, eps: 1e-8, decay: self.rng.choose(&[0.0, 0.1]) };
+                self.push(op, &[param, grad, first, second, rate, step, clip]);
+            }
+            "read" => {
+                let id = StateId(self.rng.below(self.program.states.len()) as u32);
+                self.push_with(Op::Read { state: id }, &[], Some(&self.program.state(id).ty));
+            }
+            // Writes come after all reads.
+            "write" => {}
+            _ => panic!("the fuzzer does not know the op `{row}`"),
+        }
+    }
+
+    fn slice(&mut self, x: Value) {
+        let Some(axis) = self.axis(x) else { return };
+        let dim = self.ty(x).dims[axis].clone();
+        // One symbol's worth, or constants off both ends.
+        let symbols = dim.symbols();
+        let (start, end) = if !symbols.is_empty() && self.rng.once_in(3) {
+            let part = Dim::symbol(&self.rng.choose(&symbols));
+            if self.rng.once_in(2) { (part, dim.clone()) } else { (Dim::default(), part) }
+        } else {
+            (Dim::from(self.rng.between(0, 2)), &dim - &Dim::from(self.rng.between(0, 2)))
+        };
+        let fits = |b: &Bindings| {
+            let [start, end, dim] = [&start, &end, &dim].map(|d| d.eval(b).unwrap_or(-1));
+            0 <= start && start <= end && end <= dim
+        };
+        if self.bindings.iter().all(fits) {
+            self.push(Op::Slice { axis, start, end }, &[x]);
+        }
+    }
+
+    fn contract(&mut self) {
+        let x = self.any(DType::F32);
+        let dims = self.ty(x).dims;
+        let lhs: Vec<char> = ('a'..='z').take(dims.len()).collect();
+        let (mut rhs, mut rhs_dims, mut out) = (Vec::new(), Vec::new(), Vec::new());
+        for (&letter, dim) in lhs.iter().zip(dims) {
+            let shared = self.rng.once_in(2);
+            if shared {
+                rhs.push(letter);
+                rhs_dims.push(dim);
+            }
+            // What one operand has alone stays.
+            if !shared || self.rng.once_in(2) {
+                out.push(letter);
+            }
+        }
+        for letter in ['y', 'z'].into_iter().take(self.rng.below(3)) {
+            rhs.push(letter);
+            rhs_dims.push(self.dim());
+            out.push(letter);
+        }
+        let order = self.order(rhs.len());
+        let rhs_dims: Vec<Dim> = order.iter().map(|&i| rhs_dims[i].clone()).collect();
+        let rhs: String = order.iter().map(|&i| rhs[i]).collect();
+        let out: String = self.order(out.len()).into_iter().map(|i| out[i]).collect();
+        let y = self.value_of(&Type::new(DType::F32, rhs_dims));
+        self.push(Op::Contract { spec: format!("{},{rhs}->{out}", String::from_iter(lhs)) }, &[x, y]);
+    }
+
+    fn attention(&mut self, grad: bool) {
+        let (heads, group) = (self.rng.between(1, 2), self.rng.between(1, 2));
+        let (lead, width) = ([self.dim(), self.dim()], self.dim());
+        let split = |n| Type::new(DType::F32, [&lead[..], &[Dim::from(n), width.clone()]].concat());
+        let (queries, keys) = (split(heads * group), split(heads));
+        let segment = Type::new(DType::I32, lead.to_vec());
+        if !self.fits(&queries) {
+            return;
+        }
+        let (causal, scale) = (self.rng.once_in(2), self.rng.choose(&[0.5, 1.0]));
+        let mut args: Vec<Value> = [&queries, &keys, &keys, &segment].into_iter().map(|ty| self.value_of(ty)).collect();
+        let forward = self.push(Op::Attention { causal, scale }, &args);
+        if grad && !forward.is_empty() {
+            args.extend(forward);
+            args.push(self.value_of(&queries));
+            self.push(Op::AttentionGrad { causal, scale }, &args);
+        }
+    }
+
+    // Operands.
+
+    /// A value of any type; mostly a late one, so that ops meet.
+    fn value(&mut self) -> Value {
+        let n = self.graph.values().len();
+        let among = if self.rng.once_in(3) { n } else { n.min(6) };
+        Value((n - 1 - self.rng.below(among)) as u32)
+    }
+
+    /// A value for which something holds, if there is one.
+    fn find(&mut self, holds: impl Fn(&Type) -> bool) -> Option<Value> {
+        let all: Vec<Value> = self.graph.values().filter(|&v| holds(self.graph.ty(v))).collect();
+        (!all.is_empty()).then(|| {
+            let late = if self.rng.once_in(2) { all.len().saturating_sub(4) } else { 0 };
+            all[late + self.rng.below(all.len() - late)]
+        })
+    }
+
+    fn any(&mut self, dtype: DType) -> Value {
+        self.find(|ty| ty.dtype == dtype).expect("there is an input of every element type")
+    }
+
+    fn any_with_dims(&mut self, dtype: DType) -> Value {
+        self.find(|ty| ty.dtype == dtype && ty.rank() > 0).expect("`x` and `tokens` have dims")
+    }
+
+    fn number(&mut self) -> Value {
+        let dtype = self.rng.choose(&[DType::F32, DType::F32, DType::I32]);
+        self.any(dtype)
+    }
+
+    fn number_or_truth(&mut self) -> Value {
+        let dtype = self.rng.choose(&[DType::F32, DType::I32, DType::Bool]);
+        self.any(dtype)
+    }
+
+    fn same_as(&mut self, value: Value) -> Value {
+        self.value_of(&self.ty(value))
+    }
+
+    /// A value of a type: one that is there, or a stretched smaller one.
+    fn value_of(&mut self, ty: &Type) -> Value {
+        if !self.rng.once_in(4)
+            && let Some(found) = self.find(|t| t == ty)
+        {
+            return found;
+        }
+        let stretches = |t: &Type| t.dtype == ty.dtype && crate::infer::broadcasts(&t.dims, &ty.dims).is_ok();
+        let small = match self.find(stretches) {
+            Some(found) if !self.rng.once_in(3) || ty.dtype == DType::Key => found,
+            _ => self.constant(ty.dtype),
+        };
+        if self.ty(small) == *ty {
+            return small;
+        }
+        self.must(Op::Broadcast { shape: ty.dims.clone() }, &[small])
+    }
+
+    fn constant(&mut self, dtype: DType) -> Value {
+        let value = match dtype {
+            DType::Bool => self.rng.choose(&[0.0, 1.0]),
+            DType::I32 => self.rng.between(-2, 3) as f64,
+            DType::F32 | DType::Key => self.rng.choose(&[0.0, -0.0, 1.0, -1.0, 2.0, 0.1, -1.75]),
+        };
+        self.must(Op::Const { value, dtype }, &[])
+    }
+
+    /// Integers clamped to `0..rows`.
+    fn below(&mut self, indices: Value, rows: i64) -> Value {
+        let dims = self.ty(indices).dims;
+        let [low, high] = [0, rows - 1].map(|n| {
+            let scalar = self.must(Op::Const { value: n as f64, dtype: DType::I32 }, &[]);
+            self.must(Op::Broadcast { shape: dims.clone() }, &[scalar])
+        });
+        let indices = self.must(Op::Max {}, &[indices, low]);
+        self.must(Op::Min {}, &[indices, high])
+    }
+
+    fn at_least_one(&mut self, x: Value) -> Value {
+        let scalar = self.must(Op::Const { value: 1.0, dtype: DType::I32 }, &[]);
+        let one = self.must(Op::Broadcast { shape: self.ty(x).dims }, &[scalar]);
+        self.must(Op::Max {}, &[x, one])
+    }
+
+    /// Mostly applies an op that keeps numbers where the next op is finite; else most outputs would be NaN.
+    fn tame(&mut self, op: Op, x: Value) -> Value {
+        if self.rng.once_in(5) { x } else { self.must(op, &[x]) }
+    }
+
+    // Attributes.
+
+    fn dim(&mut self) -> Dim {
+        match self.rng.below(6) {
+            0 => Dim::symbol("B"),
+            1 | 2 => Dim::symbol("T"),
+            3 => Dim::symbol("N"),
+            _ => Dim::from(self.rng.between(1, 3)),
+        }
+    }
+
+    fn dims(&mut self) -> Vec<Dim> {
+        (0..self.rng.below(4)).map(|_| self.dim()).collect()
+    }
+
+    fn axis(&mut self, x: Value) -> Option<usize> {
+        let rank = self.ty(x).rank();
+        (rank > 0).then(|| self.rng.below(rank))
+    }
+
+    /// A permutation, the identity now and then.
+    fn order(&mut self, n: usize) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..n).collect();
+        for i in (1..n).rev() {
+            order.swap(i, self.rng.below(i + 1));
+        }
+        order
+    }
+
+    /// Other dims with the same elements: neighbours joined, ones put in.
+    fn regrouped(&mut self, dims: &[Dim]) -> Vec<Dim> {
+        let mut out: Vec<Dim> = Vec::new();
+        for dim in dims {
+            match out.last_mut() {
+                Some(last) if self.rng.once_in(2) => *last = &*last * dim,
+                _ => out.push(dim.clone()),
+            }
+        }
+        if self.rng.once_in(3) {
+            out.insert(self.rng.below(out.len() + 1), Dim::from(1i64));
+        }
+        out
+    }
+
+    // Pushing.
+
+    fn ty(&self, value: Value) -> Type {
+        self.graph.ty(value).clone()
+    }
+
+    fn fits(&self, ty: &Type) -> bool {
+        let len = ty.len();
+        let within = |b: &Bindings| len.eval(b).is_ok_and(|n| (0..=MOST_ELEMENTS).contains(&n));
+        self.bindings.iter().all(within) && ty.rank() <= 5
+    }
+
+    fn push(&mut self, op: Op, args: &[Value]) -> Vec<Value> {
+        let types: Vec<Type> = args.iter().map(|&a| self.ty(a)).collect();
+        let results = infer(&op, &types, None).unwrap_or_else(|why| panic!("the fuzzer drew `{op}` that fails: {why}"));
+        if !results.iter().all(|ty| self.fits(ty)) {
+            return vec![];
+        }
+        self.push_with(op, args, None)
+    }
+
+    /// One result of any size.
+    fn must(&mut self, op: Op, args: &[Value]) -> Value {
+        self.push_with(op, args, None)[0]
+    }
+
+    fn push_with(&mut self, op: Op, args: &[Value], state: Option<&Type>) -> Vec<Value> {
+        let site = self.site();
+        let shown = op.to_string();
+        let id = self.graph.try_push(op, args, state, site);
+        let id = id.unwrap_or_else(|why| panic!("the fuzzer drew `{shown}` that fails: {why}"));
+        let results: Vec<Value> = self.graph.op(id).results().collect();
+        for &value in &results {
+            if self.rng.once_in(4) {
+                // Names need not be unique, and may look like the numbers that others are printed with.
+                let name = self.rng.choose(&["hidden", "logits", "fc1.weight", "x", "9", "x.8"]);
+                self.graph.set_name(value, name);
+            }
+        }
+        results
+    }
+
+    fn site(&mut self) -> Site {
+        let tag = Tag { block: "model.decoder.layers".into(), instance: self.rng.below(2) as u32 };
+        let span = Span { source: 0, line: self.rng.below(9) as u32, column: 1 + self.rng.below(9) as u32, len: 1 };
+        let reason = self.rng.choose(&[Reason::Written, Reason::Grad, Reason::Update]);
+        // A reason is of a place; without one there is none.
+        let loc = if span.is_some() { Loc { span, reason } } else { Loc::default() };
+        Site {
+            phase: if self.rng.once_in(4) { self.rng.choose(&Phase::ALL) } else { Phase::Forward },
+            loc,
+            tag: if self.rng.once_in(4) { Some(tag) } else { None },
+        }
+    }
+}
+
+/// A row without attributes.
+fn plain(name: &str) -> Op {
+    Op::from_text(name, &[])
+        .unwrap_or_else(|why| panic!("the fuzzer takes `{name}` for an op without attributes: {why}"))
+}
