@@ -514,12 +514,16 @@ impl<'a> Draw<'a> {
 
     fn number(&mut self) -> Value {
         let dtype = self.rng.choose(&[DType::F32, DType::F32, DType::I32]);
-        self.any(dtype)
+        self.any_or_constant(dtype)
     }
 
     fn number_or_truth(&mut self) -> Value {
         let dtype = self.rng.choose(&[DType::F32, DType::I32, DType::Bool]);
-        self.any(dtype)
+        self.any_or_constant(dtype)
+    }
+
+    fn any_or_constant(&mut self, dtype: DType) -> Value {
+        if self.rng.once_in(5) { self.constant(dtype) } else { self.any(dtype) }
     }
 
     fn same_as(&mut self, value: Value) -> Value {
