@@ -7,8 +7,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use dsgc_ir::parse;
+use dsgc_ir::diag::{Diag, Sources};
 use dsgc_ir::verify::verify;
+use dsgc_ir::{Program, parse};
 
 mod common;
 
@@ -24,10 +25,19 @@ fn result(text: &str, folder: &str) -> String {
     for name in names {
         match common::run(common::pass_named(name), &program) {
             Ok(next) => program = next,
-            Err(errors) => return errors.iter().map(|e| format!("; {e}\n").replace("\n;\n", "\n")).collect(),
+            Err(errors) => return errors.iter().flat_map(|e| comment(e, &program)).collect(),
         }
     }
     program.to_string()
+}
+
+/// A message as comment lines.
+fn comment(diag: &Diag, program: &Program) -> Vec<String> {
+    let mut sources = Sources::default();
+    for name in &program.sources {
+        sources.add(name, "");
+    }
+    diag.plain(&sources).lines().map(|line| format!("; {line}\n")).collect()
 }
 
 fn files(folder: &Path) -> Vec<PathBuf> {
