@@ -15,11 +15,13 @@ mod config;
 mod data;
 mod declared;
 mod documents;
+mod graphs;
 mod lone;
 mod models;
 mod plan;
 mod resolved;
 mod roles;
+mod score;
 mod sets;
 mod settings;
 mod sources;
@@ -42,7 +44,9 @@ use crate::schema::{unknown_key, words};
 use declared::shown;
 use documents::{Documents, beside};
 use settings::Provenance;
-use stage::{Prepared, Surroundings};
+use stage::Surroundings;
+
+pub use score::score;
 
 /// The machine around a pipeline: files and Hugging Face folders.
 pub trait Host {
@@ -228,16 +232,18 @@ fn pipeline(
         }
     }
     check_defaults(documents, pipeline, places);
-    let wanted = |stage: &Prepared| options.stage.as_ref().is_none_or(|wanted| *wanted == stage.name);
-    let stages = prepared
-        .iter()
-        .filter(|s| wanted(s))
-        .map(|s| Program { stage: stage::host_side(s, &output_dir), ..Program::default() })
-        .collect();
+    let mut stages = Vec::new();
+    for stage in prepared.iter().filter(|s| options.stage.as_ref().is_none_or(|wanted| *wanted == s.name)) {
+        stages.extend(graphs::program(documents, stage, stage::host_side(stage, &output_dir)));
+    }
     if !documents.errors.is_empty() {
         return None;
     }
     let resolved = resolved::text(&documents.sources, &around, &output_from, &prepared);
+    // Once all documents are read: every stage may point into each of them.
+    for program in &mut stages {
+        program.sources = documents.sources.names().map(String::from).collect();
+    }
     Some(Loaded { stages, device, resolved, sources: Sources::default(), warnings: Vec::new() })
 }
 
