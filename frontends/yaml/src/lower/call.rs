@@ -161,6 +161,11 @@ impl<'a> Lowering<'a> {
         for (name, tree) in &source.lets {
             self.let_value(scope, name, tree);
         }
+        self.asserts(scope, source);
+    }
+
+    /// What must hold, as far as it is known when the file is read.
+    pub fn asserts(&mut self, scope: &mut Scope<'a>, source: &'a Source) {
         for assert in &source.asserts {
             match self.eval(scope, &assert.condition) {
                 Ok(Val::Static(Constant::Bool(true))) | Err(Reported) => {}

@@ -13,6 +13,7 @@
 
 mod builtins;
 mod call;
+mod document_test;
 mod emit;
 mod eval;
 mod params;
@@ -39,6 +40,7 @@ use scope::{Home, Scope, Static};
 use value::Val;
 
 pub use builtins::{BUILTINS, Builtin};
+pub use document_test::{DocumentTest, document_tests};
 
 /// A model in its role.
 #[derive(Clone, Debug)]
@@ -116,17 +118,6 @@ pub fn program(request: &Request<'_>) -> Result<Program, Vec<Diag>> {
         };
         lowering.entry(&home, graph, &entry.graph, &entry.dims);
     }
-    lowering.finish()
-}
-
-/// Lowers a model alone: its parameters, their initial values, and its graph under the name `forward`, with the
-/// model's own inputs and outputs.
-pub fn model(role: &Role<'_>, dims: &[DimRange]) -> Result<Program, Vec<Diag>> {
-    let roles = std::slice::from_ref(role);
-    let mut lowering = Lowering::new(&[], roles, TokenIds::default());
-    lowering.models();
-    let home = lowering.home_of(0);
-    lowering.entry(&home, &role.model.graph, "forward", dims);
     lowering.finish()
 }
 

@@ -64,11 +64,6 @@ impl<'a> Scope<'a> {
         self.bound(name).map(|b| &b.value)
     }
 
-    /// Where a name was bound.
-    pub fn span_of(&self, name: &str) -> Span {
-        self.bound(name).map_or(Span::NONE, |b| b.span)
-    }
-
     /// Takes back the binding of a name.
     pub fn unbind(&mut self, name: &str) {
         self.names.retain(|b| b.name != name);

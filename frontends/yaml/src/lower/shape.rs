@@ -39,7 +39,7 @@ fn is_dim(name: &str) -> bool {
 }
 
 /// The dim that takes its value where this stands: `N`, or `2 * N`.
-fn binder(dim: &Expr) -> Option<(&str, i64)> {
+pub(super) fn binder(dim: &Expr) -> Option<(&str, i64)> {
     match &dim.kind {
         ExprKind::Name(name) if is_dim(name) => Some((name, 1)),
         ExprKind::Binary(BinaryOp::Mul, a, b) => match (&a.kind, &b.kind) {
@@ -148,23 +148,16 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    /// The types that a graph's inputs have once its dims are bound, in the order of declaration: what a test gives.
-    pub fn input_types(&mut self, scope: &mut Scope<'a>, source: &Source) -> Vec<(String, DType, Vec<Dim>)> {
-        let mut types = Vec::new();
-        for (name, ty) in &source.inputs {
-            match self.declared(ty) {
-                Ok(Declared::Tensor(dtype, dims)) => {
-                    types.extend(self.dims(scope, &dims).map(|dims| (name.text.clone(), dtype, dims)));
-                }
-                Ok(Declared::Sequence(dims)) => {
-                    let Ok(dims) = self.dims(scope, &dims) else { continue };
-                    let fields = SEQUENCE.iter().map(|(f, d)| (format!("{}.{f}", name.text), *d, dims.clone()));
-                    types.extend(fields);
-                }
-                Ok(Declared::Static(_)) | Err(Reported) => {}
+    /// The tensors that an input is made of, with their types: what a test gives. None for a static value.
+    pub fn input_types(&mut self, scope: &mut Scope<'a>, name: &Word, ty: &Expr) -> R<Vec<(String, DType, Vec<Dim>)>> {
+        Ok(match self.declared(ty)? {
+            Declared::Tensor(dtype, dims) => vec![(name.text.clone(), dtype, self.dims(scope, &dims)?)],
+            Declared::Sequence(dims) => {
+                let dims = self.dims(scope, &dims)?;
+                SEQUENCE.map(|(field, dtype)| (format!("{}.{field}", name.text), dtype, dims.clone())).into()
             }
-        }
-        types
+            Declared::Static(_) => Vec::new(),
+        })
     }
 
     pub fn dims(&mut self, scope: &mut Scope<'a>, dims: &[&Expr]) -> R<Vec<Dim>> {

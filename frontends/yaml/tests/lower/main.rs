@@ -2,4 +2,5 @@
 
 mod setup;
 
+mod documents;
 mod numbers;
