@@ -1,14 +1,19 @@
 //! The graphs of a stage, by way of [`lower`](crate::lower).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::rc::Rc;
 
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::stage::{Stage, Statement};
-use dsgc_ir::{DimRange, Graph, Program};
+use dsgc_ir::{DimRange, Program};
 
-use crate::expr::{Expr, ExprKind, Item};
+use crate::expr::{Arg, Expr, ExprKind, Item, Word};
+use crate::functions::Functions;
+use crate::graph::{Graph, Tree};
 use crate::literal::Constant;
-use crate::lower::{self, Request, Role, TokenIds};
+use crate::lower::{self, DocumentTest, Request, Role, TokenIds};
+use crate::recipe::Recipe;
 
 use super::config::Config;
 use super::documents::{Documents, ScopedModel, ScopedRecipe};
@@ -120,7 +125,7 @@ pub(super) fn program(documents: &mut Documents<'_>, prepared: &Prepared, mut st
     Some(program)
 }
 
-fn spread(statement: &mut Statement, graphs: &[Graph]) {
+fn spread(statement: &mut Statement, graphs: &[dsgc_ir::Graph]) {
     match statement {
         Statement::For { body, .. } | Statement::Repeat { body, .. } => {
             body.iter_mut().for_each(|statement| spread(statement, graphs));
@@ -130,7 +135,7 @@ fn spread(statement: &mut Statement, graphs: &[Graph]) {
 }
 
 /// From `text: batch.text` to an argument for each tensor: `text.tokens: batch.text.tokens`.
-fn spread_args(args: &mut Vec<(String, String)>, graph: &str, graphs: &[Graph]) {
+fn spread_args(args: &mut Vec<(String, String)>, graph: &str, graphs: &[dsgc_ir::Graph]) {
     let Some(graph) = graphs.iter().find(|g| g.name == graph) else {
         panic!("bug: the plan calls graph `{graph}`, which was not lowered");
     };
@@ -145,18 +150,45 @@ fn spread_args(args: &mut Vec<(String, String)>, graph: &str, graphs: &[Graph]) 
     *args = spread.collect();
 }
 
-/// Lowers a model alone, with rows of up to `length` tokens.
-pub(super) fn lower_model(documents: &mut Documents<'_>, part: &Part<'_>, rows: u64, length: i64) {
-    let inputs = part.document.model.graph.inputs.iter();
-    let mut dims: Vec<DimRange> = Vec::new();
-    for (i, name) in inputs.flat_map(|(_, ty)| dims_of(ty)).enumerate() {
-        if !dims.iter().any(|d| *d.symbol == *name) {
-            dims.push(DimRange { symbol: name.into(), min: 1, max: if i == 0 { rows as i64 } else { length } });
-        }
-    }
-    if let Err(mut diags) = lower::model(&part.role(), &dims) {
-        documents.errors.append(&mut diags);
-    }
+/// Lowers a model alone: a graph with the model's own inputs that does nothing but call it.
+pub(super) fn lower_model(documents: &mut Documents<'_>, part: Part<'_>, rows: u64, length: i64) {
+    let nowhere = |text: &str| Word { span: Span::NONE, text: text.into() };
+    let Some(score) = documents.recipe(&nowhere("score"), Path::new("")) else { return };
+    let graph = &part.document.model.graph;
+    let argument = |(name, _): &(Word, Expr)| Arg {
+        name: None,
+        value: Expr { span: name.span, kind: ExprKind::Name(name.text.clone()) },
+    };
+    let args = graph.inputs.iter().map(argument).collect();
+    let call = ExprKind::Call { function: nowhere(part.name), args };
+    let forward = Graph {
+        name: nowhere("forward"),
+        doc: None,
+        inputs: graph.inputs.clone(),
+        dims: Vec::new(),
+        lets: Vec::new(),
+        asserts: Vec::new(),
+        out: Tree::Expr(Expr { span: Span::NONE, kind: call }),
+    };
+    let dims: BTreeSet<&str> = graph.inputs.iter().flat_map(|(_, ty)| dims_of(ty)).collect();
+    let batch = graph.inputs.first().and_then(|(_, ty)| dims_of(ty).first().copied());
+    let lengths = dims.iter().filter(|dim| Some(**dim) != batch).map(|dim| (dim.to_string(), 1, length));
+    let entry = Entry { graph: "forward".into(), batch: batch.map(String::from), lengths: lengths.collect() };
+    let recipe = ScopedRecipe {
+        recipe: Recipe { graphs: vec![forward], tests: Vec::new(), ..score.recipe.clone() },
+        functions: score.functions.clone(),
+        name: score.name.clone(),
+    };
+    let inputs = Inputs {
+        recipe: &recipe,
+        values: &BTreeMap::new(),
+        parts: vec![part],
+        ids: TokenIds::default(),
+        entries: &[entry],
+        rows,
+        at: None,
+    };
+    lower(documents, &inputs);
 }
 
 /// The dims that stand alone in a type.
@@ -168,4 +200,34 @@ fn dims_of(ty: &Expr) -> Vec<&str> {
     });
     // Capitals are dims (D6); `hidden` is a size of the model's.
     names.filter(|name| name.starts_with(char::is_uppercase)).collect()
+}
+
+/// The tests of a recipe and of all functions in its scope.
+pub(super) fn tests_of_recipe(documents: &mut Documents<'_>, scoped: &ScopedRecipe) -> Vec<DocumentTest> {
+    let recipe = &scoped.recipe;
+    let scope: Vec<&Functions> = scoped.functions.iter().map(|f| &**f).collect();
+    let own = lower::document_tests(&recipe.tests, &recipe.options, &recipe.graphs, &scope);
+    let mut tests = reported(documents, own);
+    for functions in &scoped.functions {
+        tests.extend(tests_of_functions(documents, functions, &scoped.functions));
+    }
+    tests
+}
+
+/// The tests of a document of functions. `scope` is what else it may call.
+pub(super) fn tests_of_functions(
+    documents: &mut Documents<'_>,
+    functions: &Functions,
+    scope: &[Rc<Functions>],
+) -> Vec<DocumentTest> {
+    let scope: Vec<&Functions> = [functions].into_iter().chain(scope.iter().map(|f| &**f)).collect();
+    let tests = lower::document_tests(&functions.tests, &[], &functions.graphs, &scope);
+    reported(documents, tests)
+}
+
+fn reported(documents: &mut Documents<'_>, tests: Result<Vec<DocumentTest>, Vec<Diag>>) -> Vec<DocumentTest> {
+    tests.unwrap_or_else(|diags| {
+        diags.into_iter().for_each(|diag| report(documents, diag, None));
+        Vec::new()
+    })
 }

@@ -29,27 +29,31 @@ pub(super) fn check(documents: &mut Documents<'_>, document: Document, folder: P
     let found = Found { document, folder };
     // The document itself needs no place: nobody names it.
     let name = |word: &Word| Word { span: Span::NONE, text: word.text.clone() };
-    match &found.document {
+    let tests = match &found.document {
         Document::Model(model) => {
             let scoped = Rc::new(documents.scoped_model(&name(&model.name), &found)?);
             self::model(documents, &scoped);
+            Vec::new()
         }
         Document::Recipe(recipe) => {
             let scoped = documents.scoped_recipe(&name(&recipe.name), &found)?;
             self::recipe(documents, &scoped);
+            graphs::tests_of_recipe(documents, &scoped)
         }
         Document::Functions(functions) => {
             let scope = documents.functions(&[(&functions.uses, &found.folder)]);
             documents.warn_of_shadows(&functions.graphs, &scope);
+            graphs::tests_of_functions(documents, functions, &scope)
         }
         Document::Pipeline(_) => unreachable!("pipelines are loaded whole"),
-    }
+    };
     Some(Loaded {
         stages: Vec::new(),
         device: Device::default(),
         sources: Sources::default(),
         warnings: Vec::new(),
         resolved: String::new(),
+        tests,
     })
 }
 
@@ -71,7 +75,7 @@ fn model(documents: &mut Documents<'_>, scoped: &Rc<ScopedModel>) {
     }
     if let Some(config) = scratch(documents, scoped, &[]) {
         let part = Part { name: "model", document: scoped, config: &config, trained: true };
-        graphs::lower_model(documents, &part, ROWS, LENGTH);
+        graphs::lower_model(documents, part, ROWS, LENGTH);
     }
 }
 

@@ -37,6 +37,7 @@ use dsgc_ir::diag::{Diag, Sources, Span, nearest};
 use crate::document::{self, Document};
 use crate::expr::Word;
 use crate::literal::Constant;
+use crate::lower::DocumentTest;
 use crate::node::Node;
 use crate::pipeline::{Pipeline, RUN, Setting, TRAINING};
 use crate::schema::{unknown_key, words};
@@ -105,6 +106,8 @@ pub struct Loaded {
     pub warnings: Vec<Diag>,
     /// The pipeline with every default filled in and each value's origin beside it; loads to the same stages.
     pub resolved: String,
+    /// The tests of all documents in use; `check` runs them.
+    pub tests: Vec<DocumentTest>,
 }
 
 /// What is wrong.
@@ -232,9 +235,14 @@ fn pipeline(
         }
     }
     check_defaults(documents, pipeline, places);
-    let mut stages = Vec::new();
+    let (mut stages, mut tests) = (Vec::new(), Vec::<DocumentTest>::new());
     for stage in prepared.iter().filter(|s| options.stage.as_ref().is_none_or(|wanted| *wanted == s.name)) {
         stages.extend(graphs::program(documents, stage, stage::host_side(stage, &output_dir)));
+        for test in graphs::tests_of_recipe(documents, &stage.recipe) {
+            if !tests.iter().any(|known| known.span == test.span) {
+                tests.push(test);
+            }
+        }
     }
     if !documents.errors.is_empty() {
         return None;
@@ -244,7 +252,7 @@ fn pipeline(
     for program in &mut stages {
         program.sources = documents.sources.names().map(String::from).collect();
     }
-    Some(Loaded { stages, device, resolved, sources: Sources::default(), warnings: Vec::new() })
+    Some(Loaded { stages, device, resolved, tests, sources: Sources::default(), warnings: Vec::new() })
 }
 
 /// `compile:`, as far as this version has it.
