@@ -49,6 +49,9 @@ impl<'a> Lowering<'a> {
             }
             Some(Callee::Model(role)) => {
                 let args = self.evaluated(scope, args);
+                if self.roles[role].broken {
+                    return Err(Reported);
+                }
                 let home = self.home_of(role);
                 let model = self.roles[role].model;
                 self.inline(home, String::new(), &model.graph, span, args?)
@@ -99,7 +102,8 @@ impl<'a> Lowering<'a> {
         self.calls.pop();
         for error in &mut self.errors[before..] {
             // What is wrong inside depends on what was passed.
-            if !error.labels.iter().any(|l| l.span == span) && error.labels.len() < 4 {
+            let shown = error.labels.iter().any(|l| (l.span.source, l.span.line) == (span.source, span.line));
+            if !shown && error.labels.len() < 4 {
                 *error = error.clone().label(span, format!("in this call of `{name}`"));
             }
         }

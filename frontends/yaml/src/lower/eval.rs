@@ -186,22 +186,31 @@ impl<'a> Lowering<'a> {
 
     /// Truth values are no numbers, and numbers no truth values; whole numbers are not divided.
     fn check_operands(&mut self, op: BinaryOp, span: Span, a: &Arg, b: &Arg) -> R<()> {
-        for arg in [a, b] {
-            let found = match arg.value.clone().single() {
-                Val::Tensor(value) => Some(self.ty(value).dtype),
+        let tensors: Vec<(&Arg, Value)> = [a, b]
+            .into_iter()
+            .filter_map(|arg| match arg.value.clone().single() {
+                Val::Tensor(value) => Some((arg, value)),
                 _ => None,
-            };
-            match (op, found) {
-                (BinaryOp::Eq | BinaryOp::Ne, _) | (_, None) => {}
-                (BinaryOp::And | BinaryOp::Or, Some(_)) => {
+            })
+            .collect();
+        let whole = tensors.iter().all(|(_, value)| self.ty(*value).dtype == DType::I32);
+        match op {
+            BinaryOp::Eq | BinaryOp::Ne => {}
+            BinaryOp::And | BinaryOp::Or => {
+                for (arg, _) in tensors {
                     self.tensor_of(arg, DType::Bool)?;
                 }
-                (BinaryOp::Div | BinaryOp::Pow, Some(DType::I32)) => {
-                    let what = if op == BinaryOp::Div { "a division" } else { "a power" };
-                    let diag = Diag::error(format!("found {what} of whole numbers, expected floats")).label(span, "");
-                    return self.fail(diag.label(arg.span, "i32").help("write `f32(..)` around them"));
+            }
+            BinaryOp::Div | BinaryOp::Pow if whole && !tensors.is_empty() => {
+                let what = if op == BinaryOp::Div { "a division" } else { "a power" };
+                let mut diag = Diag::error(format!("found {what} of whole numbers, expected floats")).label(span, "");
+                for (arg, value) in tensors {
+                    diag = diag.label(arg.span, self.ty(value).to_string());
                 }
-                (_, Some(_)) => {
+                return self.fail(diag.help("write `f32(..)` around them"));
+            }
+            _ => {
+                for (arg, _) in tensors {
                     self.numeric(arg)?;
                 }
             }

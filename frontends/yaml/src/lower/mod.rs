@@ -134,6 +134,8 @@ struct RoleState<'a> {
     functions: Rc<[&'a Functions]>,
     statics: Rc<[Static]>,
     trained: bool,
+    /// Whether its document is wrong; calls of it are silent then.
+    broken: bool,
     /// Every declared parameter; those whose `when` is false have no state.
     params: BTreeMap<String, params::Declared<'a>>,
     /// Parameters with a state, in the order of declaration, and how they begin.
@@ -187,6 +189,7 @@ impl<'a> Lowering<'a> {
                 functions: role.functions.as_slice().into(),
                 statics: statics.collect(),
                 trained: role.trained,
+                broken: false,
                 params: BTreeMap::new(),
                 inits: Vec::new(),
             });
