@@ -157,6 +157,8 @@ struct Lowering<'a> {
     tag: Option<Tag>,
     /// The calls in hand, to tell those that never end.
     calls: Vec<String>,
+    /// Whether calls have come to their limit: no more are made then.
+    exhausted: bool,
 }
 
 impl<'a> Lowering<'a> {
@@ -176,6 +178,7 @@ impl<'a> Lowering<'a> {
             reads: BTreeMap::new(),
             tag: None,
             calls: Vec::new(),
+            exhausted: false,
         };
         for role in roles {
             let statics = role.model.config.iter().map(|d| Static {

@@ -30,6 +30,9 @@ pub(super) enum Init {
 /// Standard deviation of parameters where a model says nothing.
 const STD: f64 = 0.02;
 
+/// Elements of a tensor beyond which no machine has the memory.
+pub(super) const MAX_ELEMENTS: i64 = 1 << 48;
+
 impl<'a> Lowering<'a> {
     /// Declares the parameters of all roles, and checks their graphs whether they are called or not.
     pub fn models(&mut self) {
@@ -76,6 +79,14 @@ impl<'a> Lowering<'a> {
                 }
                 None => {}
             }
+            if let Some(other) = shadow(&scope, &param.name.text) {
+                let first = param.name.text.split('.').next().unwrap_or_default();
+                let diag = Diag::error(format!("`{first}` has two meanings"))
+                    .label(param.name.span, "a parameter's name begins so")
+                    .label(other, "a value of that name is set here")
+                    .help("give the value another name");
+                all = self.fail(diag);
+            }
             let exists = match &param.when {
                 Some(when) => self.condition(&mut scope, when),
                 None => Ok(true),
@@ -97,6 +108,11 @@ impl<'a> Lowering<'a> {
         // All of them, so that all errors are told.
         let dims: Vec<R<Dim>> = param.shape.iter().map(|expr| self.extent(scope, expr)).collect();
         let dims: Vec<Dim> = dims.into_iter().collect::<R<_>>()?;
+        let elements = dims.iter().filter_map(Dim::constant).try_fold(1i64, i64::checked_mul);
+        if elements.is_none_or(|n| n > MAX_ELEMENTS) {
+            let diag = Diag::error(format!("parameter `{name}` has more than {MAX_ELEMENTS} elements"));
+            return self.fail(diag.label(param.name.span, ""));
+        }
         let model = self.roles[role].model;
         let init = match param.init.as_ref().or(model.init.as_ref()) {
             Some(expr) => self.init_of(scope, expr)?,
@@ -113,8 +129,10 @@ impl<'a> Lowering<'a> {
     fn extent(&mut self, scope: &mut Scope<'a>, expr: &Expr) -> R<Dim> {
         let dim = self.dim(scope, expr)?;
         match dim.constant() {
-            Some(n) if n > 0 => Ok(dim),
-            _ => self.fail(Diag::error(format!("found a size of {dim}, expected 1 or more")).label(expr.span, "")),
+            Some(n) if (1..=i32::MAX.into()).contains(&n) => Ok(dim),
+            _ => self.fail(
+                Diag::error(format!("found a size of {dim}, expected one from 1 to {}", i32::MAX)).label(expr.span, ""),
+            ),
         }
     }
 
@@ -218,4 +236,10 @@ impl<'a> Lowering<'a> {
         }
         self.program.graphs.push(std::mem::take(&mut self.graph));
     }
+}
+
+/// The place of a config entry whose name is the first part of a parameter's.
+fn shadow(scope: &Scope<'_>, param: &str) -> Option<Span> {
+    let first = param.split('.').next()?;
+    scope.home.statics.iter().find(|s| s.name == first).map(|s| s.span)
 }

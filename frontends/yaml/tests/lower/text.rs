@@ -38,7 +38,10 @@ fn a_small_model_is_as_blessed() {
         std::fs::write(&file, &program).expect("it can be written");
     }
     let expected = std::fs::read_to_string(&file).unwrap_or_default();
-    assert_eq!(program, expected);
+    for (at, (found, expected)) in program.lines().zip(expected.lines()).enumerate() {
+        assert_eq!(found, expected, "line {} of {}", at + 1, file.display());
+    }
+    assert_eq!(program.lines().count(), expected.lines().count());
 }
 
 #[test]
