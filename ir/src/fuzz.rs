@@ -11,7 +11,6 @@ use crate::op::{Op, ROWS};
 use crate::program::{Program, StateKind};
 use crate::tensor::{Data, Tensor};
 use crate::types::{DType, Type};
-use crate::verify::root;
 
 /// Elements of the largest value: enough for every structure, small enough for thousands of graphs a second.
 const MOST_ELEMENTS: i64 = 512;
@@ -154,8 +153,12 @@ impl<'a> Draw<'a> {
         input("trained", DType::Bool, &[&b, &t]);
         input("row", DType::F32, &[&n]);
         input("key", DType::Key, &[]);
+        let mut row = self.rng.choose(ROWS).name;
         while self.graph.len() < size {
-            let row = self.rng.choose(ROWS).name;
+            // Equal ops in a row meet rules that join them.
+            if !self.rng.once_in(3) {
+                row = self.rng.choose(ROWS).name;
+            }
             self.draw(row);
         }
         self.write_states();
@@ -163,39 +166,24 @@ impl<'a> Draw<'a> {
         self.graph
     }
 
-    /// Writes come last. What is written is new, and old values of written states are no outputs: such a graph
-    /// would need a copy that only the memory planner could make.
+    /// Writes come after all reads. Old values of written states may be outputs.
     fn write_states(&mut self) {
         for (id, state) in self.program.state_ids() {
             if self.rng.once_in(2) {
                 let value = self.value_of(&state.ty);
-                if self.state_under(value).is_none() {
-                    self.push_with(Op::Write { state: id }, &[value], Some(&state.ty));
-                }
+                self.push_with(Op::Write { state: id }, &[value], Some(&state.ty));
             }
         }
     }
 
     fn give_outputs(&mut self) {
-        let (mut used, mut written) = (vec![false; self.graph.values().len()], Vec::new());
+        let mut used = vec![false; self.graph.values().len()];
         for (_, op) in self.graph.ops() {
             op.args.iter().for_each(|a| used[a.0 as usize] = true);
-            if let Op::Write { state } = op.op {
-                written.push(state);
-            }
         }
-        let free = |v: &Value| !used[v.0 as usize] && self.state_under(*v).is_none_or(|s| !written.contains(&s));
-        let free: Vec<Value> = self.graph.values().filter(free).collect();
+        let free: Vec<Value> = self.graph.values().filter(|v| !used[v.0 as usize]).collect();
         for (i, v) in free.into_iter().enumerate() {
             self.graph.outputs.push((format!("out{i}"), v));
-        }
-    }
-
-    /// The state whose own bytes a value is.
-    fn state_under(&self, value: Value) -> Option<StateId> {
-        match self.graph.op(self.graph.def(root(&self.graph, value))?).op {
-            Op::Read { state } => Some(state),
-            _ => None,
         }
     }
 
@@ -503,7 +491,7 @@ impl<'a> Draw<'a> {
     /// A value of any type; mostly a late one, so that ops meet.
     fn value(&mut self) -> Value {
         let n = self.graph.values().len();
-        let among = if self.rng.once_in(3) { n } else { n.min(6) };
+        let among = self.rng.choose(&[n, n.min(6), 1]);
         Value((n - 1 - self.rng.below(among)) as u32)
     }
 
@@ -511,8 +499,8 @@ impl<'a> Draw<'a> {
     fn find(&mut self, holds: impl Fn(&Type) -> bool) -> Option<Value> {
         let all: Vec<Value> = self.graph.values().filter(|&v| holds(self.graph.ty(v))).collect();
         (!all.is_empty()).then(|| {
-            let late = if self.rng.once_in(2) { all.len().saturating_sub(4) } else { 0 };
-            all[late + self.rng.below(all.len() - late)]
+            let among = self.rng.choose(&[all.len(), all.len().min(4), 1]);
+            all[all.len() - 1 - self.rng.below(among)]
         })
     }
 
@@ -526,12 +514,16 @@ impl<'a> Draw<'a> {
 
     fn number(&mut self) -> Value {
         let dtype = self.rng.choose(&[DType::F32, DType::F32, DType::I32]);
-        self.any(dtype)
+        self.any_or_constant(dtype)
     }
 
     fn number_or_truth(&mut self) -> Value {
         let dtype = self.rng.choose(&[DType::F32, DType::I32, DType::Bool]);
-        self.any(dtype)
+        self.any_or_constant(dtype)
+    }
+
+    fn any_or_constant(&mut self, dtype: DType) -> Value {
+        if self.rng.once_in(5) { self.constant(dtype) } else { self.any(dtype) }
     }
 
     fn same_as(&mut self, value: Value) -> Value {

@@ -119,7 +119,7 @@ fn write_graph(f: &mut fmt::Formatter<'_>, graph: &Graph, program: &Program) -> 
         writeln!(f)?;
     }
     let outputs: Vec<String> = graph.outputs.iter().map(|(n, v)| format!("{n}={}", name(*v))).collect();
-    writeln!(f, "  return {}", outputs.join(", "))?;
+    writeln!(f, "  return{}{}", if outputs.is_empty() { "" } else { " " }, outputs.join(", "))?;
     writeln!(f, "}}")
 }
 

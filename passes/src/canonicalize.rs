@@ -128,9 +128,9 @@ fn rewrite(new: &Graph, op: &Op, args: &[Value], old: &OpData) -> Rewrite {
             Rewrite::Value(args[0])
         }
         Op::Concat { .. } if args.len() == 1 => Rewrite::Value(args[0]),
-        Op::ReduceSum { axes } | Op::ReduceMax { axes } | Op::ReduceMin { axes } if axes.is_empty() => {
-            Rewrite::Value(args[0])
-        }
+        Op::ReduceMax { axes } | Op::ReduceMin { axes } if axes.is_empty() => Rewrite::Value(args[0]),
+        // A sum begins with 0.0, and 0.0 + -0.0 is not -0.0.
+        Op::ReduceSum { axes } if axes.is_empty() && ty(args[0]).dtype == DType::I32 => Rewrite::Value(args[0]),
         Op::Neg {} => match producer(args[0]) {
             Some(OpData { op: Op::Neg {}, args: inner, .. }) => Rewrite::Value(inner[0]),
             _ => scalar_arithmetic(new, op, args),

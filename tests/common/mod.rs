@@ -1,0 +1,81 @@
+//! What tests of passes share: passes by name with everything that must hold after each, and exact comparison.
+
+use dsgc_ir::diag::Diag;
+use dsgc_ir::fuzz::{Rng, random_bindings, random_inputs, random_tensor};
+use dsgc_ir::verify::verify;
+use dsgc_ir::{Bindings, Graph, Level, Planned, Program, Tensor, parse};
+use dsgc_kernels::Device;
+use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
+use dsgc_passes::{Numerics, PIPELINE, Pass, PassContext};
+
+/// How many bindings of the dims a graph is run with.
+const RUNS: u64 = 3;
+
+/// A pass of the pipeline.
+pub fn pass_named(name: &str) -> &'static Pass {
+    PIPELINE.iter().find(|p| p.name == name).unwrap_or_else(|| panic!("no pass is called `{name}`"))
+}
+
+/// Runs a pass and checks what holds after every pass: it verifies, reads back, is the same when run again, and, if
+/// the pass is exact, has the values it had before.
+pub fn run(pass: &Pass, program: &Program) -> Result<Program, Vec<Diag>> {
+    let context = PassContext { target: &InterpTarget };
+    let after = (pass.run)(program.clone(), &context)?;
+    let text = after.to_string();
+    let what = format!("after `{}`:\n{text}\nwhich was:\n{program}", pass.name);
+    verify(&after).unwrap_or_else(|fault| panic!("{fault} {what}"));
+    let read = parse(&text).unwrap_or_else(|e| panic!("{e} {what}"));
+    assert_eq!(read.to_string(), text, "does not read back");
+    let again = (pass.run)(program.clone(), &context).map(|p| p.to_string());
+    assert_eq!(again, Ok(text), "`{}` gives two programs", pass.name);
+    if pass.numerics == Numerics::Exact {
+        equal_values(program, &after, &what);
+    }
+    Ok(after)
+}
+
+/// Runs the graphs that both programs have on random inputs and states, in f64: results and states are equal bit by
+/// bit. A planned program runs in its arena.
+pub fn equal_values(before: &Program, after: &Program, what: &str) {
+    for graph in before.graphs.iter().filter(|g| after.graph(&g.name).is_some()) {
+        for seed in 0..RUNS {
+            let bindings = random_bindings(graph, seed);
+            let (a, b) = (values(before, graph, &bindings, seed), values(after, graph, &bindings, seed));
+            for ((name, a), (_, b)) in a.iter().zip(&b) {
+                assert_eq!(a, b, "`{name}` of @{} differs with {bindings:?} {what}", graph.name);
+            }
+            assert_eq!(a.len(), b.len(), "results of @{} {what}", graph.name);
+        }
+    }
+}
+
+/// All results of a graph and all states that are there before it, by name, as shape and bits.
+fn values(program: &Program, graph: &Graph, bindings: &Bindings, seed: u64) -> Vec<(String, (Vec<usize>, Vec<u64>))> {
+    let mut interp = match program.level {
+        Level::Logical => Interp::new(program.clone(), Precision::F64),
+        Level::Planned => {
+            let planned = Planned::new(program.clone()).unwrap_or_else(|fault| panic!("{fault} in\n{program}"));
+            Interp::planned(planned, Precision::F64)
+        }
+    };
+    for (id, state) in program.state_ids() {
+        // Equal names have equal values in both programs.
+        let own = state.name.bytes().fold(seed, |hash, byte| hash.wrapping_mul(31).wrapping_add(u64::from(byte)));
+        interp.set_state(id, &random_tensor(&state.ty, &Bindings::new(), &mut Rng::new(own)));
+    }
+    let inputs = random_inputs(graph, bindings, seed);
+    let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let outputs = interp.run(&graph.name, &inputs).unwrap_or_else(|e| panic!("{e} in\n{program}"));
+    let states = program.state_ids().map(|(id, state)| (format!("@{}", state.name), interp.state(id)));
+    let mut all: Vec<(String, Tensor)> = outputs.into_iter().chain(states).collect();
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    all.into_iter().map(|(name, tensor)| (name, (tensor.shape.clone(), bits(&tensor)))).collect()
+}
+
+/// Exact contents: bits, with one NaN.
+fn bits(tensor: &Tensor) -> Vec<u64> {
+    match &tensor.data {
+        dsgc_ir::Data::Key(v) => v.iter().map(|k| u64::from(k[0]) << 32 | u64::from(k[1])).collect(),
+        _ => tensor.to_f64().into_iter().map(|x| if x.is_nan() { u64::MAX } else { x.to_bits() }).collect(),
+    }
+}
