@@ -1,2 +1,64 @@
-//! The `dsgc` program.
-fn main() {}
+//! `dsgc`: compiles and runs training pipelines.
+//!
+//! One file per command in `commands/`. Exit codes: 0 done, 1 the user's input (usage errors too), 2 ours.
+
+mod commands;
+mod console;
+mod device;
+mod host;
+mod progress;
+mod report;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use commands::{check, compile, library, opt, run};
+
+/// A compiler for training pipelines: YAML graphs to planned programs.
+#[derive(Parser)]
+#[command(name = "dsgc", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check a document and run its tests.
+    Check(check::Args),
+    /// Compile a pipeline and report what every pass did.
+    Compile(compile::Args),
+    /// Run a pipeline.
+    Run(run::Args),
+    /// Run passes on a program in text form.
+    Opt(opt::Args),
+    /// Look into the standard library.
+    Std(library::Args),
+}
+
+fn main() -> ExitCode {
+    console::report_panics();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors; clap's own code for usage errors is 2, which is ours for bugs.
+            let code = if error.use_stderr() { ExitCode::from(1) } else { ExitCode::SUCCESS };
+            return error.print().map_or(ExitCode::from(1), |()| code);
+        }
+    };
+    let done = match cli.command {
+        Command::Check(args) => check::run(&args),
+        Command::Compile(args) => compile::run(&args),
+        Command::Run(args) => run::run(&args),
+        Command::Opt(args) => opt::run(&args),
+        Command::Std(args) => library::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.show();
+            ExitCode::from(1)
+        }
+    }
+}

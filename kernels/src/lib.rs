@@ -7,6 +7,7 @@
 use dsgc_ir::diag::Diag;
 use dsgc_ir::{Bindings, Graph, StateId, Tensor};
 
+pub mod cpu;
 pub mod interp;
 pub mod random;
 

@@ -10,4 +10,4 @@ mod pipeline;
 pub mod plan_memory;
 mod rebuild;
 
-pub use pipeline::{Fact, Numerics, PIPELINE, Pass, PassContext, compile};
+pub use pipeline::{Fact, Numerics, PIPELINE, Pass, PassContext, compile, run_passes};

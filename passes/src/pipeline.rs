@@ -1,6 +1,6 @@
 //! The order of the passes, and what each one promises.
 
-use dsgc_ir::diag::Diag;
+use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::verify::verify;
 use dsgc_ir::{Planned, Program, Target};
 
@@ -58,12 +58,7 @@ pub type Observer<'a> = &'a mut dyn FnMut(&Pass, &Program, &Program);
 pub fn compile(program: Program, context: &PassContext, observe: Observer) -> Result<Planned, Vec<Diag>> {
     let mut program = program;
     for pass in PIPELINE {
-        let next = (pass.run)(program.clone(), context)?;
-        if cfg!(debug_assertions)
-            && let Err(fault) = verify(&next)
-        {
-            panic!("bug: after the pass `{}`: {fault}", pass.name);
-        }
+        let next = run_one(pass, program.clone(), context)?;
         observe(pass, &program, &next);
         program = next;
     }
@@ -71,4 +66,49 @@ pub fn compile(program: Program, context: &PassContext, observe: Observer) -> Re
         Ok(planned) => Ok(planned),
         Err(fault) => panic!("bug: the planned program is not valid: {fault}"),
     }
+}
+
+/// Runs passes by name, in this order. Their contracts hold as in [`PIPELINE`]: what a pass requires, an earlier one
+/// must provide. In debug builds the verifier runs after every pass.
+pub fn run_passes(program: Program, names: &[&str], context: &PassContext) -> Result<Program, Vec<Diag>> {
+    let mut program = program;
+    let mut facts = vec![Fact::Logical];
+    for name in names {
+        let Some(pass) = PIPELINE.iter().find(|p| p.name == *name) else {
+            let diag = Diag::error(format!("no pass is called `{name}`"));
+            return Err(vec![match nearest(name, PIPELINE.iter().map(|p| p.name)) {
+                Some(near) => diag.help(format!("the nearest is `{near}`")),
+                None => diag.help(format!("there are {}", all_names())),
+            }]);
+        };
+        if let Some(missing) = pass.requires.iter().find(|f| !facts.contains(f)) {
+            let provider = PIPELINE.iter().find(|p| p.provides.contains(missing)).map_or("no pass", |p| p.name);
+            let diag = Diag::error(format!("`{name}` cannot run here: it needs what `{provider}` provides"));
+            return Err(vec![diag.help(format!("run `{provider}` before it"))]);
+        }
+        program = run_one(pass, program, context)?;
+        facts.extend(pass.provides);
+    }
+    Ok(program)
+}
+
+/// The names of all passes, each once, in the order in which they first run.
+fn all_names() -> String {
+    let mut names: Vec<&str> = Vec::new();
+    for pass in PIPELINE {
+        if !names.contains(&pass.name) {
+            names.push(pass.name);
+        }
+    }
+    names.join(", ")
+}
+
+fn run_one(pass: &Pass, program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
+    let next = (pass.run)(program, context)?;
+    if cfg!(debug_assertions)
+        && let Err(fault) = verify(&next)
+    {
+        panic!("bug: after the pass `{}`: {fault}", pass.name);
+    }
+    Ok(next)
 }

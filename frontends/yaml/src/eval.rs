@@ -30,7 +30,9 @@ pub fn constant_in(expr: &Expr, values: &BTreeMap<String, Constant>) -> Result<C
             found => return Err(wrong(format!("found `{found}` after `not`, expected a condition"))),
         },
         ExprKind::Unary(UnaryOp::Neg, x) => match go(x)? {
-            Constant::Int(n) => Constant::Int(-n),
+            Constant::Int(n) => {
+                Constant::Int(n.checked_neg().ok_or_else(|| wrong(format!("cannot compute `{expr}`")))?)
+            }
             Constant::Float(x) => Constant::Float(-x),
             found => return Err(wrong(format!("found `{found}` after `-`, expected a number"))),
         },
@@ -62,7 +64,9 @@ fn binary(op: BinaryOp, a: Constant, b: Constant) -> Option<Constant> {
         (BinaryOp::Add, Int(x), Int(y)) => Int(x.checked_add(*y)?),
         (BinaryOp::Sub, Int(x), Int(y)) => Int(x.checked_sub(*y)?),
         (BinaryOp::Mul, Int(x), Int(y)) => Int(x.checked_mul(*y)?),
-        (BinaryOp::Div, Int(x), Int(y)) if *y != 0 && x % y == 0 => Int(x / y),
+        // A quotient that is whole stays a whole number: `hidden / heads` is a size.
+        (BinaryOp::Div, Int(x), Int(y)) if x.checked_rem(*y) == Some(0) => Int(x / y),
+        (BinaryOp::Div, _, Int(0)) => return None,
         _ => {
             let (x, y) = (a.number()?, b.number()?);
             match op {
@@ -79,4 +83,43 @@ fn binary(op: BinaryOp, a: Constant, b: Constant) -> Option<Constant> {
             }
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use dsgc_ir::diag::Span;
+
+    use super::*;
+    use crate::text::{Style, Text};
+
+    #[track_caller]
+    fn check(text: &str, expected: &str) {
+        let span = Span { source: 0, line: 1, column: 1, len: 1 };
+        let expr = Expr::parse(&Text::new(text.into(), text, span, Style::Plain, false)).unwrap();
+        let values =
+            BTreeMap::from([("heads".to_owned(), Constant::Int(4)), ("kind".into(), Constant::Str("a".into()))]);
+        let found = match constant_in(&expr, &values) {
+            Ok(value) => value.to_string(),
+            Err(diag) => diag.message,
+        };
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn whole_numbers_stay_whole() {
+        check("64 / heads", "16");
+        check("6 / heads", "1.5");
+        check("-heads + 2 * 3", "2");
+        check("2 ** 3", "8.0");
+        check("1 / 0", "cannot compute `(1 / 0)`");
+        check("9223372036854775807 + 1", "cannot compute `(9223372036854775807 + 1)`");
+    }
+
+    #[test]
+    fn conditions_are_decided() {
+        check("heads > 3 and kind == \"a\"", "true");
+        check("1 if not true else [heads, 2]", "[4, 2]");
+        check("1 if heads else 2", "found `4`, expected a condition");
+        check("batch.text", "`batch.text` is not known when the file is read");
+    }
 }

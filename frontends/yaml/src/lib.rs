@@ -21,6 +21,7 @@ pub mod graph;
 pub mod library;
 pub mod literal;
 pub mod load;
+pub mod lower;
 pub mod model;
 pub mod node;
 pub mod pipeline;

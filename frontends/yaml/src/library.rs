@@ -29,7 +29,8 @@ macro_rules! entries {
 }
 
 /// All of it.
-pub const ENTRIES: &[Entry] = entries!["models" / "opt", "recipes" / "sft", "functions" / "sequences"];
+pub const ENTRIES: &[Entry] =
+    entries!["models" / "opt", "recipes" / "score", "recipes" / "sft", "functions" / "sequences"];
 
 /// The document of this kind and name.
 pub fn find(kind: &str, name: &str) -> Option<&'static Entry> {

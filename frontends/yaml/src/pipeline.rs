@@ -98,7 +98,11 @@ pub const PIPELINE: Table = Table {
     keys: &[
         key("dsgc", Form::Int, "version of the language: 1"),
         key("doc", Form::Text, "what it is for"),
-        key("output_dir", Form::Text, "folder for results; a folder per stage is made in it"),
+        key(
+            "output_dir",
+            Form::Text,
+            "folder for results, from the working directory; a folder per stage is made in it",
+        ),
         key("seed", Form::Int, "seed of everything random"),
         key("models", Form::Map(&Form::Either(&[Form::Keys(&MODEL_SOURCE), Form::Text])), "models by name"),
         key("data", Form::Map(&Form::Keys(&DATA_SOURCE)), "data by name"),
@@ -114,7 +118,11 @@ pub const PIPELINE: Table = Table {
 pub const MODEL_SOURCE: Table = Table {
     what: "a model of a pipeline",
     keys: &[
-        key("path", Form::Text, "a folder, or `hf://<repository>@<revision>`; without one the weights are random"),
+        key(
+            "path",
+            Form::Text,
+            "a folder (from that of this file), or `hf://<repository>@<revision>`; without one the weights are random",
+        ),
         key("model", Form::Text, "the model document, a name of the library or a file"),
         key("config", Form::Map(&Form::Literal), "config entries of that document"),
         key("tokenizer", Form::Text, "folder with the tokenizer.json, if not `path`"),
@@ -125,7 +133,7 @@ pub const MODEL_SOURCE: Table = Table {
 pub const DATA_SOURCE: Table = Table {
     what: "an entry of `data`",
     keys: &[
-        key("path", Form::Text, "file of rows"),
+        key("path", Form::Text, "file of rows, from the folder of this file"),
         key("fields", Form::Map(&Form::Text), "field of the recipe to column of the file"),
         key("eval", Form::Either(&[Form::Float, Form::Text]), "held-out rows: a share, or another file"),
         key("split", Form::Map(&Form::Float), "stage to its share, where several stages share a file"),

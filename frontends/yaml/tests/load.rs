@@ -2,9 +2,13 @@
 
 mod common;
 
-use common::{loaded, machine};
+use std::path::Path;
+
+use common::{Machine, machine};
 use dsgc_ir::diag::Span;
 use dsgc_ir::stage::{Held, Origin, ScheduleKind, Stage};
+use dsgc_yaml::load::{Loaded, Options, load};
+use dsgc_yaml::render::{Look, render};
 
 const SFT: &str = "\
 dsgc: 1
@@ -21,6 +25,16 @@ stages:
     micro_batch_size: 4
     learning_rate: 1e-3
 ";
+
+/// Loads a text as the file `pipeline.yaml`; a panic with the messages if it does not load.
+#[track_caller]
+fn loaded(machine: Machine, text: &str, sets: &[&str]) -> Loaded {
+    let options = Options { sets: sets.iter().map(|s| s.to_string()).collect(), stage: None };
+    match load(Path::new("pipeline.yaml"), &options, &machine.with("pipeline.yaml", text)) {
+        Ok(loaded) => loaded,
+        Err(failed) => panic!("{}", render(&failed.diags, &failed.sources, Look::Plain)),
+    }
+}
 
 #[track_caller]
 fn stage(text: &str, sets: &[&str]) -> Stage {
@@ -78,9 +92,7 @@ fn placeless(mut stage: Stage) -> Stage {
 fn assert_round_trip(text: &str, sets: &[&str]) -> String {
     let first = loaded(machine(), text, sets);
     let again = loaded(machine(), &first.resolved, &[]);
-    let stages = |loaded: &dsgc_yaml::load::Loaded| -> Vec<Stage> {
-        loaded.stages.iter().map(|p| placeless(p.stage.clone())).collect()
-    };
+    let stages = |loaded: &Loaded| -> Vec<Stage> { loaded.stages.iter().map(|p| placeless(p.stage.clone())).collect() };
     assert_eq!(stages(&first), stages(&again), "{}", first.resolved);
     first.resolved
 }
@@ -107,4 +119,120 @@ fn the_resolved_text_loads_to_the_same_stages() {
         ),
         &[],
     );
+}
+
+#[test]
+fn a_folder_is_read_by_the_rules_of_its_model() {
+    let text = SFT.replace(
+        "{model: opt, tokenizer: tok, config: {hidden: 8, layers: 2, heads: 2, ffn: 16, max_positions: 64}}",
+        "tiny",
+    );
+    let loaded = loaded(machine(), &text, &[]);
+    let role = &loaded.stages[0].stage.roles[0];
+    assert_eq!((&role.origin, role.tokenizer.as_deref()), (&Origin::Folder("tiny".into()), Some("tiny")));
+    assert_eq!(role.model.family, "opt");
+    assert_eq!(role.model.unused, ["dropout"], "what the model does not use is listed");
+    assert_eq!(
+        serde_json::Value::from(role.model.config.clone()),
+        serde_json::from_str::<serde_json::Value>(common::TINY).unwrap()
+    );
+    for line in ["# vocab: 104 ", "# norm_first: true ", "# tied: true ", "# activation: relu "] {
+        assert!(loaded.resolved.contains(line), "{line} in {}", loaded.resolved);
+    }
+}
+
+#[test]
+fn the_config_of_random_weights_reads_back_as_the_same_model() {
+    let config = "hidden: 8, layers: 2, heads: 2, ffn: 16, max_positions: 64, embed: 4, activation: gelu_tanh, \
+                  norm_first: false, final_norm: false, tied: false";
+    let text = SFT.replace("hidden: 8, layers: 2, heads: 2, ffn: 16, max_positions: 64", config);
+    let first = loaded(machine(), &text, &[]);
+    let written = first.stages[0].stage.roles[0].model.config.clone();
+    assert_eq!(written["architectures"], serde_json::json!(["OPTForCausalLM"]));
+    assert_eq!(written["model_type"], "opt");
+    assert_eq!(written["activation_function"], "gelu_new", "their name for ours");
+    assert_eq!(written["_remove_final_layer_norm"], true, "the opposite of ours");
+    assert_eq!((&written["vocab_size"], &written["pad_token_id"]), (&100.into(), &1.into()), "from the tokenizer");
+    let json = serde_json::to_string(&written).unwrap();
+    let folder = machine().with("saved/config.json", &json).with("saved/tokenizer.json", "[100, 1, 2, 2]");
+    let start = text.find("{model: opt").unwrap();
+    let end = start + text[start..].find('\n').unwrap();
+    let again = loaded(folder, &format!("{}saved{}", &text[..start], &text[end..]), &[]);
+    // The lines of the config, without where each value came from.
+    let values = |text: &str, from: &str| -> Vec<String> {
+        let lines = text.lines().skip_while(|l| !l.contains(from)).skip(1).take_while(|l| l.starts_with("      "));
+        lines
+            .map(|l| l.trim_start_matches([' ', '#']).split(" #").next().unwrap_or_default().trim().to_owned())
+            .collect()
+    };
+    let config = values(&first.resolved, "    config:");
+    assert!(config.len() > 10);
+    assert_eq!(config, values(&again.resolved, "# config:"));
+}
+
+#[test]
+fn a_stage_begins_with_the_result_of_an_earlier_one() {
+    let text = format!("{SFT}  more: {{recipe: sft, model: sft, data: chats, max_length: 16}}\n");
+    let loaded = loaded(machine(), &text, &["output_dir=out"]);
+    let [first, second] = &loaded.stages[..] else { panic!() };
+    assert_eq!(second.stage.roles[0].origin, Origin::Stage(first.stage.output_dir.clone()));
+    assert_eq!(second.stage.roles[0].origin, Origin::Stage("out/sft".into()));
+    assert_eq!(second.stage.roles[0].tokenizer.as_deref(), Some("tok"), "inherited");
+    assert_eq!(second.stage.roles[0].model, first.stage.roles[0].model);
+}
+
+#[test]
+fn extends_replaces_whole_entries() {
+    let mine = "\
+recipe: mine
+extends: sft
+options:
+  max_length: 24
+defaults:
+  model: {learning_rate: 7e-4}
+";
+    let text = SFT
+        .replace("  sft:\n", "  sft:\n    recipe: ./own/mine.yaml\n")
+        .replace("    max_length: 32\n    batch", "    batch");
+    let text = text.replace("    learning_rate: 1e-3\n", "");
+    let stage = loaded(machine().with("own/mine.yaml", mine), &text, &[]).stages.remove(0).stage;
+    assert_eq!(stage.sources[0].max_length, 24);
+    assert_eq!(stage.trainings[0].schedule.learning_rate, 7e-4);
+    assert_eq!(
+        stage.trainings[0].schedule.kind,
+        ScheduleKind::Linear,
+        "`model` is one entry: nothing of sft's is left"
+    );
+    assert_eq!(stage.plan.len(), 1, "the plan is inherited");
+}
+
+#[test]
+fn rows_are_bound_by_their_columns() {
+    let source = |data: &str| stage(&SFT.replace("{path: pairs.jsonl, eval: 0.25}", data), &[]).sources.remove(0);
+    let parts = |data: &str| source(data).sequences.remove(0).parts;
+    assert_eq!(parts("{path: pairs.jsonl}").len(), 3, "prompt, chosen, eoc");
+    assert_eq!(parts("{path: texts.jsonl}").len(), 2, "text, eoc");
+    let renamed =
+        source("{path: texts.jsonl, fields: {prompt: text, chosen: text}, train_on_prompt: true, prefix: ' '}");
+    assert_eq!(renamed.fields["chosen"], "text");
+    assert!(renamed.train_on_prompt);
+    assert_eq!(renamed.prefix, " ");
+    let split =
+        source("{path: texts.jsonl, split: {reward: 4, sft: 2}, shuffle: deepspeed_chat, pad_to_max: true}").split;
+    assert_eq!(split.map(|s| (s.parts, s.part)), Some((vec![4.0, 2.0], 1)));
+}
+
+#[test]
+fn paths_start_from_the_file_that_names_them() {
+    let files = machine()
+        .with("deep/pairs.jsonl", r#"{"prompt": "a", "chosen": "b"}"#)
+        .with("deep/tok/tokenizer.json", "[100, 1, 2, 2]")
+        .with("deep/pipeline.yaml", SFT);
+    let load = |sets: &[&str]| {
+        let options = Options { sets: sets.iter().map(|s| s.to_string()).collect(), stage: None };
+        let loaded = load(Path::new("deep/pipeline.yaml"), &options, &files).unwrap();
+        loaded.stages[0].stage.sources[0].clone()
+    };
+    assert_eq!((load(&[]).path.as_str(), load(&[]).tokenizer.as_str()), ("deep/pairs.jsonl", "deep/tok"));
+    assert_eq!(load(&["data.chats.path=./pairs.jsonl"]).path, "pairs.jsonl", "--set: from the working directory");
 }

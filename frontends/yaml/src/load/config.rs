@@ -22,14 +22,14 @@ use crate::schema::words;
 
 use super::TokenizerFacts;
 use super::declared::{missing, shown, typed};
-use super::settings::From;
+use super::settings::Provenance;
 
 /// A value of the config.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
     pub name: String,
     pub value: Constant,
-    pub from: From,
+    pub from: Provenance,
 }
 
 /// A model's config, and what is written beside its weights.
@@ -128,7 +128,9 @@ pub(super) fn from_scratch(
     for declared in &model.config {
         let entry = match (given.iter().find(|(name, _)| name.text == declared.name.text), &declared.default) {
             (Some((name, literal)), _) => Some(from_given(declared, name, literal)),
-            (None, Some(default)) => Some(typed(declared, default).map(|value| entry(declared, value, From::Default))),
+            (None, Some(default)) => {
+                Some(typed(declared, default).map(|value| entry(declared, value, Provenance::Default)))
+            }
             (None, None) => None,
         };
         let entry = match entry.transpose() {
@@ -147,7 +149,10 @@ pub(super) fn from_scratch(
         return None;
     }
     let mut whole = Vec::new();
-    for (declared, entry) in model.config.iter().zip(entries) {
+    // Those that follow from others come last: what they follow from may be what is missing.
+    let mut open: Vec<(&Declaration, Option<Entry>)> = model.config.iter().zip(entries).collect();
+    open.sort_by_key(|(declared, _)| rule_of(model, &declared.name.text).is_some_and(|r| r.from.name().is_none()));
+    for (declared, entry) in open {
         match entry.map_or_else(|| from_json(model, declared, &json, asked), Ok) {
             Ok(entry) => {
                 if let Some(rules) = &model.from_hf {
@@ -155,9 +160,17 @@ pub(super) fn from_scratch(
                 }
                 whole.push(entry);
             }
-            Err(diag) => errors.push(diag),
+            Err(diag)
+                if errors.len() == before
+                    || rule_of(model, &declared.name.text).is_none_or(|r| r.from.name().is_some()) =>
+            {
+                errors.push(diag);
+            }
+            Err(_) => {}
         }
     }
+    let place = |entry: &Entry| model.config.iter().position(|d| d.name.text == entry.name);
+    whole.sort_by_key(place);
     (errors.len() == before).then(|| Config { entries: whole, host: host(model, json, Vec::new()) })
 }
 
@@ -166,12 +179,12 @@ fn host(model: &Model, config: Map<String, Json>, unused: Vec<String>) -> HostMo
     HostModel { family: model.name.text.clone(), config, tensors, unused }
 }
 
-fn entry(declared: &Declaration, value: Constant, from: From) -> Entry {
+fn entry(declared: &Declaration, value: Constant, from: Provenance) -> Entry {
     Entry { name: declared.name.text.clone(), value, from }
 }
 
 fn from_given(declared: &Declaration, name: &Word, literal: &Literal) -> Result<Entry, Diag> {
-    typed(declared, literal).map(|value| entry(declared, value, From::Given(name.span)))
+    typed(declared, literal).map(|value| entry(declared, value, Provenance::Given(name.span)))
 }
 
 fn rule_of<'m>(model: &'m Model, name: &str) -> Option<&'m ConfigRule> {
@@ -193,7 +206,7 @@ fn from_json(
     let (rule, expr) = match (read, &declared.default) {
         (Some((rule, Ok(expr))), _) => (rule, expr),
         // transformers has defaults for absent keys too; a model document declares them.
-        (_, Some(default)) => return typed(declared, default).map(|value| entry(declared, value, From::Default)),
+        (_, Some(default)) => return typed(declared, default).map(|value| entry(declared, value, Provenance::Default)),
         (Some((rule, Err(key))), None) if asked.folder.is_some() => {
             return Err(Diag::error(format!("found no `{key}` in {what}"))
                 .label(asked.span, "")
@@ -224,7 +237,7 @@ fn from_json(
         }
     };
     let literal = Literal { span: asked.span, value };
-    let from = From::Derived(if asked.folder.is_some() { format!("config.json: {from}") } else { from });
+    let from = Provenance::Derived(if asked.folder.is_some() { format!("config.json: {from}") } else { from });
     typed(declared, &literal).map(|value| entry(declared, value, from))
 }
 

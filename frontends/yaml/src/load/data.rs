@@ -12,7 +12,7 @@ use crate::schema::words;
 use super::Places;
 use super::documents::Documents;
 use super::models::FoundTokenizer;
-use super::settings::{Decided, From, Layers, Range, Rule, parsed};
+use super::settings::{Decided, Layers, Provenance, Range, Rule, parsed};
 
 const fn rule(key: &'static str, default: &'static str) -> Rule {
     Rule { key, default, range: Range::Any }
@@ -66,13 +66,13 @@ pub(super) fn bind(
     let layers = Layers::new(&places.sets).with(&set.settings);
     let mut decided: Vec<Decided> = RULES.iter().map(|rule| layers.decide(rule, &mut documents.errors)).collect();
     if let (Some(longer), Some(own)) = (decl.longer, decided.iter_mut().find(|d| d.key == "longer"))
-        && own.from == From::Default
+        && own.from == Provenance::Default
     {
         let word = match longer {
             Longer::Truncate => "truncate",
             Longer::Drop => "drop",
         };
-        *own = Decided { key: "longer".into(), node: parsed(word), from: From::Recipe(frame.recipe.into()) };
+        *own = Decided { key: "longer".into(), node: parsed(word), from: Provenance::Recipe(frame.recipe.into()) };
     }
     let find = |key: &str| decided.iter().find(|d| d.key == key).unwrap_or_else(|| panic!("bug: no rule for `{key}`"));
     let not_yet = |what: &str, span: Span| Diag::error(format!("{what} is not part of this version")).label(span, "");
@@ -198,29 +198,28 @@ fn fitting<'d>(
     if !good {
         return None;
     }
+    let used =
+        |form: &&DataForm| set.fields.iter().all(|(given, _)| form.fields.iter().any(|f| f.0.text == given.text));
     let fits = |form: &&DataForm| {
-        let all_there = form.fields.iter().all(|(f, _)| columns.iter().any(|c| c == column(set, &f.text)));
-        let all_used = set.fields.iter().all(|(given, _)| form.fields.iter().any(|(f, _)| f.text == given.text));
-        all_there && all_used
+        used(form) && form.fields.iter().all(|(f, _)| columns.iter().any(|c| c == column(set, &f.text)))
     };
     let form = decl.forms.iter().find(fits);
     if form.is_none() {
         let wanted: Vec<String> = decl
             .forms
             .iter()
+            .filter(used)
             .map(|form| words(&form.fields.iter().map(|f| column(set, &f.0.text)).collect::<Vec<_>>()))
             .collect();
-        let mut diag = Diag::error(format!(
-            "found the columns {} in `{}`, expected {}",
-            words(columns),
-            set.path.text,
-            wanted.join(", or ")
-        ))
-        .label(set.path.span, "");
-        if let Some(field) = decl.forms.first().and_then(|form| form.fields.first()) {
-            diag = diag.help(format!("name the columns: `fields: {{{}: COLUMN, ...}}`", field.0.text));
-        }
-        documents.error(diag);
+        let message =
+            format!("found the columns {} in `{}`, expected {}", words(columns), set.path.text, wanted.join(", or "));
+        let missing = decl.forms.iter().filter(used).flat_map(|form| &form.fields);
+        let missing = missing.map(|f| f.0.text.as_str()).find(|f| !columns.iter().any(|c| c == column(set, f)));
+        documents.error(
+            Diag::error(message)
+                .label(set.path.span, "")
+                .help(format!("say which column it is: `fields: {{{}: COLUMN}}`", missing.unwrap_or("FIELD"))),
+        );
     }
     form
 }

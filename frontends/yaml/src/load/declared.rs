@@ -45,9 +45,12 @@ pub(super) fn typed(declared: &Declaration, given: &Literal) -> Result<Constant,
     }
 }
 
-/// A value for messages, with backticks.
+/// A value for messages, as it is written without quotes.
 pub(super) fn shown(value: &Constant) -> String {
-    format!("`{value}`")
+    match value {
+        Constant::Str(text) => format!("`{text}`"),
+        other => format!("`{other}`"),
+    }
 }
 
 /// What a declaration without a value is told.

@@ -150,8 +150,8 @@ impl<'h> Documents<'h> {
             self.wrong_kind(name, &found.document, "a recipe");
             return None;
         };
-        let mut functions = self.functions(&own.uses, &found.folder);
         let Some(parent) = &own.extends else {
+            let functions = self.functions(&[(&own.uses, &found.folder)]);
             return Some(ScopedRecipe { recipe: (**own).clone(), functions, name: name.text.clone() });
         };
         let base = self.document("recipes", parent, &found.folder)?;
@@ -168,7 +168,7 @@ impl<'h> Documents<'h> {
             );
             return None;
         }
-        functions.extend(self.functions(&inherited.uses, &base.folder));
+        let functions = self.functions(&[(&own.uses, &found.folder), (&inherited.uses, &base.folder)]);
         Some(ScopedRecipe { recipe: extended(own, inherited), functions, name: name.text.clone() })
     }
 
@@ -188,7 +188,7 @@ impl<'h> Documents<'h> {
             self.wrong_kind(name, &found.document, "a model");
             return None;
         };
-        let functions = self.functions(&model.uses, &found.folder);
+        let functions = self.functions(&[(&model.uses, &found.folder)]);
         Some(ScopedModel { model: (**model).clone(), functions })
     }
 
@@ -206,9 +206,10 @@ impl<'h> Documents<'h> {
     }
 
     /// The functions in scope: those of the named files, in order, then the library's.
-    pub fn functions(&mut self, uses: &[Word], folder: &Path) -> Vec<Rc<Functions>> {
+    pub fn functions(&mut self, uses: &[(&[Word], &Path)]) -> Vec<Rc<Functions>> {
         let mut all = Vec::new();
-        let mut open: Vec<(Word, PathBuf)> = uses.iter().map(|u| (u.clone(), folder.to_path_buf())).collect();
+        let named = uses.iter().flat_map(|(words, folder)| words.iter().map(|u| (u.clone(), folder.to_path_buf())));
+        let mut open: Vec<(Word, PathBuf)> = named.collect();
         let mut seen: Vec<String> = Vec::new();
         while !open.is_empty() {
             let (name, folder) = open.remove(0);

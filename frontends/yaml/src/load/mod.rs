@@ -15,11 +15,14 @@ mod config;
 mod data;
 mod declared;
 mod documents;
+mod lone;
 mod models;
 mod plan;
 mod resolved;
+mod roles;
 mod sets;
 mod settings;
+mod sources;
 mod stage;
 
 use std::collections::BTreeSet;
@@ -27,7 +30,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use dsgc_ir::Program;
-use dsgc_ir::diag::{Diag, Severity, Sources, Span, nearest};
+use dsgc_ir::diag::{Diag, Sources, Span, nearest};
 
 use crate::document::{self, Document};
 use crate::expr::Word;
@@ -36,8 +39,9 @@ use crate::node::Node;
 use crate::pipeline::{Pipeline, RUN, Setting, TRAINING};
 use crate::schema::{unknown_key, words};
 
+use declared::shown;
 use documents::{Documents, beside};
-use settings::From;
+use settings::Provenance;
 use stage::{Prepared, Surroundings};
 
 /// The machine around a pipeline: files and Hugging Face folders.
@@ -131,53 +135,72 @@ impl Places {
 /// Loads a pipeline.
 pub fn load(path: &Path, options: &Options, host: &dyn Host) -> Result<Loaded, Failed> {
     let mut documents = Documents::new(host);
-    let loaded = pipeline(&mut documents, path, options);
-    finish(documents, loaded, |loaded, sources, warnings| Loaded { sources, warnings, ..loaded })
+    let loaded = read(&mut documents, path, options).and_then(|(document, places)| match document {
+        Document::Pipeline(pipeline) => self::pipeline(&mut documents, &pipeline, &places, path, options),
+        other => {
+            documents.error(
+                Diag::error(format!("found {} in `{}`, expected a pipeline", other.kind(), path.display()))
+                    .help("only pipelines run; `dsgc check` takes every kind of document"),
+            );
+            None
+        }
+    });
+    finish(documents, loaded)
 }
 
-/// `loaded` unless there is an error.
-fn finish<T>(
-    documents: Documents<'_>,
-    loaded: Option<T>,
-    with: impl FnOnce(T, Sources, Vec<Diag>) -> T,
-) -> Result<T, Failed> {
-    let Documents { sources, errors, mut warnings, .. } = documents;
-    match loaded {
-        Some(loaded) if errors.is_empty() => Ok(with(loaded, sources, warnings)),
-        _ => {
-            debug_assert!(errors.iter().any(|e| e.severity == Severity::Error), "nothing loaded, and nobody says why");
-            warnings.extend(errors);
-            Err(Failed { diags: warnings, sources })
+/// Checks a document of any kind. Of one that is no pipeline, nothing can be run; its tests can.
+pub fn check(path: &Path, options: &Options, host: &dyn Host) -> Result<Loaded, Failed> {
+    let mut documents = Documents::new(host);
+    let loaded = read(&mut documents, path, options).and_then(|(document, places)| match document {
+        Document::Pipeline(pipeline) => self::pipeline(&mut documents, &pipeline, &places, path, options),
+        other => lone::check(&mut documents, other, places.folder),
+    });
+    finish(documents, loaded)
+}
+
+/// The document of a file, with what `--set` changes in it.
+fn read(documents: &mut Documents<'_>, path: &Path, options: &Options) -> Option<(Document, Places)> {
+    let text = documents.text(path, Span::NONE)?;
+    let name = path.display().to_string();
+    // The file first, so that it is the first source.
+    documents.sources.add(&name, &text);
+    let changes = sets::parse(&options.sets, &mut documents.sources, &mut documents.errors);
+    let folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
+    let places = Places { folder, sets: sets::sources(&changes) };
+    let change = |tree: &mut Node, errors: &mut Vec<Diag>| sets::apply(changes, tree, errors);
+    match document::parse_with(&mut documents.sources, &name, &text, change) {
+        Ok(document) => Some((document, places)),
+        Err(mut errors) => {
+            documents.errors.append(&mut errors);
+            None
         }
     }
 }
 
-fn pipeline(documents: &mut Documents<'_>, path: &Path, options: &Options) -> Option<Loaded> {
-    let text = documents.text(path, Span::NONE)?;
-    let changes = sets::parse(&options.sets, &mut documents.sources, &mut documents.errors);
-    let folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
-    let places = Places { folder, sets: sets::sources(&changes) };
-    let name = path.display().to_string();
-    let change = |tree: &mut Node, errors: &mut Vec<Diag>| sets::apply(changes, tree, errors);
-    let document = match document::parse_with(&mut documents.sources, &name, &text, change) {
-        Ok(document) => document,
-        Err(mut errors) => {
-            documents.errors.append(&mut errors);
-            return None;
+/// `loaded` unless there is an error.
+fn finish(documents: Documents<'_>, loaded: Option<Loaded>) -> Result<Loaded, Failed> {
+    let Documents { sources, mut errors, warnings, .. } = documents;
+    // In the order of the file, whichever step found them.
+    errors.sort_by_key(|diag| diag.labels.first().map(|label| label.span));
+    match loaded {
+        Some(loaded) if errors.is_empty() => Ok(Loaded { sources, warnings, ..loaded }),
+        _ => {
+            debug_assert!(!errors.is_empty(), "nothing is loaded, and nobody says why");
+            Err(Failed { diags: warnings.into_iter().chain(errors).collect(), sources })
         }
-    };
-    let Document::Pipeline(pipeline) = document else {
-        let start = Span { source: documents.sources.add(name, text), line: 1, column: 1, len: 1 };
-        documents.error(
-            Diag::error(format!("found {}, expected a pipeline", document.kind()))
-                .label(start, "")
-                .help("only pipelines run; `dsgc check` takes every kind of document"),
-        );
-        return None;
-    };
-    let device = compile(documents, &pipeline);
-    let models = models::known(documents, &pipeline.models, &places);
-    let (output_dir, output_from) = output_dir(documents, &pipeline, path);
+    }
+}
+
+fn pipeline(
+    documents: &mut Documents<'_>,
+    pipeline: &Pipeline,
+    places: &Places,
+    path: &Path,
+    options: &Options,
+) -> Option<Loaded> {
+    let device = compile(documents, pipeline);
+    let models = models::known(documents, &pipeline.models, places);
+    let (output_dir, output_from) = output_dir(documents, pipeline, path);
     let stage_names: Vec<String> = pipeline.stages.iter().map(|s| s.name.text.clone()).collect();
     if let Some(wanted) = options.stage.as_ref().filter(|wanted| !stage_names.contains(wanted)) {
         let diag = Diag::error(format!("unknown stage `{wanted}`"));
@@ -196,13 +219,7 @@ fn pipeline(documents: &mut Documents<'_>, path: &Path, options: &Options) -> Op
             );
         }
     }
-    let around = Surroundings {
-        pipeline: &pipeline,
-        places: &places,
-        models: &models,
-        output_dir: &output_dir,
-        stage_names: &stage_names,
-    };
+    let around = Surroundings { pipeline, places, models: &models, output_dir: &output_dir, stage_names: &stage_names };
     let (mut earlier, mut prepared) = (Vec::new(), Vec::new());
     for stage in &pipeline.stages {
         if let Some(stage) = stage::prepare(documents, &around, stage, &earlier) {
@@ -210,7 +227,7 @@ fn pipeline(documents: &mut Documents<'_>, path: &Path, options: &Options) -> Op
             prepared.push(stage);
         }
     }
-    check_defaults(documents, &pipeline, &places);
+    check_defaults(documents, pipeline, places);
     let wanted = |stage: &Prepared| options.stage.as_ref().is_none_or(|wanted| *wanted == stage.name);
     let stages = prepared
         .iter()
@@ -235,27 +252,31 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> Device {
             ("devices", Constant::Int(1)) | ("zero_stage", Constant::Int(0)) => {}
             ("gradient_checkpointing", Constant::Bool(false)) => {}
             ("save_steps" | "save_total_limit", Constant::None) => {}
-            (name, Constant::None) if name == "parallel" => {
+            // A mapping, which the readers have checked.
+            ("parallel", _) => {
                 documents.error(Diag::error("`parallel` is not part of this version").label(key.span, ""));
             }
-            (name, given) => documents
-                .error(Diag::error(format!("`{name}: {given}` is not part of this version")).label(value.span, "")),
+            (name, given) => {
+                let what = shown(given).replace('`', "");
+                documents
+                    .error(Diag::error(format!("`{name}: {what}` is not part of this version")).label(value.span, ""));
+            }
         }
     }
     device
 }
 
 /// `output_dir`, by default named after the file.
-fn output_dir(documents: &mut Documents<'_>, pipeline: &Pipeline, path: &Path) -> (String, From) {
+fn output_dir(documents: &mut Documents<'_>, pipeline: &Pipeline, path: &Path) -> (String, Provenance) {
     match &pipeline.output_dir {
         Some(word) if word.text.is_empty() => {
             documents.error(Diag::error("found an empty `output_dir`, expected a folder").label(word.span, ""));
-            (String::new(), From::Default)
+            (String::new(), Provenance::Default)
         }
-        Some(word) => (word.text.trim_end_matches('/').to_string(), From::Given(word.span)),
+        Some(word) => (word.text.trim_end_matches('/').to_string(), Provenance::Given(word.span)),
         None => {
             let stem = path.file_stem().map_or("pipeline".into(), |stem| stem.to_string_lossy());
-            (format!("runs/{stem}"), From::Default)
+            (format!("runs/{stem}"), Provenance::Default)
         }
     }
 }

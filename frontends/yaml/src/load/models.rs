@@ -10,6 +10,7 @@ use crate::literal::Literal;
 use crate::pipeline::ModelSource;
 
 use super::config::{self, Asked, Config};
+use super::declared::typed;
 use super::documents::{Documents, ScopedModel, is_file};
 use super::settings::literal;
 use super::{Places, TokenizerFacts};
@@ -190,6 +191,14 @@ fn check_names(documents: &mut Documents<'_>, document: &ScopedModel, given: &[(
             (None, None) => diag.help(format!("its keys are {}", crate::schema::words(&known))),
         });
         good = None;
+    }
+    // Beside an unknown name the values of the others are checked too; otherwise they are where they are used.
+    for (name, literal) in given.iter().filter(|_| good.is_none()) {
+        if let Some(declared) = declared.iter().find(|d| d.name.text == name.text)
+            && let Err(diag) = typed(declared, literal)
+        {
+            documents.error(diag);
+        }
     }
     good
 }

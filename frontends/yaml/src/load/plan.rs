@@ -294,6 +294,7 @@ impl Planned {
         args: &[Arg],
         batches: &[Batch<'a>],
     ) -> Inputs<'a> {
+        let before = self.errors.len();
         let mut inputs: Inputs<'a> = Vec::new();
         let mut next = 0;
         for arg in args {
@@ -341,7 +342,9 @@ impl Planned {
             }
         }
         let (mut batch, mut lengths) = (None, Vec::new());
-        for (name, ty) in &graph.inputs {
+        // An argument that is wrong has its message; what it would have filled needs no other.
+        let inputs_of = if self.errors.len() == before { &graph.inputs[..] } else { &[] };
+        for (name, ty) in inputs_of {
             let Some((_, (source, _))) = inputs.iter().find(|i| i.0 == name.text) else {
                 let given: Vec<String> = args.iter().map(|a| a.value.to_string()).collect();
                 self.errors.push(

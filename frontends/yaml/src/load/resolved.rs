@@ -13,7 +13,7 @@ use crate::node::{Node, Value};
 use crate::text::{Style, Text};
 
 use super::config::Entry;
-use super::settings::{Decided, From, parsed};
+use super::settings::{Decided, Provenance, parsed};
 use super::stage::{Prepared, Surroundings};
 use super::{Places, sets};
 
@@ -27,7 +27,12 @@ struct Printer<'a> {
 }
 
 /// The text of the whole pipeline.
-pub(super) fn text(sources: &Sources, around: &Surroundings<'_>, output_dir: &From, stages: &[Prepared]) -> String {
+pub(super) fn text(
+    sources: &Sources,
+    around: &Surroundings<'_>,
+    output_dir: &Provenance,
+    stages: &[Prepared],
+) -> String {
     let mut p = Printer { sources, places: around.places, text: String::new() };
     p.line(0, "dsgc", "1", None);
     if let Some(doc) = &around.pipeline.doc {
@@ -43,7 +48,7 @@ pub(super) fn text(sources: &Sources, around: &Surroundings<'_>, output_dir: &Fr
     if !around.pipeline.compile.is_empty() {
         p.open(0, "compile");
         for setting in &around.pipeline.compile {
-            p.line(2, &setting.key.text, &flow(&setting.value), Some(&From::Given(setting.value.span)));
+            p.line(2, &setting.key.text, &flow(&setting.value), Some(&Provenance::Given(setting.value.span)));
         }
     }
     p.text
@@ -55,7 +60,7 @@ impl Printer<'_> {
         let _ = writeln!(self.text, "{:indent$}{key}:", "");
     }
 
-    fn line(&mut self, indent: usize, key: &str, value: &str, from: Option<&From>) {
+    fn line(&mut self, indent: usize, key: &str, value: &str, from: Option<&Provenance>) {
         let line = format!("{:indent$}{key}: {value}", "");
         let _ = match from.map(|from| self.origin(from)) {
             None => writeln!(self.text, "{line}"),
@@ -63,15 +68,15 @@ impl Printer<'_> {
         };
     }
 
-    fn origin(&self, from: &From) -> String {
+    fn origin(&self, from: &Provenance) -> String {
         match from {
-            From::Default => "default".into(),
-            From::Recipe(recipe) => format!("default of recipe {recipe}"),
-            From::Derived(what) => what.replace('\n', " "),
-            From::Given(span) if self.places.sets.contains(&span.source) => {
+            Provenance::Default => "default".into(),
+            Provenance::Recipe(recipe) => format!("default of recipe {recipe}"),
+            Provenance::Derived(what) => what.replace('\n', " "),
+            Provenance::Given(span) if self.places.sets.contains(&span.source) => {
                 format!("{} {}", sets::SOURCE, self.sources.text(span.source).replace('\n', " "))
             }
-            From::Given(span) => format!("{}:{}", self.sources.name(span.source), span.line),
+            Provenance::Given(span) => format!("{}:{}", self.sources.name(span.source), span.line),
         }
     }
 
@@ -86,7 +91,7 @@ impl Printer<'_> {
 
     fn word(&mut self, indent: usize, key: &str, word: &Word, is_path: bool) {
         let value = if is_path { self.path(word) } else { quoted(&word.text) };
-        self.line(indent, key, &value, Some(&From::Given(word.span)));
+        self.line(indent, key, &value, Some(&Provenance::Given(word.span)));
     }
 
     fn models(&mut self, around: &Surroundings<'_>) {
@@ -105,13 +110,13 @@ impl Printer<'_> {
                     4,
                     "model",
                     &quoted(&known.config.host.family),
-                    Some(&From::Derived("config.json: architectures".into())),
+                    Some(&Provenance::Derived("config.json: architectures".into())),
                 ),
             }
             if let Some(tokenizer) = &source.tokenizer {
                 self.word(4, "tokenizer", tokenizer, true);
             }
-            let given = |entry: &Entry| source.path.is_none() || matches!(entry.from, From::Given(_));
+            let given = |entry: &Entry| source.path.is_none() || matches!(entry.from, Provenance::Given(_));
             self.open(4, if known.config.entries.iter().any(given) { "config" } else { "# config" });
             for entry in &known.config.entries {
                 // A folder says these itself; written out they would change the config.json that is saved.
@@ -137,7 +142,7 @@ impl Printer<'_> {
             if !set.split.is_empty() {
                 self.open(4, "split");
                 for (stage, share) in &set.split {
-                    self.line(6, &stage.text, &value(&Constant::Float(*share)), Some(&From::Given(stage.span)));
+                    self.line(6, &stage.text, &value(&Constant::Float(*share)), Some(&Provenance::Given(stage.span)));
                 }
             }
             let bound = stages.iter().flat_map(|s| &s.sources).find(|b| b.set == set.name.text);
@@ -156,7 +161,12 @@ impl Printer<'_> {
                 // No stage uses it: only what was said of it.
                 None => {
                     for setting in &set.settings {
-                        self.line(4, &setting.key.text, &flow(&setting.value), Some(&From::Given(setting.value.span)));
+                        self.line(
+                            4,
+                            &setting.key.text,
+                            &flow(&setting.value),
+                            Some(&Provenance::Given(setting.value.span)),
+                        );
                     }
                 }
             }
@@ -165,7 +175,7 @@ impl Printer<'_> {
 
     fn decided(&mut self, indent: usize, decided: &Decided) {
         // What nobody set and has no value is said by leaving it out; not every key may be `none`.
-        if decided.from != From::Default || decided.constant() != Constant::None {
+        if decided.from != Provenance::Default || decided.constant() != Constant::None {
             self.line(indent, &decided.key, &flow(&decided.node), Some(&decided.from));
         }
     }

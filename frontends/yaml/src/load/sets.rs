@@ -38,7 +38,8 @@ fn one(argument: &str, sources: &mut Sources, errors: &mut Vec<Diag>) -> Option<
     for key in keys.split('.') {
         let len = key.chars().count();
         if key.is_empty() || key.contains(char::is_whitespace) {
-            wrong(format!("found `{key}` in `{keys}`, expected keys with dots between them"), place(column, len));
+            let found = if key.is_empty() { "an empty key".into() } else { format!("`{key}`") };
+            wrong(format!("found {found} in `{keys}`, expected keys with dots between them"), place(column, len));
             return None;
         }
         path.push(Text::new(key.into(), key, place(column, len), Style::Plain, false));

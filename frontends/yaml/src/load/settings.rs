@@ -15,7 +15,7 @@ use crate::pipeline::Setting;
 
 /// Where a value came from.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum From {
+pub(super) enum Provenance {
     /// Nobody set it.
     Default,
     /// A recipe suggests it.
@@ -31,7 +31,7 @@ pub(super) enum From {
 pub(super) struct Decided {
     pub key: Cow<'static, str>,
     pub node: Node,
-    pub from: From,
+    pub from: Provenance,
 }
 
 /// A built-in default, and the range of a number.
@@ -47,7 +47,7 @@ pub(super) enum Range {
     /// Anything.
     Any,
     /// `low` or more.
-    From(f64),
+    AtLeast(f64),
     /// More than `low`.
     Above(f64),
     /// At least the first, less than the second.
@@ -58,7 +58,7 @@ impl Range {
     fn holds(self, x: f64) -> bool {
         match self {
             Range::Any => true,
-            Range::From(low) => x >= low,
+            Range::AtLeast(low) => x >= low,
             Range::Above(low) => x > low,
             Range::Share => (0.0..1.0).contains(&x),
         }
@@ -67,7 +67,7 @@ impl Range {
     fn expected(self) -> String {
         match self {
             Range::Any => "a number".into(),
-            Range::From(low) => format!("{low} or more"),
+            Range::AtLeast(low) => format!("{low} or more"),
             Range::Above(low) => format!("more than {low}"),
             Range::Share => "at least 0 and less than 1".into(),
         }
@@ -98,30 +98,30 @@ const fn rule(key: &'static str, default: &'static str, range: Range) -> Rule {
 /// Defaults of [`crate::pipeline::RUN`]; the others follow from these.
 pub(super) const RUN_RULES: &[Rule] = &[
     // As in Hugging Face's trainer.
-    rule("seed", "42", Range::From(0.0)),
-    rule("batch_size", "16", Range::From(1.0)),
-    rule("micro_batch_size", "none", Range::From(1.0)),
-    rule("gradient_accumulation_steps", "none", Range::From(1.0)),
+    rule("seed", "42", Range::AtLeast(0.0)),
+    rule("batch_size", "16", Range::AtLeast(1.0)),
+    rule("micro_batch_size", "none", Range::AtLeast(1.0)),
+    rule("gradient_accumulation_steps", "none", Range::AtLeast(1.0)),
     rule("loss_normalization", "batch", Range::Any),
     rule("num_epochs", "1", Range::Above(0.0)),
-    rule("max_steps", "none", Range::From(1.0)),
-    rule("eval_steps", "none", Range::From(1.0)),
-    rule("logging_steps", "10", Range::From(1.0)),
+    rule("max_steps", "none", Range::AtLeast(1.0)),
+    rule("eval_steps", "none", Range::AtLeast(1.0)),
+    rule("logging_steps", "10", Range::AtLeast(1.0)),
     rule("bf16", "false", Range::Any),
 ];
 
 /// Defaults of [`crate::pipeline::TRAINING`].
 pub(super) const TRAINING_RULES: &[Rule] = &[
     // As in Hugging Face's trainer.
-    rule("learning_rate", "5e-5", Range::From(0.0)),
+    rule("learning_rate", "5e-5", Range::AtLeast(0.0)),
     rule("lr_scheduler_type", "linear", Range::Any),
-    rule("warmup_steps", "0", Range::From(0.0)),
+    rule("warmup_steps", "0", Range::AtLeast(0.0)),
     rule("warmup_ratio", "0.0", Range::Share),
     rule("optimizer", "adamw", Range::Any),
     // As in DeepSpeed-Chat; the longer memory of 0.999 is for longer runs.
     rule("adam_betas", "[0.9, 0.95]", Range::Share),
     rule("adam_eps", "1e-8", Range::Above(0.0)),
-    rule("weight_decay", "0.0", Range::From(0.0)),
+    rule("weight_decay", "0.0", Range::AtLeast(0.0)),
     // Biases and all norms, by the names that models of Hugging Face give them. DeepSpeed-Chat's list lacks GPT-2's `ln_1`
     // and `ln_2`.
     rule("no_decay", "[bias, norm.weight, ln_1.weight, ln_2.weight, ln_f.weight]", Range::Any),
@@ -164,12 +164,12 @@ impl<'a> Layers<'a> {
     }
 
     /// The strongest setting of a key, how strong it is, and where it comes from.
-    pub fn find(&self, key: &str) -> Option<(usize, &'a Setting, From)> {
+    pub fn find(&self, key: &str) -> Option<(usize, &'a Setting, Provenance)> {
         let hits = self.layers.iter().enumerate().filter_map(|(at, layer)| {
             let setting = layer.settings.iter().find(|s| s.key.text == key)?;
             let from = match &layer.recipe {
-                Some(recipe) => From::Recipe(recipe.clone()),
-                None => From::Given(setting.value.span),
+                Some(recipe) => Provenance::Recipe(recipe.clone()),
+                None => Provenance::Given(setting.value.span),
             };
             let set = self.sets.contains(&setting.key.span.source);
             Some((if set { self.layers.len() } else { at }, setting, from))
@@ -184,7 +184,7 @@ impl<'a> Layers<'a> {
                 rule.range.check(rule.key, &setting.value, errors);
                 Decided { key: rule.key.into(), node: setting.value.clone(), from }
             }
-            None => Decided { key: rule.key.into(), node: parsed(rule.default), from: From::Default },
+            None => Decided { key: rule.key.into(), node: parsed(rule.default), from: Provenance::Default },
         }
     }
 

@@ -5,8 +5,7 @@ use std::io;
 use std::path::Path;
 
 use dsgc_ir::diag::Diag;
-use dsgc_yaml::load::{Failed, Host, Loaded, Options, TokenizerFacts, load};
-use dsgc_yaml::render::{Look, render};
+use dsgc_yaml::load::{Host, TokenizerFacts};
 use serde_json::{Map, Value};
 
 /// Files by path. A `config.json` makes a folder a model's; a `tokenizer.json` is a list `[vocab, pad, eos, bos]`; the
@@ -68,18 +67,3 @@ pub const TINY: &str = r#"{
   "do_layer_norm_before": true, "word_embed_proj_dim": 8, "activation_function": "relu", "dropout": 0.1,
   "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "torch_dtype": "float16"
 }"#;
-
-/// Loads a text as the file `pipeline.yaml`.
-pub fn load_text(machine: Machine, text: &str, sets: &[&str]) -> Result<Loaded, Failed> {
-    let options = Options { sets: sets.iter().map(|s| s.to_string()).collect(), stage: None };
-    load(Path::new("pipeline.yaml"), &options, &machine.with("pipeline.yaml", text))
-}
-
-/// The stages of a text that loads, or a panic with the messages.
-#[track_caller]
-pub fn loaded(machine: Machine, text: &str, sets: &[&str]) -> Loaded {
-    match load_text(machine, text, sets) {
-        Ok(loaded) => loaded,
-        Err(failed) => panic!("{}", render(&failed.diags, &failed.sources, Look::Plain)),
-    }
-}

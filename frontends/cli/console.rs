@@ -1,0 +1,76 @@
+//! What the program says: results on standard output, messages on standard error.
+
+use std::io::{self, IsTerminal, Write};
+use std::process;
+
+use dsgc_ir::diag::{Diag, Sources};
+use dsgc_yaml::load::Failed;
+use dsgc_yaml::render::{Look, render};
+
+/// Messages to the user, with the files that they point into; the end of a command.
+pub struct Failure {
+    diags: Vec<Diag>,
+    sources: Sources,
+}
+
+impl Failure {
+    /// Messages that point into these files.
+    pub fn new(diags: Vec<Diag>, sources: &Sources) -> Failure {
+        Failure { diags, sources: sources.clone() }
+    }
+
+    /// Writes all messages to standard error.
+    pub fn show(&self) {
+        show(&self.diags, &self.sources);
+    }
+}
+
+impl From<Diag> for Failure {
+    fn from(diag: Diag) -> Failure {
+        Failure { diags: vec![diag], sources: Sources::default() }
+    }
+}
+
+impl From<Vec<Diag>> for Failure {
+    fn from(diags: Vec<Diag>) -> Failure {
+        Failure { diags, sources: Sources::default() }
+    }
+}
+
+impl From<Failed> for Failure {
+    fn from(failed: Failed) -> Failure {
+        Failure { diags: failed.diags, sources: failed.sources }
+    }
+}
+
+/// Writes messages to standard error.
+pub fn show(diags: &[Diag], sources: &Sources) {
+    if !diags.is_empty() {
+        let look = if io::stderr().is_terminal() { Look::Colour } else { Look::Plain };
+        eprintln!("{}", render(diags, sources, look));
+    }
+}
+
+/// Writes a line to standard output. Whoever reads it may stop reading, as `head` does: then there is no more to do.
+pub fn say(line: impl std::fmt::Display) {
+    let mut out = io::stdout().lock();
+    match writeln!(out, "{line}").and_then(|()| out.flush()) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => process::exit(0),
+        Err(error) => {
+            eprintln!("error: cannot write to standard output: {error}");
+            process::exit(1);
+        }
+    }
+}
+
+/// A panic is a bug of ours: it ends the program with code 2, whatever thread it is in.
+pub fn report_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        let place = info.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
+        let why = info.payload_as_str().unwrap_or("no message");
+        let version = env!("CARGO_PKG_VERSION");
+        eprintln!("dsgc {version} has a bug: {why}{place}\nPlease report this together with the file that you ran.");
+        process::exit(2);
+    }));
+}

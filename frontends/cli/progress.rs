@@ -1,0 +1,133 @@
+//! What a user sees of a running stage: a bar with rate and remaining time on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use dsgc_ir::stage::Stage;
+use dsgc_runtime::data::DataReport;
+use dsgc_runtime::{Event, Metrics};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+
+use crate::console::say;
+
+/// Shows the events of one stage.
+pub struct Progress {
+    stage: String,
+    /// A plain line every so many steps.
+    every: u64,
+    bar: Option<ProgressBar>,
+    /// Metrics of the first evaluation, to compare the last one with.
+    before: Option<Metrics>,
+    /// Since the first step began.
+    training: Option<Training>,
+}
+
+struct Training {
+    started: Instant,
+    tokens: u64,
+}
+
+impl Progress {
+    /// For a stage that begins.
+    pub fn new(stage: &Stage) -> Progress {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} {msg} eta {eta}")
+                .expect("the template is right")
+                .progress_chars("=> ");
+            ProgressBar::new(0).with_style(style).with_prefix(stage.name.clone())
+        });
+        let every = stage.logging_steps.max(1);
+        Progress { stage: stage.name.clone(), every, bar, before: None, training: None }
+    }
+
+    /// Shows an event.
+    pub fn show(&mut self, event: &Event) {
+        match event {
+            Event::Data { source, train, eval } => {
+                self.line(format!("{source}: {}", rows(train)));
+                if let Some(eval) = eval {
+                    self.line(format!("{source} held out: {}", rows(eval)));
+                }
+            }
+            Event::Evaluated { step, steps, metrics, seconds } => {
+                self.line(format!("step {step}/{steps} held out: {} ({seconds:.1} s)", numbers(metrics)));
+                if *step == 0 {
+                    self.before = Some(metrics.clone());
+                } else if step == steps
+                    && let Some(before) = &self.before
+                {
+                    let changes: Vec<String> = metrics
+                        .iter()
+                        .filter_map(|(name, after)| {
+                            before.get(name).map(|b| format!("{name} {} -> {}", number(*b), number(*after)))
+                        })
+                        .collect();
+                    self.line(format!("held out, before -> after: {}", changes.join(", ")));
+                }
+            }
+            Event::Step { step, steps, metrics, tokens, seconds, epoch } => {
+                let training = self.training.get_or_insert_with(|| Training {
+                    started: Instant::now() - Duration::from_secs_f64(*seconds),
+                    tokens: 0,
+                });
+                training.tokens += tokens;
+                let rate = training.tokens as f64 / training.started.elapsed().as_secs_f64();
+                let text = format!("{} {rate:.0} tokens/s", numbers(metrics));
+                if let Some(bar) = &self.bar {
+                    bar.set_length(*steps);
+                    bar.set_position(*step);
+                    bar.set_message(text);
+                    if step == steps {
+                        bar.finish();
+                    }
+                } else if step.is_multiple_of(self.every) || *step == 1 || step == steps {
+                    let left = training.started.elapsed().mul_f64((steps - step) as f64 / *step as f64);
+                    let eta = HumanDuration(left);
+                    self.line(format!("step {step}/{steps} epoch {epoch:.2} {text}, {eta:#} left"));
+                }
+            }
+            Event::Saved { role, folder } => self.line(format!("wrote `{role}` to {}", folder.display())),
+        }
+    }
+
+    fn line(&self, text: String) {
+        let line = format!("{} {text}", self.stage);
+        match &self.bar {
+            Some(bar) => bar.suspend(|| say(line)),
+            None => say(line),
+        }
+    }
+}
+
+fn rows(report: &DataReport) -> String {
+    let mut text = format!("{} rows, {} tokens, {} of them targets", report.rows, report.tokens, report.trained_tokens);
+    for (count, what) in [
+        (report.dropped, "left out, longer than `max_length`"),
+        (report.truncated, "cut at `max_length`"),
+        (report.rows_without_trained, "without a target"),
+    ] {
+        if count > 0 {
+            text += &format!("; {count} rows {what}");
+        }
+    }
+    text
+}
+
+/// `loss 2.3457 ppl 10.441`: the loss first, then the others by name.
+fn numbers(metrics: &Metrics) -> String {
+    let mut names: Vec<&String> = metrics.keys().collect();
+    names.sort_by_key(|name| (!name.ends_with("loss"), *name));
+    names.iter().map(|name| format!("{name} {}", number(metrics[*name]))).collect::<Vec<_>>().join(" ")
+}
+
+/// Five digits.
+fn number(x: f64) -> String {
+    match x.abs() {
+        0.0 => "0".into(),
+        a if (1e-3..1e5).contains(&a) => {
+            let digits = (4 - a.log10().floor() as i32).clamp(0, 7) as usize;
+            format!("{x:.digits$}")
+        }
+        _ => format!("{x:.3e}"),
+    }
+}

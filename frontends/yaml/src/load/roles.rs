@@ -1,0 +1,300 @@
+//! The roles of a recipe: which model each is bound to, and how it is trained.
+
+use std::collections::BTreeMap;
+
+use dsgc_ir::diag::{Diag, nearest};
+use dsgc_ir::stage::{Optimizer, Schedule, ScheduleKind, Training};
+
+use crate::graph::RoleDecl;
+use crate::literal::Constant;
+use crate::node::{Node, Value};
+use crate::pipeline::{Setting, Stage, TRAINING};
+use crate::reader::Reader;
+use crate::schema::{unknown_key, words};
+
+use super::declared::shown;
+use super::documents::{Documents, ScopedRecipe};
+use super::models::{Known, Weights, looks_like_path};
+use super::settings::{Decided, Layers, Provenance, TRAINING_RULES};
+use super::stage::{Surroundings, not_yet, role_named};
+
+/// A role with its model.
+pub(super) struct BoundRole {
+    pub name: String,
+    /// What the stage binds it to.
+    pub bound_to: String,
+    pub known: Known,
+    pub trained: bool,
+    /// The settings of its training, if it is trained.
+    pub training: Vec<Decided>,
+}
+
+/// Settings by role: `actor: {model: sft, learning_rate: 1e-6}`.
+pub(super) type Blocks = BTreeMap<String, Vec<Setting>>;
+
+pub(super) fn blocks(documents: &mut Documents<'_>, stage: &Stage, recipe: &ScopedRecipe) -> Blocks {
+    let mut blocks = Blocks::new();
+    for setting in &stage.settings {
+        let (Some(role), Value::Map(entries)) = (role_named(recipe, &setting.key.text), &setting.value.value) else {
+            continue;
+        };
+        let mut settings = Vec::new();
+        for (key, value) in entries {
+            if let Some(def) = TRAINING.find(&key.text) {
+                let mut reader = Reader::default();
+                reader.check(value, &def.form);
+                documents.errors.append(&mut reader.errors);
+                if !role.trained {
+                    let diag = Diag::error(format!(
+                        "found `{}` for role `{}`, which is not trained",
+                        key.text, role.name.text
+                    ));
+                    documents.error(diag.label(key.span, "").label(role.name.span, "the role"));
+                }
+                settings.push(Setting { key: key.clone(), value: value.clone() });
+            } else if key.text == "model" {
+                settings.push(Setting { key: key.clone(), value: value.clone() });
+            } else {
+                let known = TRAINING.keys.iter().map(|k| k.name).chain(["model"]);
+                documents.error(unknown_key(key, &format!("the settings of role `{}`", role.name.text), known));
+            }
+        }
+        blocks.insert(setting.key.text.clone(), settings);
+    }
+    blocks
+}
+
+pub(super) fn roles(
+    documents: &mut Documents<'_>,
+    around: &Surroundings<'_>,
+    stage: &Stage,
+    recipe: &ScopedRecipe,
+    values: &BTreeMap<String, Constant>,
+    earlier: &[(String, Known)],
+    blocks: &Blocks,
+) -> Vec<BoundRole> {
+    let mut bound: Vec<BoundRole> = Vec::new();
+    for role in &recipe.recipe.models {
+        if let Some(when) = &role.when {
+            match crate::eval::constant_in(when, values) {
+                Ok(Constant::Bool(true)) => {}
+                Ok(Constant::Bool(false)) => continue,
+                Ok(found) => {
+                    documents.error(
+                        Diag::error(format!("found {}, expected a condition", shown(&found))).label(when.span, ""),
+                    );
+                    continue;
+                }
+                Err(diag) => {
+                    documents.error(diag);
+                    continue;
+                }
+            }
+        }
+        if let Some(average) = &role.average {
+            documents.error(not_yet("`average`", average.span));
+            continue;
+        }
+        let setting = stage.settings.iter().find(|s| s.key.text == role.name.text);
+        let named: Option<&Node> = match setting.map(|s| &s.value) {
+            Some(Node { value: Value::Map(_), .. }) => {
+                blocks.get(&role.name.text).and_then(|b| b.iter().find(|s| s.key.text == "model")).map(|s| &s.value)
+            }
+            other => other,
+        };
+        let (bound_to, known) = match (named, &role.snapshot) {
+            (Some(node), _) => match find_model(documents, around, stage, node, earlier) {
+                Some((name, known)) => (Some(name), known),
+                None => continue,
+            },
+            (None, Some(of)) => match bound.iter().find(|b| b.name == of.text) {
+                Some(original) if original.known.weights != Weights::Random => (None, original.known.clone()),
+                Some(_) => {
+                    documents.error(not_yet("a snapshot of a model with random weights", of.span));
+                    continue;
+                }
+                None => {
+                    // Of a role that could not be bound nothing more needs to be said.
+                    if role_named(recipe, &of.text).is_none() {
+                        documents.error(Diag::error(format!("unknown role `{}`", of.text)).label(of.span, ""));
+                    }
+                    continue;
+                }
+            },
+            (None, None) => {
+                unbound(documents, around, stage, role, earlier);
+                continue;
+            }
+        };
+        if let Some(output) = role.ty.as_ref().and_then(|ty| match ty.text.as_str() {
+            "causal_lm" => Some("logits"),
+            "value" => Some("value"),
+            _ => None,
+        }) && !has_output(&known, output)
+        {
+            documents.error(
+                Diag::error(format!("role `{}` needs a model with the output `{output}`", role.name.text))
+                    .label(named.map_or(role.name.span, |n| n.span), format!("`{}` has none", known.config.host.family))
+                    .label(role.name.span, "the role"),
+            );
+            continue;
+        }
+        bound.push(BoundRole {
+            name: role.name.text.clone(),
+            bound_to: bound_to.unwrap_or_default(),
+            known,
+            trained: role.trained,
+            training: Vec::new(),
+        });
+    }
+    bound
+}
+
+fn has_output(known: &Known, name: &str) -> bool {
+    match &known.document.model.graph.out {
+        crate::graph::Tree::Expr(_) => false,
+        crate::graph::Tree::Record(_, entries) => entries.iter().any(|(n, _)| n.text == name),
+    }
+}
+
+/// Models of the pipeline and results of earlier stages, for messages.
+fn model_names(around: &Surroundings<'_>, earlier: &[(String, Known)]) -> Vec<String> {
+    let models = around.models.iter().map(|(name, _)| name.text.clone());
+    models.chain(earlier.iter().map(|(name, _)| name.clone())).collect()
+}
+
+fn unbound(
+    documents: &mut Documents<'_>,
+    around: &Surroundings<'_>,
+    stage: &Stage,
+    role: &RoleDecl,
+    earlier: &[(String, Known)],
+) {
+    let names = model_names(around, earlier);
+    let diag = Diag::error(format!("stage `{}` binds no model to the role `{}`", stage.name.text, role.name.text))
+        .label(stage.name.span, "")
+        .label(role.name.span, "the role");
+    documents.error(match names.first() {
+        Some(name) => diag.help(format!("write `{}: {name}` in the stage", role.name.text)),
+        None => diag.help(format!("write `models: {{base: FOLDER}}`, and `{}: base` in the stage", role.name.text)),
+    });
+}
+
+fn find_model(
+    documents: &mut Documents<'_>,
+    around: &Surroundings<'_>,
+    stage: &Stage,
+    node: &Node,
+    earlier: &[(String, Known)],
+) -> Option<(String, Known)> {
+    let Some(text) = node.scalar() else {
+        documents.error(
+            Diag::error(format!("found {}, expected the name of a model", node.describe())).label(node.span, ""),
+        );
+        return None;
+    };
+    let name = text.text.as_str();
+    if let Some((_, known)) = around.models.iter().find(|(n, _)| n.text == name) {
+        // What is wrong with it has been said where it stands.
+        return known.clone().map(|known| (name.to_string(), known));
+    }
+    if let Some((_, known)) = earlier.iter().find(|(n, _)| n == name) {
+        return Some((name.to_string(), known.clone()));
+    }
+    let names = model_names(around, earlier);
+    let diag = Diag::error(format!("found `{name}`, expected a model or an earlier stage")).label(node.span, "");
+    let roles: Vec<&str> =
+        earlier.iter().map(|(n, _)| n.as_str()).filter(|n| n.split('.').next() == Some(name)).collect();
+    documents.error(if name == stage.name.text {
+        diag.help("a stage cannot begin with its own result")
+    } else if !roles.is_empty() {
+        diag.help(format!("stage `{name}` saves several models: {}", words(&roles)))
+    } else if around.stage_names.iter().any(|s| s == name) {
+        // A stage that failed is in nobody's list, but its own messages say enough.
+        let at = |n: &str| around.stage_names.iter().position(|s| s == n);
+        if at(name) < at(&stage.name.text) {
+            return None;
+        }
+        diag.help(format!("stage `{name}` comes later: move it before `{}`", stage.name.text))
+    } else if let Some(near) = nearest(name, names.iter().map(String::as_str)) {
+        diag.help(format!("write `{near}`"))
+    } else if looks_like_path(name) {
+        diag.help("name it first: `models: {base: FOLDER}`")
+    } else if names.is_empty() {
+        diag.help(format!("write `models: {{{name}: FOLDER}}`"))
+    } else {
+        diag.help(format!("there are {}", words(&names)))
+    });
+    None
+}
+
+pub(super) fn trainings(
+    documents: &mut Documents<'_>,
+    around: &Surroundings<'_>,
+    stage: &Stage,
+    recipe: &ScopedRecipe,
+    blocks: &Blocks,
+    roles: &mut [BoundRole],
+) {
+    for suggested in &recipe.recipe.defaults {
+        if role_named(recipe, &suggested.role.text).is_none() {
+            let diag = Diag::error(format!("unknown role `{}`", suggested.role.text)).label(suggested.role.span, "");
+            documents.error(diag);
+        }
+    }
+    for role in roles.iter_mut().filter(|r| r.trained) {
+        let suggested = recipe.recipe.defaults.iter().find(|d| d.role.text == role.name);
+        let layers = Layers::new(&around.places.sets)
+            .with_recipe(&recipe.name, suggested.map_or(&[], |d| &d.settings))
+            .with(&around.pipeline.defaults)
+            .with(&stage.settings)
+            .with(blocks.get(&role.name).map_or(&[], |b| b));
+        role.training = TRAINING_RULES.iter().map(|rule| layers.decide(rule, &mut documents.errors)).collect();
+        // The one that does not count is as if it did not exist.
+        let by_ratio = layers.second_counts("warmup_steps", "warmup_ratio", &mut documents.errors);
+        let lost = if by_ratio { "warmup_steps" } else { "warmup_ratio" };
+        role.training.retain(|d| d.key != lost);
+        for decided in &role.training {
+            let lora = decided.key.starts_with("lora_") && decided.from != Provenance::Default;
+            if lora || (decided.key == "freeze" && !decided.words().is_empty()) {
+                documents.error(not_yet(&format!("`{}`", decided.key), decided.node.span));
+            }
+            if decided.key == "adam_betas" && decided.floats().len() != 2 {
+                documents.error(
+                    Diag::error(format!("found {} values for `adam_betas`, expected 2", decided.floats().len()))
+                        .label(decided.node.span, ""),
+                );
+            }
+        }
+    }
+}
+
+/// The host side of a role's training.
+pub(super) fn training(role: &BoundRole) -> Training {
+    let given = |key: &str| role.training.iter().find(|d| d.key == key);
+    let find = |key: &str| given(key).unwrap_or_else(|| panic!("bug: no rule for `{key}`"));
+    let float = |key: &str| find(key).float().unwrap_or_default();
+    let betas = find("adam_betas").floats();
+    Training {
+        role: role.name.clone(),
+        optimizer: Optimizer {
+            betas: (betas[0], betas[1]),
+            eps: float("adam_eps"),
+            weight_decay: float("weight_decay"),
+            no_decay: find("no_decay").words().iter().map(|name| name.to_lowercase()).collect(),
+        },
+        schedule: Schedule {
+            learning_rate: float("learning_rate"),
+            kind: match find("lr_scheduler_type").text() {
+                "constant" => ScheduleKind::Constant,
+                "cosine" => ScheduleKind::Cosine,
+                _ => ScheduleKind::Linear,
+            },
+            warmup_steps: given("warmup_steps").and_then(Decided::count).unwrap_or_default(),
+            warmup_ratio: given("warmup_ratio").and_then(Decided::float).unwrap_or_default(),
+            // DeepSpeed-Chat's cosine rises again after the last step that it counted; ours counts all of them.
+            clamp: true,
+        },
+        max_grad_norm: find("max_grad_norm").float(),
+    }
+}

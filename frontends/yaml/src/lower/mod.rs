@@ -1,0 +1,299 @@
+//! From the graphs of the language to those of the IR.
+//!
+//! ```text
+//! recipe, models, functions --scope--> what a name means
+//!   expression --eval, builtins, emit--> ops
+//!   call       --call, shape-->         the graph of the other, inlined; its dims bound anew
+//!   params     --params-->              states, and a graph that gives them their first values
+//! ```
+//!
+//! An expression is evaluated once, over static values, sizes and tensors alike ([`value::Val`]); only tensors leave
+//! ops behind. Calls are inlined: there is no call op. Errors are collected: a name whose value is wrong is silent
+//! from then on, so that every mistake is told once.
+
+mod builtins;
+mod call;
+mod document_test;
+mod emit;
+mod eval;
+mod params;
+mod rules;
+mod scope;
+mod shape;
+
+mod value;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use dsgc_ir::diag::{Diag, Span};
+use dsgc_ir::{DType, DimRange, Graph, Program, StateId, Symbol, Tag, Type, Value};
+
+use crate::expr::Expr;
+use crate::functions::Functions;
+use crate::graph::{Graph as Source, Tree};
+use crate::literal::Constant;
+use crate::model::Model;
+use crate::recipe::Recipe;
+
+use scope::{Home, Scope, Static};
+use value::Val;
+
+pub use builtins::{BUILTINS, Builtin};
+pub use document_test::{DocumentTest, document_tests};
+
+/// A model in its role.
+#[derive(Clone, Debug)]
+pub struct Role<'a> {
+    /// Name of the role.
+    pub name: &'a str,
+    /// The model document.
+    pub model: &'a Model,
+    /// The functions in its scope: an earlier document wins.
+    pub functions: Vec<&'a Functions>,
+    /// A value for every entry of the model's `config`.
+    pub config: BTreeMap<String, Constant>,
+    /// Whether an update trains it.
+    pub trained: bool,
+}
+
+/// Ids of the tokenizer's special tokens, as far as it has them; they are names in every recipe and function.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TokenIds {
+    /// Padding.
+    pub pad: Option<i32>,
+    /// End of a text.
+    pub eos: Option<i32>,
+    /// Beginning of a text.
+    pub bos: Option<i32>,
+}
+
+/// A graph that the plan calls.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// Its name in the recipe.
+    pub graph: String,
+    /// The range of every dim of its inputs.
+    pub dims: Vec<DimRange>,
+}
+
+/// What the graphs of a stage are made from.
+#[derive(Clone, Debug)]
+pub struct Request<'a> {
+    /// The recipe, with what it takes over.
+    pub recipe: &'a Recipe,
+    /// The functions in its scope: an earlier document wins.
+    pub functions: Vec<&'a Functions>,
+    /// The models.
+    pub roles: Vec<Role<'a>>,
+    /// A value for every option of the recipe.
+    pub options: BTreeMap<String, Constant>,
+    /// Token ids.
+    pub ids: TokenIds,
+    /// The graphs that the plan calls.
+    pub entries: Vec<Entry>,
+}
+
+/// Name of the graph that gives a role's parameters their first values. No graph of a user can be called so.
+pub fn init_graph(role: &str) -> String {
+    format!("{role}.init")
+}
+
+/// Lowers the graphs of a stage: its states, the graphs that the plan calls, and a graph `<role>.init` per role. The
+/// stage itself is left empty. All errors come at once.
+pub fn program(request: &Request<'_>) -> Result<Program, Vec<Diag>> {
+    let mut lowering = Lowering::new(&request.functions, &request.roles, request.ids);
+    lowering.models();
+    let options = lowering.statics(&request.recipe.options, &request.options);
+    for entry in &request.entries {
+        let Some(graph) = request.recipe.graphs.iter().find(|g| g.name.text == entry.graph) else {
+            panic!("bug: the plan calls graph `{}`, which recipe `{}` lacks", entry.graph, request.recipe.name.text);
+        };
+        let home = Home {
+            statics: options.clone(),
+            graphs: &request.recipe.graphs,
+            functions: lowering.functions.clone(),
+            role: None,
+            calls_models: true,
+        };
+        lowering.entry(&home, graph, &entry.graph, &entry.dims);
+    }
+    lowering.finish()
+}
+
+/// An error that has been noted. Whoever gets it goes on with what does not depend on it.
+#[derive(Clone, Copy, Debug)]
+struct Reported;
+
+type R<T> = Result<T, Reported>;
+
+/// A role while graphs are lowered.
+struct RoleState<'a> {
+    name: String,
+    model: &'a Model,
+    functions: Rc<[&'a Functions]>,
+    statics: Rc<[Static]>,
+    trained: bool,
+    /// Every declared parameter; those whose `when` is false have no state.
+    params: BTreeMap<String, params::Declared<'a>>,
+    /// Parameters with a state, in the order of declaration, and how they begin.
+    inits: Vec<(StateId, params::Init)>,
+}
+
+/// What graphs are lowered into.
+struct Lowering<'a> {
+    program: Program,
+    roles: Vec<RoleState<'a>>,
+    functions: Rc<[&'a Functions]>,
+    ids: Rc<[Static]>,
+    errors: Vec<Diag>,
+    /// The graph in hand.
+    graph: Graph,
+    /// Parameters that it has read.
+    reads: BTreeMap<StateId, Value>,
+    /// The layer in hand.
+    tag: Option<Tag>,
+    /// The calls in hand, to tell those that never end.
+    calls: Vec<String>,
+}
+
+impl<'a> Lowering<'a> {
+    fn new(functions: &[&'a Functions], roles: &[Role<'a>], ids: TokenIds) -> Lowering<'a> {
+        let ids = [("pad", ids.pad), ("eos", ids.eos), ("bos", ids.bos)].into_iter().map(|(name, id)| Static {
+            name: name.into(),
+            span: Span::NONE,
+            value: id.map(|id| Constant::Int(id.into())),
+        });
+        let mut lowering = Lowering {
+            program: Program::default(),
+            roles: Vec::new(),
+            functions: functions.into(),
+            ids: ids.collect(),
+            errors: Vec::new(),
+            graph: Graph::default(),
+            reads: BTreeMap::new(),
+            tag: None,
+            calls: Vec::new(),
+        };
+        for role in roles {
+            let statics = role.model.config.iter().map(|d| Static {
+                name: d.name.text.clone(),
+                span: d.name.span,
+                value: role.config.get(&d.name.text).cloned(),
+            });
+            lowering.roles.push(RoleState {
+                name: role.name.into(),
+                model: role.model,
+                functions: role.functions.as_slice().into(),
+                statics: statics.collect(),
+                trained: role.trained,
+                params: BTreeMap::new(),
+                inits: Vec::new(),
+            });
+        }
+        lowering
+    }
+
+    /// Notes an error.
+    fn fail<T>(&mut self, diag: Diag) -> R<T> {
+        // The layers of a model, or two calls of one function, make the same mistake.
+        if !self.errors.contains(&diag) {
+            self.errors.push(diag);
+        }
+        Err(Reported)
+    }
+
+    /// Options and token ids as a document sees them.
+    fn statics(&self, declared: &[crate::graph::Declaration], values: &BTreeMap<String, Constant>) -> Rc<[Static]> {
+        let own = declared.iter().map(|d| Static {
+            name: d.name.text.clone(),
+            span: d.name.span,
+            value: values.get(&d.name.text).cloned(),
+        });
+        own.chain(self.ids.iter().cloned()).collect()
+    }
+
+    /// Begins a graph.
+    fn begin(&mut self, name: &str, dims: &[DimRange]) {
+        self.graph = Graph::new(name);
+        self.graph.dims = dims.to_vec();
+        self.reads.clear();
+    }
+
+    /// Lowers a graph that is called from outside.
+    fn entry(&mut self, home: &Home<'a>, source: &'a Source, name: &str, dims: &[DimRange]) {
+        self.begin(name, dims);
+        let before = self.errors.len();
+        let mut scope = Scope::new(home.clone());
+        let names: Vec<&str> = dims.iter().map(|d| &*d.symbol).collect();
+        self.symbols(&mut scope, source, |symbol| names.contains(&symbol).then(|| dsgc_ir::Dim::symbol(symbol)));
+        self.host_inputs(&mut scope, source);
+        self.body(&mut scope, source);
+        if let Ok(out) = self.out(&mut scope, &source.out)
+            && self.outputs(source, out).is_ok()
+            && self.errors.len() == before
+        {
+            self.graph.batch = batch(source, dims);
+            self.program.graphs.push(std::mem::take(&mut self.graph));
+        }
+    }
+
+    /// Names the results of a graph that is called from outside.
+    fn outputs(&mut self, source: &Source, out: Val) -> R<()> {
+        let mut outputs = Vec::new();
+        let span = match &source.out {
+            Tree::Expr(expr) => expr.span,
+            Tree::Record(span, _) => *span,
+        };
+        self.flatten(span, String::new(), out, &mut outputs)?;
+        self.graph.outputs = outputs;
+        Ok(())
+    }
+
+    fn flatten(&mut self, span: Span, name: String, value: Val, outputs: &mut Vec<(String, Value)>) -> R<()> {
+        if let Val::Record(record) = &value {
+            for (field, value) in &record.fields {
+                let name = if name.is_empty() { field.clone() } else { format!("{name}.{field}") };
+                self.flatten(span, name, value.clone(), outputs)?;
+            }
+            return Ok(());
+        }
+        let arg = value::Arg { span, value };
+        let values = self.one_dtype(span, &[&arg])?;
+        outputs.push((if name.is_empty() { "out".into() } else { name }, values[0]));
+        Ok(())
+    }
+
+    fn finish(mut self) -> Result<Program, Vec<Diag>> {
+        if !self.errors.is_empty() {
+            return Err(self.errors);
+        }
+        for role in 0..self.roles.len() {
+            self.init(role);
+        }
+        Ok(self.program)
+    }
+}
+
+/// The dim that counts rows: the first of the graph's sequences, or of its tokens (D1).
+fn batch(source: &Source, dims: &[DimRange]) -> Option<Symbol> {
+    let sequences = source.inputs.iter().filter_map(|(name, ty)| {
+        let (base, items) = shape::parts(ty)?;
+        (base == "sequence" || name.text == "tokens").then(|| items.first().cloned()).flatten()
+    });
+    let first: BTreeSet<String> = sequences.filter_map(|dim: &Expr| dim.name().map(String::from)).collect();
+    dims.iter().find(|d| first.contains(&*d.symbol)).map(|d| d.symbol.clone())
+}
+
+/// The type of a member of a sequence.
+fn sequence_field(name: &str) -> Option<DType> {
+    SEQUENCE.iter().find(|f| f.0 == name).map(|f| f.1)
+}
+
+/// Members of a `sequence[B, T]` (D9).
+const SEQUENCE: [(&str, DType); 3] = [("tokens", DType::I32), ("segment", DType::I32), ("trained", DType::Bool)];
+
+/// A type of whatever a dtype and dims say.
+fn ty(dtype: DType, dims: &[dsgc_ir::Dim]) -> Type {
+    Type::new(dtype, dims)
+}

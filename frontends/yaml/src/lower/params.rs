@@ -1,0 +1,215 @@
+//! Parameters: their states, and the graph that gives them their first values.
+
+use dsgc_ir::diag::{Diag, Span};
+use dsgc_ir::{DType, Dim, Op, StateKind, Type, Value};
+
+use crate::expr::{Expr, ExprKind};
+use crate::model::Param;
+
+use super::scope::Scope;
+use super::value::{Arg, ParamRef, Val};
+use super::{Lowering, R, Reported};
+
+/// A parameter of a role.
+pub(super) struct Declared<'a> {
+    /// Hugging Face's name.
+    pub name: String,
+    pub param: &'a Param,
+    /// `None` where its `when` is false.
+    pub state: Option<dsgc_ir::StateId>,
+}
+
+/// How a parameter begins.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Init {
+    Constant(f64),
+    Normal { mean: f64, std: f64 },
+    Uniform { low: f64, high: f64 },
+}
+
+/// Standard deviation of parameters where a model says nothing.
+const STD: f64 = 0.02;
+
+impl<'a> Lowering<'a> {
+    /// Declares the parameters of all roles, and checks their graphs whether they are called or not.
+    pub fn models(&mut self) {
+        for role in 0..self.roles.len() {
+            let model = self.roles[role].model;
+            if let Some(decl) = model.models.first() {
+                let diag = Diag::error("models over models are not part of this version");
+                let _: R<()> = self.fail(diag.label(decl.name.span, ""));
+                continue;
+            }
+            if self.declare(role, &model.params, "").is_err() {
+                continue;
+            }
+            self.begin(&format!("{}.forward", self.roles[role].name), &[]);
+            let home = self.home_of(role);
+            let mut scope = Scope::new(home);
+            self.symbols(&mut scope, &model.graph, |symbol| Some(Dim::symbol(symbol)));
+            self.host_inputs(&mut scope, &model.graph);
+            self.body(&mut scope, &model.graph);
+            // Whatever is wrong has been noted.
+            let _ = self.out(&mut scope, &model.graph.out);
+        }
+    }
+
+    /// Declares parameters, unless that has been done for an earlier call of the model.
+    pub fn declare(&mut self, role: usize, params: &'a [Param], prefix: &str) -> R<()> {
+        let mut scope = Scope::new(self.home_of(role));
+        let mut all = Ok(());
+        for param in params {
+            let name = format!("{prefix}{}", param.name.text);
+            match self.roles[role].params.get(&name) {
+                Some(known) if std::ptr::eq(known.param, param) => continue,
+                Some(known) => {
+                    let diag = Diag::error(format!("the parameter `{name}` is declared twice"))
+                        .label(param.name.span, "")
+                        .label(known.param.name.span, "first declared here");
+                    all = self.fail(diag);
+                    continue;
+                }
+                None => {}
+            }
+            let exists = match &param.when {
+                Some(when) => self.condition(&mut scope, when),
+                None => Ok(true),
+            };
+            let state = match exists {
+                Ok(true) => self.state(&mut scope, role, param, &name).map(Some),
+                Ok(false) => Ok(None),
+                Err(Reported) => Err(Reported),
+            };
+            // One that is wrong is known too, or every use of it would be an error.
+            all = all.and(state.map(|_| ()));
+            let state = state.unwrap_or(None);
+            self.roles[role].params.insert(name.clone(), Declared { name, param, state });
+        }
+        all
+    }
+
+    fn state(&mut self, scope: &mut Scope<'a>, role: usize, param: &Param, name: &str) -> R<dsgc_ir::StateId> {
+        let mut dims = Vec::new();
+        for expr in &param.shape {
+            let dim = self.dim(scope, expr)?;
+            match dim.constant() {
+                Some(n) if n > 0 => dims.push(dim),
+                _ => {
+                    let diag = Diag::error(format!("found a size of {dim}, expected 1 or more")).label(expr.span, "");
+                    return self.fail(diag);
+                }
+            }
+        }
+        let model = self.roles[role].model;
+        let init = match param.init.as_ref().or(model.init.as_ref()) {
+            Some(expr) => self.init_of(scope, expr)?,
+            None => Init::Normal { mean: 0.0, std: STD },
+        };
+        let whole = format!("{}/{name}", self.roles[role].name);
+        let kind = StateKind::Param { trained: self.roles[role].trained };
+        let id = self.program.declare(whole, Type::new(DType::F32, dims), kind, param.name.span);
+        self.roles[role].inits.push((id, init));
+        Ok(id)
+    }
+
+    /// `zeros`, `ones`, `normal(std)`, `uniform(low, high)`.
+    fn init_of(&mut self, scope: &mut Scope<'a>, expr: &Expr) -> R<Init> {
+        match &expr.kind {
+            ExprKind::Name(name) if name == "zeros" => return Ok(Init::Constant(0.0)),
+            ExprKind::Name(name) if name == "ones" => return Ok(Init::Constant(1.0)),
+            ExprKind::Call { function, args } => {
+                let mut numbers = Vec::new();
+                for arg in args {
+                    match self.eval(scope, &arg.value)? {
+                        Val::Static(ref c) if c.number().is_some() => numbers.extend(c.number()),
+                        other => {
+                            let found = self.describe(&other);
+                            let diag = Diag::error(format!("found {found}, expected a number"));
+                            return self.fail(diag.label(arg.value.span, ""));
+                        }
+                    }
+                }
+                match (function.text.as_str(), numbers.as_slice()) {
+                    ("normal", [std]) => return Ok(Init::Normal { mean: 0.0, std: *std }),
+                    ("uniform", [low, high]) => return Ok(Init::Uniform { low: *low, high: *high }),
+                    _ => {}
+                }
+            }
+            _ => {}
+        }
+        self.fail(
+            Diag::error(format!("found `{expr}`, expected how a parameter begins"))
+                .label(expr.span, "")
+                .help("write `zeros`, `ones`, `normal(std)` or `uniform(low, high)`"),
+        )
+    }
+
+    /// The value of a parameter.
+    pub fn read(&mut self, span: Span, param: &ParamRef) -> R<Value> {
+        let declared = self.roles[param.role].params.get(&param.name);
+        let Some(declared) = declared else { panic!("bug: parameter `{}` was not declared", param.name) };
+        match (declared.state, &declared.param.when) {
+            (Some(state), _) => Ok(self.read_state(span, state)),
+            // Its declaration is wrong.
+            (None, None) => Err(Reported),
+            (None, Some(when)) => {
+                let diag = Diag::error(format!("the parameter `{}` does not exist here", param.name))
+                    .label(span, "")
+                    .label(when.span, "which is false with this config")
+                    .help("write `a if condition else b` with the same condition");
+                self.fail(diag)
+            }
+        }
+    }
+
+    /// A member of a group, if it is declared and exists.
+    pub fn optional(&mut self, span: Span, group: &ParamRef, member: &str) -> R<Option<Value>> {
+        let name = format!("{}.{member}", group.name);
+        match self.roles[group.role].params.get(&name) {
+            Some(declared) => Ok(declared.state.map(|state| self.read_state(span, state))),
+            None => Ok(None),
+        }
+    }
+
+    /// Weight and bias of an argument that names a group, or the weight alone.
+    pub fn group(&mut self, arg: &Arg) -> R<(Value, Option<Value>)> {
+        let Val::Group(group) = &arg.value else {
+            return Ok((self.tensor(arg)?, None));
+        };
+        let weight = ParamRef { role: group.role, name: format!("{}.weight", group.name) };
+        if !self.roles[group.role].params.contains_key(&weight.name) {
+            let diag = Diag::error(format!("there is no parameter `{}`", weight.name)).label(arg.span, "");
+            return self.fail(diag);
+        }
+        let weight = self.read(arg.span, &weight)?;
+        Ok((weight, self.optional(arg.span, group, "bias")?))
+    }
+
+    /// The graph that writes first values to every parameter of a role; each draws from a key of its own.
+    pub fn init(&mut self, role: usize) {
+        let name = super::init_graph(&self.roles[role].name);
+        self.begin(&name, &[]);
+        let key = self.graph.input("key", Type::scalar(DType::Key));
+        for (number, (id, init)) in self.roles[role].inits.clone().into_iter().enumerate() {
+            let state = self.program.state(id);
+            let (ty, span) = (state.ty.clone(), state.span);
+            let shape = ty.dims.clone();
+            let value = match init {
+                Init::Constant(value) => {
+                    let scalar = self.scalar(span, value, DType::F32);
+                    self.stretch(span, scalar, &shape)
+                }
+                Init::Normal { mean, std } => {
+                    let own = self.emit(span, Op::Fold { data: number as u64 }, &[key]);
+                    self.emit(span, Op::RandomNormal { shape, mean, std }, &[own])
+                }
+                Init::Uniform { low, high } => {
+                    let own = self.emit(span, Op::Fold { data: number as u64 }, &[key]);
+                    self.emit(span, Op::RandomUniform { shape, low, high }, &[own])
+                }
+            };
+            self.write(span, id, &ty, value);
+        }
+        self.program.graphs.push(std::mem::take(&mut self.graph));
+    }
+}

@@ -1,0 +1,36 @@
+//! Tests that stand in documents.
+
+use dsgc_ir::Tensor;
+use dsgc_ir::verify::verify;
+use dsgc_kernels::Device;
+use dsgc_kernels::interp::{Interp, Precision};
+use dsgc_yaml::lower::{DocumentTest, document_tests};
+
+use crate::setup::Documents;
+
+/// The largest difference of one expected value, with its name, if it is beyond the tolerance.
+fn wrong(test: &DocumentTest) -> Option<String> {
+    verify(&test.program).unwrap_or_else(|e| panic!("{e}\n{}", test.program));
+    let mut interp = Interp::new(test.program.clone(), Precision::F64);
+    let inputs: Vec<(&str, &Tensor)> = test.inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let outputs = interp.run(&test.graph, &inputs).unwrap_or_else(|e| panic!("{e}"));
+    for ((name, expected), (_, found)) in test.expect.iter().zip(&outputs) {
+        let far = |(a, b): (f64, f64)| (a - b).abs() > test.tolerance || a.is_nan() != b.is_nan();
+        if expected.shape != found.shape || expected.to_f64().into_iter().zip(found.to_f64()).any(far) {
+            return Some(format!("{name} of {}: found {found:?}, expected {expected:?}", test.name));
+        }
+    }
+    None
+}
+
+#[test]
+fn the_library_passes_its_tests() {
+    let mut documents = Documents::default();
+    let (recipe, functions) = (documents.std_recipe("sft"), documents.std_functions());
+    let own = document_tests(&functions.tests, &[], &functions.graphs, &[&functions]);
+    let sft = document_tests(&recipe.tests, &recipe.options, &recipe.graphs, &[&functions]);
+    let (own, sft) = (own.unwrap_or_else(|e| panic!("{e:#?}")), sft.unwrap_or_else(|e| panic!("{e:#?}")));
+    assert!(own.len() >= functions.graphs.len() && !sft.is_empty());
+    let all: Vec<String> = own.iter().chain(&sft).filter_map(wrong).collect();
+    assert!(all.is_empty(), "{}", all.join("\n"));
+}

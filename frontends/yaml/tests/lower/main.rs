@@ -1,0 +1,6 @@
+//! From documents to programs: what is lowered, its numbers in the interpreter, and what is said about mistakes.
+
+mod setup;
+
+mod documents;
+mod numbers;

@@ -1,0 +1,146 @@
+//! The arena of the device, and typed pointers into it.
+
+use dsgc_ir::{Arena, Buffer, DType, Data, Region, Tensor};
+
+/// A cache line: the unit in which the arena is allocated, and the alignment of every buffer.
+pub(super) const ALIGNMENT: usize = 64;
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; ALIGNMENT]);
+
+/// Bytes that are a signalling pattern of NaN as floats and no index as integers.
+const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
+
+/// All memory that the device has.
+pub(super) struct Memory {
+    regions: [Vec<Line>; 3],
+}
+
+impl Memory {
+    /// Zeros, as large as planned.
+    pub(super) fn new(arena: Arena) -> Memory {
+        let region = |bytes: usize| vec![Line([0; ALIGNMENT]); bytes.div_ceil(ALIGNMENT)];
+        Memory { regions: [region(arena.persistent), region(arena.values), region(arena.scratch)] }
+    }
+
+    /// The first element of a buffer, to read only.
+    fn view<T>(&self, buffer: Buffer) -> Ptr<T> {
+        let region = &self.regions[buffer.region as usize];
+        assert!(buffer.offset + buffer.bytes <= region.len() * ALIGNMENT, "bug: a buffer leaves the arena");
+        // SAFETY: the offset is inside of the allocation.
+        Ptr(unsafe { region.as_ptr().cast::<u8>().add(buffer.offset) }.cast_mut().cast())
+    }
+
+    /// The first element of a buffer. Its bytes may be read and written as the plan says, by which no two values that
+    /// are alive at the same time overlap.
+    pub(super) fn at<T>(&mut self, buffer: Buffer) -> Ptr<T> {
+        let region = &mut self.regions[buffer.region as usize];
+        assert!(buffer.offset + buffer.bytes <= region.len() * ALIGNMENT, "bug: a buffer leaves the arena");
+        // SAFETY: the offset is inside of the allocation.
+        Ptr(unsafe { region.as_mut_ptr().cast::<u8>().add(buffer.offset) }.cast())
+    }
+
+    /// The workspace of the running kernel.
+    pub(super) fn scratch<T>(&mut self, bytes: usize) -> Ptr<T> {
+        self.at(Buffer { region: Region::Scratch, offset: 0, bytes })
+    }
+
+    /// Fills a buffer with poison.
+    pub(super) fn poison(&mut self, buffer: Buffer) {
+        let at: Ptr<u8> = self.at(buffer);
+        // SAFETY: `at` checked that the buffer lies in the arena.
+        let bytes = unsafe { at.slice_mut(0, buffer.bytes) };
+        for (byte, poison) in bytes.iter_mut().zip(POISON.iter().cycle()) {
+            *byte = *poison;
+        }
+    }
+
+    /// Fills a region with poison.
+    pub(super) fn poison_region(&mut self, region: Region) {
+        let bytes = self.regions[region as usize].len() * ALIGNMENT;
+        self.poison(Buffer { region, offset: 0, bytes });
+    }
+
+    /// Writes a tensor; floats become single.
+    pub(super) fn write(&mut self, buffer: Buffer, tensor: &Tensor) {
+        assert!(tensor.len() * tensor.dtype().bytes() <= buffer.bytes, "bug: a tensor is larger than its buffer");
+        let n = tensor.len();
+        // SAFETY: the buffer lies in the arena and holds `n` elements, as just checked.
+        unsafe {
+            match &tensor.data {
+                Data::F32(v) => self.at::<f32>(buffer).slice_mut(0, n).copy_from_slice(v),
+                Data::F64(v) => {
+                    self.at::<f32>(buffer).slice_mut(0, n).iter_mut().zip(v).for_each(|(to, &from)| *to = from as f32);
+                }
+                Data::I32(v) => self.at::<i32>(buffer).slice_mut(0, n).copy_from_slice(v),
+                Data::Bool(v) => {
+                    self.at::<u8>(buffer).slice_mut(0, n).iter_mut().zip(v).for_each(|(to, &b)| *to = u8::from(b));
+                }
+                Data::Key(v) => self.at::<[u32; 2]>(buffer).slice_mut(0, n).copy_from_slice(v),
+            }
+        }
+    }
+
+    /// Reads a tensor.
+    pub(super) fn read(&self, buffer: Buffer, dtype: DType, shape: &[usize]) -> Tensor {
+        let n: usize = shape.iter().product();
+        assert!(n * dtype.bytes() <= buffer.bytes, "bug: a tensor is larger than its buffer");
+        // SAFETY: the buffer lies in the arena and holds `n` elements, as just checked.
+        let data = unsafe {
+            match dtype {
+                DType::F32 => Data::F32(self.view::<f32>(buffer).slice(0, n).to_vec()),
+                DType::I32 => Data::I32(self.view::<i32>(buffer).slice(0, n).to_vec()),
+                DType::Bool => Data::Bool(self.view::<u8>(buffer).slice(0, n).iter().map(|&b| b != 0).collect()),
+                DType::Key => Data::Key(self.view::<[u32; 2]>(buffer).slice(0, n).to_vec()),
+            }
+        };
+        Tensor::new(shape, data)
+    }
+}
+
+/// A place in the arena that several threads work on, each on elements of its own.
+#[derive(Debug)]
+pub(super) struct Ptr<T>(pub(super) *mut T);
+
+impl<T> Clone for Ptr<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Ptr<T> {}
+
+// SAFETY: a `Ptr` is only an address; whoever reads or writes through it says why that is sound.
+unsafe impl<T: Send> Send for Ptr<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Ptr<T> {}
+
+impl<T> Ptr<T> {
+    /// The element `n` places on.
+    ///
+    /// # Safety
+    /// It lies in the same buffer or just behind it.
+    pub(super) unsafe fn add(self, n: usize) -> Ptr<T> {
+        // SAFETY: the caller's promise.
+        Ptr(unsafe { self.0.add(n) })
+    }
+
+    /// `len` elements from `at` on.
+    ///
+    /// # Safety
+    /// They lie in the buffer, hold values of `T`, and nobody writes them while the slice lives.
+    pub(super) unsafe fn slice<'a>(self, at: usize, len: usize) -> &'a [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.0.add(at), len) }
+    }
+
+    /// `len` elements from `at` on.
+    ///
+    /// # Safety
+    /// They lie in the buffer, hold values of `T`, and nobody else reads or writes them while the slice lives.
+    pub(super) unsafe fn slice_mut<'a>(self, at: usize, len: usize) -> &'a mut [T] {
+        // SAFETY: the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(at), len) }
+    }
+}

@@ -1,0 +1,292 @@
+//! The CPU: planned graphs as kernel launches over one arena, on a fixed number of threads.
+//!
+//! The arena is all the memory there is: values lie where the plan says, kernels get their workspace from its scratch
+//! region. Products come from a GEMM library; everything else is loops of ours, compiled for AVX-512, AVX2 and the
+//! least of the architecture, of which the machine's best is taken when a kernel runs. Results do not depend on the
+//! number of threads: what threads share is cut by output elements, and sums run in blocks of a fixed size.
+//!
+//! One file per kernel family. A kernel may write its result over an operand where [`Op::in_place`] says so.
+
+mod attention;
+mod contract;
+mod elementwise;
+mod memory;
+mod norm;
+mod parallel;
+mod reduce;
+mod structure;
+mod tokens;
+mod update;
+
+use dsgc_ir::diag::Diag;
+use dsgc_ir::op::Class;
+use dsgc_ir::verify::last_uses;
+use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, StateId, Target, Tensor, Type, Value};
+
+use crate::{Device, bind};
+use memory::{ALIGNMENT, Memory, Ptr};
+use parallel::Threads;
+
+/// What passes must know of a CPU with this many threads.
+#[derive(Clone, Copy, Debug)]
+pub struct CpuTarget {
+    /// Number of threads; workspaces are per thread.
+    pub threads: usize,
+}
+
+impl Target for CpuTarget {
+    fn name(&self) -> &str {
+        "cpu"
+    }
+
+    fn alignment(&self) -> usize {
+        ALIGNMENT
+    }
+
+    fn missing_kernel(&self, _: &Op, _: &[Type]) -> Option<String> {
+        None
+    }
+
+    fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize {
+        let shape = |i: usize| args[i].shape(bounds).unwrap_or_default();
+        match op {
+            Op::Contract { .. } | Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. } => {
+                reduce::workspace(shape(0).iter().product())
+            }
+            Op::LayerNormGrad { .. } => norm::workspace(&shape(0)),
+            Op::Attention { .. } => attention::workspace(&shape(0), false, self.threads),
+            Op::AttentionGrad { .. } => attention::workspace(&shape(0), true, self.threads),
+            _ => 0,
+        }
+    }
+
+    fn memory(&self) -> Option<usize> {
+        None
+    }
+}
+
+/// A planned program in the memory of this machine.
+pub struct Cpu {
+    program: Planned,
+    memory: Memory,
+    threads: Threads,
+    /// Per graph and op, buffers that hold nothing any more afterwards; only where dead values are poisoned.
+    dead: Option<Vec<Vec<Vec<Buffer>>>>,
+}
+
+impl Cpu {
+    /// Takes a program that was planned for [`CpuTarget`] with this many threads. All states are zero.
+    pub fn new(program: Planned, threads: usize) -> Cpu {
+        let memory = Memory::new(program.arena);
+        Cpu { memory, threads: Threads::new(threads), dead: None, program }
+    }
+
+    /// The same, with all memory that holds nothing filled with NaN: a wrong plan shows in the results.
+    pub fn poisoned(program: Planned, threads: usize) -> Cpu {
+        let dead = program.graphs.iter().map(dead_buffers).collect();
+        Cpu { dead: Some(dead), ..Cpu::new(program, threads) }
+    }
+}
+
+/// Per op, the buffers of values that die there and whose bytes no living value shares.
+fn dead_buffers(graph: &Graph) -> Vec<Vec<Buffer>> {
+    let last = last_uses(graph);
+    let buffer = |v: Value| graph.buffer(v).expect("a planned program has a buffer for every value");
+    let mut live: Vec<Value> = graph.inputs().collect();
+    let mut dead = Vec::with_capacity(graph.len());
+    for (id, op) in graph.ops() {
+        live.extend(op.results());
+        let (stay, die): (Vec<Value>, Vec<Value>) = live.into_iter().partition(|v| last[v.0 as usize] > id.0);
+        live = stay;
+        let shared = |b: Buffer| {
+            live.iter()
+                .map(|&v| buffer(v))
+                .any(|l| l.region == b.region && l.offset < b.offset + b.bytes && b.offset < l.offset + l.bytes)
+        };
+        dead.push(die.into_iter().map(buffer).filter(|b| b.region == Region::Values && !shared(*b)).collect());
+    }
+    dead
+}
+
+impl Device for Cpu {
+    fn name(&self) -> &str {
+        "cpu"
+    }
+
+    fn set_state(&mut self, id: StateId, value: &Tensor) {
+        let state = self.program.state(id);
+        let shape = state.ty.shape(&Bindings::new()).expect("states have constant dims");
+        assert_eq!((value.dtype(), &value.shape), (state.ty.dtype, &shape), "bug: `@{}` is {}", state.name, state.ty);
+        self.memory.write(state.buffer.expect("a planned program has a buffer for every state"), value);
+    }
+
+    fn state(&self, id: StateId) -> Tensor {
+        let state = self.program.state(id);
+        let shape = state.ty.shape(&Bindings::new()).expect("states have constant dims");
+        self.memory.read(state.buffer.expect("a planned program has a buffer for every state"), state.ty.dtype, &shape)
+    }
+
+    fn run(&mut self, name: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag> {
+        let program = self.program.clone();
+        let Some(at) = program.graphs.iter().position(|g| g.name == name) else {
+            return Err(Diag::error(format!("the program has no graph @{name}")));
+        };
+        let graph = &program.graphs[at];
+        let dims = bind(graph, inputs)?;
+        if self.dead.is_some() {
+            self.memory.poison_region(Region::Values);
+        }
+        for input in graph.inputs() {
+            let tensor = inputs.iter().find(|(n, _)| *n == graph.name_of(input)).map(|(_, t)| *t);
+            let tensor = tensor.expect("`bind` saw every input");
+            self.memory.write(graph.buffer(input).expect("a planned program has a buffer for every value"), tensor);
+        }
+        for (id, op) in graph.ops() {
+            if self.dead.is_some() {
+                self.memory.poison_region(Region::Scratch);
+            }
+            let scratch = graph.scratch[id.0 as usize];
+            let mut launch =
+                Launch { graph, op, dims: &dims, memory: &mut self.memory, threads: &self.threads, scratch };
+            launch.run(&program).map_err(|why| {
+                let what = format!("`{}` in graph @{}: {why}", op.op.name(), graph.name);
+                Diag::error(what).label(op.site.loc.span, "")
+            })?;
+            for &buffer in self.dead.iter().flat_map(|graphs| &graphs[at][id.0 as usize]) {
+                self.memory.poison(buffer);
+            }
+        }
+        let read = |(name, value): &(String, Value)| {
+            let shape = graph.ty(*value).shape(&dims).expect("every dim that a value needs is bound");
+            let buffer = graph.buffer(*value).expect("a planned program has a buffer for every value");
+            (name.clone(), self.memory.read(buffer, graph.ty(*value).dtype, &shape))
+        };
+        Ok(graph.outputs.iter().map(read).collect())
+    }
+}
+
+/// An op that runs now: its operands and results under the bound dims.
+struct Launch<'a> {
+    graph: &'a Graph,
+    op: &'a OpData,
+    dims: &'a Bindings,
+    memory: &'a mut Memory,
+    threads: &'a Threads,
+    /// Bytes of workspace.
+    scratch: usize,
+}
+
+impl Launch<'_> {
+    fn run(&mut self, program: &Planned) -> Result<(), String> {
+        // A dim that is negative is a slice beyond its operand; the interpreter's words.
+        for value in self.op.results() {
+            for dim in &self.graph.ty(value).dims {
+                self.extent(dim)?;
+            }
+        }
+        match &self.op.op {
+            Op::Read { .. } => Ok(()),
+            Op::Write { state } => {
+                let to = program.state(*state).buffer.expect("a planned program has a buffer for every state");
+                let from = self.buffer(self.op.args[0]);
+                if (from.region, from.offset) != (to.region, to.offset) {
+                    structure::copy(self, from, to);
+                }
+                Ok(())
+            }
+            op if op.class() == Class::View => Ok(()),
+            op if elementwise::has(op) => elementwise::run(self),
+            Op::Contract { spec } => contract::run(self, spec),
+            Op::ReduceSum { axes } | Op::ReduceMax { axes } | Op::ReduceMin { axes } => {
+                reduce::run(self, axes);
+                Ok(())
+            }
+            Op::Cumsum { axis, reverse } => {
+                reduce::cumsum(self, *axis, *reverse);
+                Ok(())
+            }
+            Op::LayerNorm { eps } => {
+                norm::forward(self, *eps);
+                Ok(())
+            }
+            Op::LayerNormGrad { eps } => {
+                norm::backward(self, *eps);
+                Ok(())
+            }
+            Op::Attention { causal, scale } => {
+                attention::forward(self, *causal, *scale as f32);
+                Ok(())
+            }
+            Op::AttentionGrad { causal, scale } => {
+                attention::backward(self, *causal, *scale as f32);
+                Ok(())
+            }
+            Op::Embed {} => tokens::embed(self),
+            Op::EmbedGrad { .. } => tokens::embed_grad(self),
+            Op::TokenLogp {} => tokens::logp(self),
+            Op::TokenLogpGrad {} => tokens::logp_grad(self),
+            Op::PositionIn {} => {
+                tokens::position_in(self);
+                Ok(())
+            }
+            Op::Fold { .. } | Op::RandomNormal { .. } | Op::RandomUniform { .. } => {
+                update::random(self);
+                Ok(())
+            }
+            Op::Adamw { .. } => {
+                update::adamw(self);
+                Ok(())
+            }
+            _ => structure::run(self),
+        }
+    }
+
+    /// The only result.
+    fn result(&self) -> Value {
+        self.op.result()
+    }
+
+    fn dtype(&self, value: Value) -> DType {
+        self.graph.ty(value).dtype
+    }
+
+    fn shape(&self, value: Value) -> Vec<usize> {
+        self.graph.ty(value).shape(self.dims).expect("every dim that a value needs is bound")
+    }
+
+    fn len(&self, value: Value) -> usize {
+        self.shape(value).iter().product()
+    }
+
+    fn extent(&self, dim: &Dim) -> Result<usize, String> {
+        let n = dim.eval(self.dims).map_err(|symbol| format!("no input shows how large `{symbol}` is"))?;
+        usize::try_from(n).map_err(|_| format!("`{dim}` is {n}, expected at least 0"))
+    }
+
+    fn buffer(&self, value: Value) -> Buffer {
+        self.graph.buffer(value).expect("a planned program has a buffer for every value")
+    }
+
+    /// The elements of operand `i`.
+    fn arg<T>(&mut self, i: usize) -> Ptr<T> {
+        self.memory.at(self.buffer(self.op.args[i]))
+    }
+
+    /// The elements of result `i`.
+    fn out<T>(&mut self, i: usize) -> Ptr<T> {
+        let value = self.op.results().nth(i).expect("the op has this result");
+        self.memory.at(self.buffer(value))
+    }
+
+    /// The kernel's workspace.
+    fn workspace<T>(&mut self) -> Ptr<T> {
+        self.memory.scratch(self.scratch)
+    }
+
+    /// Rows of the last dim: how many, and how wide.
+    fn rows(&self, value: Value) -> (usize, usize) {
+        let shape = self.shape(value);
+        let (width, lead) = shape.split_last().map_or((1, &[] as &[usize]), |(w, lead)| (*w, lead));
+        (lead.iter().product(), width)
+    }
+}

@@ -1,0 +1,124 @@
+//! Layer normalisation and its gradient, row by row.
+
+use multiversion::multiversion;
+
+use super::Launch;
+use super::memory::Ptr;
+
+/// Rows whose contributions to the gradients of weight and bias are added up before those of other rows.
+const ROWS: usize = 64;
+/// Independent sums in a loop.
+const LANES: usize = 16;
+
+/// Bytes for the gradients of weight and bias of every block of rows.
+pub(super) fn workspace(shape: &[usize]) -> usize {
+    let (width, lead) = shape.split_last().map_or((0, &[] as &[usize]), |(w, lead)| (*w, lead));
+    let rows: usize = lead.iter().product();
+    rows.div_ceil(ROWS) * 2 * width * size_of::<f32>()
+}
+
+#[inline(always)]
+fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let whole = n / LANES * LANES;
+    for i in (0..whole).step_by(LANES) {
+        for j in 0..LANES {
+            lanes[j] += f(i + j);
+        }
+    }
+    let tail: f32 = (whole..n).map(&f).sum();
+    let mut width = LANES / 2;
+    while width > 0 {
+        for j in 0..width {
+            lanes[j] += lanes[j + width];
+        }
+        width /= 2;
+    }
+    lanes[0] + tail
+}
+
+/// Mean and `1 / sqrt(var + eps)`.
+#[inline(always)]
+fn moments(x: &[f32], eps: f32) -> (f32, f32) {
+    let n = x.len() as f32;
+    let mean = sum(x.len(), |i| x[i]) / n;
+    let variance = sum(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / n;
+    (mean, 1.0 / (variance + eps).sqrt())
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn forward_row(x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32], eps: f32) {
+    let n = out.len();
+    let (x, weight, bias) = (&x[..n], &weight[..n], &bias[..n]);
+    let (mean, inverse) = moments(x, eps);
+    for i in 0..n {
+        out[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
+    }
+}
+
+/// With `n = (x - mean) * inverse` and `h = grad * weight`:
+/// `dx = inverse * (h - mean(h) - n * mean(h * n))`; adds `grad * n` to `dw` and `grad` to `db`.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn backward_row(x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mut [f32], db: &mut [f32], eps: f32) {
+    let n = dx.len();
+    let (x, weight, grad, dw, db) = (&x[..n], &weight[..n], &grad[..n], &mut dw[..n], &mut db[..n]);
+    let (mean, inverse) = moments(x, eps);
+    let mean_h = sum(n, |i| grad[i] * weight[i]) / n as f32;
+    let mean_hn = sum(n, |i| grad[i] * weight[i] * ((x[i] - mean) * inverse)) / n as f32;
+    for i in 0..n {
+        let normal = (x[i] - mean) * inverse;
+        dx[i] = inverse * (grad[i] * weight[i] - mean_h - normal * mean_hn);
+        dw[i] += grad[i] * normal;
+        db[i] += grad[i];
+    }
+}
+
+/// Runs `layer_norm`.
+pub(super) fn forward(l: &mut Launch, eps: f64) {
+    let (rows, width) = l.rows(l.result());
+    let (x, weight, bias, out): (Ptr<f32>, Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.arg(2), l.out(0));
+    l.threads.run(rows, 4 * width, |r| {
+        for row in r {
+            // SAFETY: operands and result have `rows` rows of `width`; rows are apart.
+            unsafe {
+                let out = out.slice_mut(row * width, width);
+                forward_row(x.slice(row * width, width), weight.slice(0, width), bias.slice(0, width), out, eps as f32);
+            }
+        }
+    });
+}
+
+/// Runs `layer_norm_grad`.
+pub(super) fn backward(l: &mut Launch, eps: f64) {
+    let (rows, width) = l.rows(l.op.args[0]);
+    let (x, weight, grad): (Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.arg(2));
+    let (dx, dw, db): (Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.out(0), l.out(1), l.out(2));
+    let partial: Ptr<f32> = l.workspace();
+    let blocks = rows.div_ceil(ROWS);
+    l.threads.run(blocks, 8 * ROWS * width, |r| {
+        for block in r {
+            // SAFETY: the workspace has two rows per block; rows of operands and results are apart.
+            unsafe {
+                let sums = partial.slice_mut(block * 2 * width, 2 * width);
+                sums.fill(0.0);
+                let (dw, db) = sums.split_at_mut(width);
+                for row in block * ROWS..rows.min((block + 1) * ROWS) {
+                    let dx = dx.slice_mut(row * width, width);
+                    let (x, grad) = (x.slice(row * width, width), grad.slice(row * width, width));
+                    backward_row(x, weight.slice(0, width), grad, dx, dw, db, eps as f32);
+                }
+            }
+        }
+    });
+    // SAFETY: all blocks are written, and nobody else touches the results.
+    unsafe {
+        let (dw, db) = (dw.slice_mut(0, width), db.slice_mut(0, width));
+        dw.fill(0.0);
+        db.fill(0.0);
+        for block in 0..blocks {
+            let sums = partial.slice(block * 2 * width, 2 * width);
+            dw.iter_mut().zip(&sums[..width]).for_each(|(a, b)| *a += b);
+            db.iter_mut().zip(&sums[width..]).for_each(|(a, b)| *a += b);
+        }
+    }
+}

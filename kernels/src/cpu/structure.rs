@@ -1,0 +1,189 @@
+//! Ops that move elements: copies with other strides, windows, constants.
+
+use dsgc_ir::{Buffer, DType, Op};
+
+use super::Launch;
+use super::memory::Ptr;
+
+/// Runs an op that only moves elements.
+pub(super) fn run(l: &mut Launch) -> Result<(), String> {
+    let op = l.op.op.clone();
+    match &op {
+        Op::Const { value, dtype } => constant(l, *value, *dtype),
+        Op::Size { dim, dtype } => {
+            let n = l.extent(dim)?;
+            constant(l, n as f64, *dtype);
+        }
+        Op::Iota { .. } => {
+            let (n, out): (usize, Ptr<i32>) = (l.len(l.result()), l.out(0));
+            // SAFETY: the result holds `n` elements, and nobody else touches them.
+            unsafe { out.slice_mut(0, n) }.iter_mut().enumerate().for_each(|(i, x)| *x = i as i32);
+        }
+        Op::Broadcast { .. } => {
+            let (from, to) = (l.shape(l.op.args[0]), l.shape(l.result()));
+            let own = strides(&from);
+            let lead = to.len() - from.len();
+            let with = (0..to.len())
+                .map(|i| if i < lead || (from[i - lead] == 1 && to[i] != 1) { 0 } else { own[i - lead] })
+                .collect();
+            strided(l, &to, with);
+        }
+        Op::Transpose { order } => {
+            let own = strides(&l.shape(l.op.args[0]));
+            let to = l.shape(l.result());
+            strided(l, &to, order.iter().map(|&o| own[o]).collect());
+        }
+        Op::Slice { axis, start, end } => {
+            let (first, last, own) = (l.extent(start)?, l.extent(end)?, l.shape(l.op.args[0])[*axis]);
+            if first > last || last > own {
+                return Err(format!("slice {start}:{end} is {first}:{last}, but the dim is {own}"));
+            }
+            window(l, *axis, first as isize);
+        }
+        Op::Pad { axis, before, after } => {
+            l.extent(after)?;
+            let before = l.extent(before)?;
+            window(l, *axis, -(before as isize));
+        }
+        Op::Concat { axis } => concat(l, *axis),
+        other => panic!("bug: the CPU has no kernel for `{other}`"),
+    }
+    Ok(())
+}
+
+/// Strides of a dense tensor, in elements.
+pub(super) fn strides(shape: &[usize]) -> Vec<usize> {
+    let mut strides = vec![1; shape.len()];
+    for i in (1..shape.len()).rev() {
+        strides[i - 1] = strides[i] * shape[i];
+    }
+    strides
+}
+
+fn constant(l: &mut Launch, value: f64, dtype: DType) {
+    // SAFETY: a scalar's buffer holds one element.
+    unsafe {
+        match dtype {
+            DType::F32 => *l.out::<f32>(0).0 = value as f32,
+            DType::I32 => *l.out::<i32>(0).0 = value as i32,
+            DType::Bool => *l.out::<u8>(0).0 = u8::from(value != 0.0),
+            DType::Key => panic!("bug: a constant key"),
+        }
+    }
+}
+
+/// Calls a function with the element type as wide as the op's elements: moves do not care what elements are.
+macro_rules! by_width {
+    ($l:expr, $f:ident, $($arg:expr),*) => {
+        match $l.dtype($l.op.args[0]).bytes() {
+            1 => $f::<u8>($l, $($arg),*),
+            4 => $f::<u32>($l, $($arg),*),
+            _ => $f::<u64>($l, $($arg),*),
+        }
+    };
+}
+
+/// Copies the bytes of one buffer to another.
+pub(super) fn copy(l: &mut Launch, from: Buffer, to: Buffer) {
+    let bytes = from.bytes.min(to.bytes);
+    let (from, to): (Ptr<u8>, Ptr<u8>) = (l.memory.at(from), l.memory.at(to));
+    // SAFETY: both buffers hold `bytes`; the plan keeps values apart that are alive at once.
+    l.threads.run(bytes, 1, |r| unsafe {
+        to.slice_mut(r.start, r.len()).copy_from_slice(from.slice(r.start, r.len()));
+    });
+}
+
+/// `out[i, j, ..] = a[i * with[0] + j * with[1] + ..]`.
+fn strided(l: &mut Launch, shape: &[usize], with: Vec<usize>) {
+    by_width!(l, strided_as, shape, with)
+}
+
+fn strided_as<T: Copy + Send>(l: &mut Launch, shape: &[usize], with: Vec<usize>) {
+    // Dims that are one dim in both places are joined.
+    let mut dims: Vec<(usize, usize)> = Vec::new();
+    for (&extent, stride) in shape.iter().zip(with) {
+        match dims.last_mut() {
+            _ if extent == 1 => {}
+            Some(last) if last.1 == stride * extent => *last = (last.0 * extent, stride),
+            _ => dims.push((extent, stride)),
+        }
+    }
+    let (inner, step) = dims.pop().unwrap_or((1, 0));
+    let rows: usize = dims.iter().map(|d| d.0).product();
+    let (a, out): (Ptr<T>, Ptr<T>) = (l.arg(0), l.out(0));
+    let start_of = |row: usize| {
+        let (mut rest, mut at) = (row, 0);
+        for &(extent, stride) in dims.iter().rev() {
+            at += rest % extent * stride;
+            rest /= extent;
+        }
+        at
+    };
+    // SAFETY: offsets stay in the operand, whose dims they come from; threads write ranges of the result that are
+    // apart.
+    let part = |row: usize, from: usize, to: usize| unsafe {
+        let (at, to_row) = (start_of(row), out.slice_mut(row * inner + from, to - from));
+        match step {
+            0 => to_row.fill(*a.add(at).0),
+            1 => to_row.copy_from_slice(a.slice(at + from, to - from)),
+            _ => to_row.iter_mut().enumerate().for_each(|(i, x)| *x = *a.add(at + (from + i) * step).0),
+        }
+    };
+    if rows == 1 {
+        l.threads.run(inner, 1, |r| part(0, r.start, r.end));
+    } else {
+        l.threads.run(rows, inner, |r| r.for_each(|row| part(row, 0, inner)));
+    }
+}
+
+/// `out[.., i, ..] = a[.., i + first, ..]` along a dim; 0 where there is no such element.
+fn window(l: &mut Launch, axis: usize, first: isize) {
+    by_width!(l, window_as, axis, first)
+}
+
+fn window_as<T: Copy + Default + Send>(l: &mut Launch, axis: usize, first: isize) {
+    let (from, to) = (l.shape(l.op.args[0]), l.shape(l.result()));
+    let inner: usize = from[axis + 1..].iter().product();
+    let rows: usize = from[..axis].iter().product();
+    let (own, wide) = (from[axis] as isize, to[axis] as isize);
+    // Places of the result that come from the operand.
+    let begin = (-first).clamp(0, wide);
+    let end = (own - first).clamp(begin, wide);
+    let (a, out): (Ptr<T>, Ptr<T>) = (l.arg(0), l.out(0));
+    l.threads.run(rows, to[axis] * inner, |r| {
+        for row in r {
+            // SAFETY: `begin..end` moved by `first` lies in the operand's dim; rows of the result are apart.
+            unsafe {
+                let to_row = out.slice_mut(row * to[axis] * inner, to[axis] * inner);
+                let (begin, end) = (begin as usize * inner, end as usize * inner);
+                to_row[..begin].fill(T::default());
+                let at = row * from[axis] * inner + (begin as isize + first * inner as isize).max(0) as usize;
+                to_row[begin..end].copy_from_slice(a.slice(at, end - begin));
+                to_row[end..].fill(T::default());
+            }
+        }
+    });
+}
+
+fn concat(l: &mut Launch, axis: usize) {
+    by_width!(l, concat_as, axis)
+}
+
+fn concat_as<T: Copy + Send>(l: &mut Launch, axis: usize) {
+    let to = l.shape(l.result());
+    let inner: usize = to[axis + 1..].iter().product();
+    let rows: usize = to[..axis].iter().product();
+    let out: Ptr<T> = l.out(0);
+    let mut at = 0;
+    for i in 0..l.op.args.len() {
+        let width = l.shape(l.op.args[i])[axis] * inner;
+        let a: Ptr<T> = l.arg(i);
+        // SAFETY: operand `i` has `rows * width` elements, which go to places `at` of every row of the result.
+        l.threads.run(rows, width, |r| {
+            r.for_each(|row| unsafe {
+                out.slice_mut(row * to[axis] * inner + at, width).copy_from_slice(a.slice(row * width, width));
+            });
+        });
+        at += width;
+    }
+}

@@ -1,0 +1,173 @@
+//! Tokens: embeddings, log-probabilities, positions.
+
+use multiversion::multiversion;
+
+use super::Launch;
+use super::elementwise::{exp, larger};
+use super::memory::Ptr;
+
+/// Independent maxima and sums in a loop.
+const LANES: usize = 32;
+
+/// Checks that all indices are rows of a table.
+fn check(indices: &[i32], rows: usize, what: &str) -> Result<(), String> {
+    match indices.iter().find(|&&i| usize::try_from(i).map_or(true, |i| i >= rows)) {
+        Some(odd) => Err(format!("found {what} {odd}, expected one of 0 to {} ({rows} rows)", rows as i64 - 1)),
+        None => Ok(()),
+    }
+}
+
+/// Runs `embed`.
+pub(super) fn embed(l: &mut Launch) -> Result<(), String> {
+    let (rows, width) = l.rows(l.op.args[0]);
+    let n = l.len(l.op.args[1]);
+    let (table, indices, out): (Ptr<f32>, Ptr<i32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.out(0));
+    // SAFETY: the operand holds `n` indices.
+    let indices = unsafe { indices.slice(0, n) };
+    check(indices, rows, "index")?;
+    l.threads.run(n, width, |r| {
+        for i in r {
+            // SAFETY: the index was checked; rows of the result are apart.
+            unsafe { out.slice_mut(i * width, width).copy_from_slice(table.slice(indices[i] as usize * width, width)) };
+        }
+    });
+    Ok(())
+}
+
+/// Runs `embed_grad`: every thread adds up the rows of its own part of the table, in the order of the indices.
+pub(super) fn embed_grad(l: &mut Launch) -> Result<(), String> {
+    let (rows, width) = l.rows(l.result());
+    let n = l.len(l.op.args[0]);
+    let (indices, grad, out): (Ptr<i32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.out(0));
+    // SAFETY: the operand holds `n` indices.
+    let indices = unsafe { indices.slice(0, n) };
+    check(indices, rows, "index")?;
+    l.threads.run(rows, width, |r| {
+        // SAFETY: rows `r` of the table belong to this thread.
+        let part = unsafe { out.slice_mut(r.start * width, r.len() * width) };
+        part.fill(0.0);
+        for (i, &index) in indices.iter().enumerate() {
+            if r.contains(&(index as usize)) {
+                let row = &mut part[(index as usize - r.start) * width..][..width];
+                // SAFETY: the gradient has a row per index.
+                let from = unsafe { grad.slice(i * width, width) };
+                row.iter_mut().zip(from).for_each(|(a, b)| *a += b);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// The log of the softmax's divisor.
+#[inline(always)]
+fn log_divisor(row: &[f32]) -> f32 {
+    let mut most = [f32::NEG_INFINITY; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let tail = chunks.remainder();
+    for chunk in chunks {
+        for j in 0..LANES {
+            most[j] = larger(most[j], chunk[j]);
+        }
+    }
+    let most = tail.iter().chain(&most).fold(f32::NEG_INFINITY, |a, &b| larger(a, b));
+    let mut sums = [0.0f32; LANES];
+    for chunk in row.chunks_exact(LANES) {
+        for j in 0..LANES {
+            sums[j] += exp(chunk[j] - most);
+        }
+    }
+    let rest: f32 = tail.iter().map(|&x| exp(x - most)).sum();
+    most + (sums.iter().sum::<f32>() + rest).ln()
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn logp_row(row: &[f32], token: usize) -> f32 {
+    row[token] - log_divisor(row)
+}
+
+/// `grad * (one at the token - softmax)`, written over the logits if the plan says so.
+///
+/// # Safety
+/// `out` has as many elements as `row`, and is either apart from it or the same.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+unsafe fn logp_grad_row(row: *const f32, n: usize, token: usize, grad: f32, out: *mut f32) {
+    // SAFETY: the caller's promise; the slice is not used once `out` is written.
+    let divisor = log_divisor(unsafe { std::slice::from_raw_parts(row, n) });
+    let mut i = 0;
+    while i + LANES <= n {
+        // SAFETY: all elements are loaded before any is stored.
+        unsafe {
+            let x = row.add(i).cast::<[f32; LANES]>().read_unaligned();
+            let mut r = [0.0; LANES];
+            for j in 0..LANES {
+                r[j] = -grad * exp(x[j] - divisor);
+            }
+            out.add(i).cast::<[f32; LANES]>().write_unaligned(r);
+        }
+        i += LANES;
+    }
+    while i < n {
+        // SAFETY: element `i` lies in both.
+        unsafe { out.add(i).write(-grad * exp(row.add(i).read() - divisor)) };
+        i += 1;
+    }
+    // SAFETY: the token was checked.
+    unsafe { *out.add(token) += grad };
+}
+
+/// Runs `token_logp`.
+pub(super) fn logp(l: &mut Launch) -> Result<(), String> {
+    let (rows, width) = l.rows(l.op.args[0]);
+    let (logits, tokens, out): (Ptr<f32>, Ptr<i32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.out(0));
+    // SAFETY: there is a token per row.
+    let tokens = unsafe { tokens.slice(0, rows) };
+    check(tokens, width, "token")?;
+    l.threads.run(rows, 8 * width, |r| {
+        for i in r {
+            // SAFETY: row `i` of the logits, element `i` of the result.
+            unsafe { *out.add(i).0 = logp_row(logits.slice(i * width, width), tokens[i] as usize) };
+        }
+    });
+    Ok(())
+}
+
+/// Runs `token_logp_grad`.
+pub(super) fn logp_grad(l: &mut Launch) -> Result<(), String> {
+    let (rows, width) = l.rows(l.op.args[0]);
+    let (logits, tokens, grad, out): (Ptr<f32>, Ptr<i32>, Ptr<f32>, Ptr<f32>) =
+        (l.arg(0), l.arg(1), l.arg(2), l.out(0));
+    // SAFETY: there is a token per row.
+    let tokens = unsafe { tokens.slice(0, rows) };
+    check(tokens, width, "token")?;
+    l.threads.run(rows, 8 * width, |r| {
+        for i in r {
+            // SAFETY: row `i` of logits and result, which the plan lays over each other or apart.
+            unsafe {
+                let (row, out, g) = (logits.add(i * width).0, out.add(i * width).0, *grad.add(i).0);
+                if g == 0.0 {
+                    // A row that no loss looks at, such as padding; its gradient is 0 whatever the logits are.
+                    std::slice::from_raw_parts_mut(out, width).fill(0.0);
+                } else {
+                    logp_grad_row(row, width, tokens[i] as usize, g, out);
+                }
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Runs `position_in`.
+pub(super) fn position_in(l: &mut Launch) {
+    let (rows, places) = l.rows(l.result());
+    let (segments, out): (Ptr<i32>, Ptr<i32>) = (l.arg(0), l.out(0));
+    l.threads.run(rows, places * places / 2, |r| {
+        for row in r {
+            // SAFETY: rows of operand and result; rows are apart.
+            let (segments, out) =
+                unsafe { (segments.slice(row * places, places), out.slice_mut(row * places, places)) };
+            for t in 0..places {
+                out[t] = segments[..t].iter().filter(|&&s| s == segments[t]).count() as i32;
+            }
+        }
+    });
+}
