@@ -17,18 +17,11 @@ pub type Named = BTreeMap<String, Tensor>;
 
 /// A batch as the inputs of a graph: `args` says which input is which part of the batch.
 ///
-/// An entry `(text, batch.text)` gives the inputs `text.tokens`, `text.segment` and `text.trained`.
+/// An entry `(text.tokens, batch.text.tokens)` gives the input `text.tokens` the tensor of that name; what the batch is
+/// called in the plan does not matter.
 pub fn inputs_of(batch: &Batch, args: &[(String, String)]) -> Named {
-    let mut inputs = Named::new();
-    for (input, path) in args {
-        let sequence = path.split_once('.').map_or("", |(_, rest)| rest);
-        for (name, tensor) in &batch.tensors {
-            if let Some(rest) = name.strip_prefix(sequence).filter(|rest| rest.starts_with('.')) {
-                inputs.insert(format!("{input}{rest}"), tensor.clone());
-            }
-        }
-    }
-    inputs
+    let tensor = |path: &str| path.split_once('.').and_then(|(_, name)| batch.tensors.get(name)).cloned();
+    args.iter().filter_map(|(input, path)| Some((input.clone(), tensor(path)?))).collect()
 }
 
 /// Runs a graph on those of the given tensors that it names.

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use common::{Machine, machine};
 use dsgc_ir::diag::Span;
-use dsgc_ir::stage::{Held, Origin, ScheduleKind, Stage};
-use dsgc_yaml::load::{Loaded, Options, load};
+use dsgc_ir::stage::{Held, Origin, ScheduleKind, Stage, Statement};
+use dsgc_yaml::load::{Loaded, Options, load, score};
 use dsgc_yaml::render::{Look, render};
 
 const SFT: &str = "\
@@ -52,6 +52,22 @@ fn a_pipeline_becomes_a_stage() {
     assert_eq!((source.batch_size, source.micro_batch_size), (8, 4));
     assert_eq!(source.eval, Some(Held::Share(0.25)));
     assert_eq!(stage.save, ["model"]);
+}
+
+#[test]
+fn the_program_of_a_stage_is_whole() {
+    let program = loaded(machine(), SFT, &[]).stages.remove(0);
+    dsgc_ir::verify::verify(&program).unwrap();
+    let names: Vec<&str> = program.graphs.iter().map(|g| g.name.as_str()).collect();
+    assert_eq!(names, ["loss", "model.init"]);
+    let loss = program.graph("loss").unwrap();
+    let range = |dim: &str| loss.dim_range(dim).map(|d| (d.min, d.max));
+    assert_eq!((range("B"), range("T")), (Some((1, 4)), Some((1, 32))), "micro-batches, and rows of up to max_length");
+    let Statement::For { body, .. } = &program.stage.plan[0] else { panic!() };
+    let [Statement::Update(update)] = &body[..] else { panic!() };
+    let arg = |name: &str| (format!("text.{name}"), format!("batch.text.{name}"));
+    assert_eq!(update.args, [arg("tokens"), arg("segment"), arg("trained")]);
+    assert_eq!(program.stage.evaluate[0].args, update.args);
 }
 
 #[test]
@@ -235,4 +251,16 @@ fn paths_start_from_the_file_that_names_them() {
     };
     assert_eq!((load(&[]).path.as_str(), load(&[]).tokenizer.as_str()), ("deep/pairs.jsonl", "deep/tok"));
     assert_eq!(load(&["data.chats.path=./pairs.jsonl"]).path, "pairs.jsonl", "--set: from the working directory");
+}
+
+#[test]
+fn any_folder_can_be_scored() {
+    let program = score(Path::new("tiny"), 3, 16, &machine()).unwrap();
+    dsgc_ir::verify::verify(&program).unwrap();
+    let graph = program.graph("score").unwrap();
+    let ty = |name: &str| graph.ty(graph.output_named(name).unwrap()).to_string();
+    assert_eq!((ty("logits").as_str(), ty("logp").as_str()), ("f32[B, T, 104]", "f32[B, T-1]"));
+    assert_eq!(graph.dim_range("B").map(|d| d.max), Some(3));
+    let too_long = score(Path::new("tiny"), 3, 65, &machine()).unwrap_err();
+    assert_eq!(too_long.diags[0].message, "found rows of 65 tokens, but `tiny` has 64 positions");
 }

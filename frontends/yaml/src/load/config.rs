@@ -39,6 +39,18 @@ pub(super) struct Config {
     pub host: HostModel,
 }
 
+impl Config {
+    /// Longest row in tokens that the model takes, where its config.json says so.
+    pub fn positions(&self) -> Option<usize> {
+        self.host.config.get("max_position_embeddings")?.as_u64().map(|n| n as usize)
+    }
+
+    /// Number of tokens that the model knows, where its config.json says so.
+    pub fn vocabulary(&self) -> Option<usize> {
+        self.host.config.get("vocab_size")?.as_u64().map(|n| n as usize)
+    }
+}
+
 /// Keys of a config.json that say what the file is, not how the model computes; kept, and no news to anyone.
 const ABOUT: [&str; 9] = [
     "architectures",

@@ -188,6 +188,9 @@ impl<'h> Documents<'h> {
             self.wrong_kind(name, &found.document, "a model");
             return None;
         };
+        if let Some(test) = model.tests.first() {
+            self.error(Diag::error("`tests` of a model are not part of this version").label(test.span, ""));
+        }
         let functions = self.functions(&[(&model.uses, &found.folder)]);
         Some(ScopedModel { model: (**model).clone(), functions })
     }

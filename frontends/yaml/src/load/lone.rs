@@ -1,52 +1,91 @@
 //! Documents that are checked by themselves: models, recipes and functions.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
-use dsgc_ir::diag::{Sources, Span};
+use dsgc_ir::diag::{Diag, Sources, Span};
 
 use crate::document::Document;
 use crate::expr::Word;
-use crate::literal::Constant;
+use crate::literal::{Constant, Literal};
+use crate::lower::TokenIds;
 use crate::recipe::Recipe;
+use crate::schema::words;
 
+use super::config::{self, Asked, Config};
 use super::declared::typed;
-use super::documents::{Documents, Found, ScopedRecipe};
+use super::documents::{Documents, Found, ScopedModel, ScopedRecipe};
+use super::graphs::{self, Inputs, Part};
 use super::plan::{Planned, Scope, SourceShape};
 use super::{Device, Loaded, stage};
 
-/// Rows of a source whose length no option says.
+/// Rows of a batch, and their length, where no pipeline says them: any would do.
+const ROWS: u64 = 4;
 const LENGTH: i64 = 512;
 
 /// Checks a document as far as that can be done without a pipeline.
 pub(super) fn check(documents: &mut Documents<'_>, document: Document, folder: PathBuf) -> Option<Loaded> {
     let found = Found { document, folder };
+    // The document itself needs no place: nobody names it.
     let name = |word: &Word| Word { span: Span::NONE, text: word.text.clone() };
-    match &found.document {
-        Document::Model(model) => drop(documents.scoped_model(&name(&model.name), &found)),
+    let tests = match &found.document {
+        Document::Model(model) => {
+            let scoped = Rc::new(documents.scoped_model(&name(&model.name), &found)?);
+            self::model(documents, &scoped);
+            Vec::new()
+        }
         Document::Recipe(recipe) => {
-            let name = name(&recipe.name);
-            if let Some(scoped) = documents.scoped_recipe(&name, &found) {
-                self::recipe(documents, &scoped);
-            }
+            let scoped = documents.scoped_recipe(&name(&recipe.name), &found)?;
+            self::recipe(documents, &scoped);
+            graphs::tests_of_recipe(documents, &scoped)
         }
         Document::Functions(functions) => {
             let scope = documents.functions(&[(&functions.uses, &found.folder)]);
             documents.warn_of_shadows(&functions.graphs, &scope);
+            graphs::tests_of_functions(documents, functions, &scope)
         }
         Document::Pipeline(_) => unreachable!("pipelines are loaded whole"),
-    }
-    let nothing = (Vec::new(), Device::default(), String::new());
+    };
     Some(Loaded {
-        stages: nothing.0,
-        device: nothing.1,
-        resolved: nothing.2,
+        stages: Vec::new(),
+        device: Device::default(),
         sources: Sources::default(),
         warnings: Vec::new(),
+        resolved: String::new(),
+        tests,
     })
 }
 
-/// A recipe with the defaults of its options, and rows of the first form of each source.
+/// A model with the defaults of its config, if all entries have one.
+fn model(documents: &mut Documents<'_>, scoped: &Rc<ScopedModel>) {
+    let open: Vec<&str> =
+        scoped.model.config.iter().filter(|d| d.default.is_none()).map(|d| d.name.text.as_str()).collect();
+    if !open.is_empty() {
+        documents.warnings.push(
+            Diag::warning(format!(
+                "the shapes of model `{}` were not checked: there is no default for {}",
+                scoped.model.name.text,
+                words(&open)
+            ))
+            .label(scoped.model.name.span, "")
+            .help("check a pipeline that uses it: it says the sizes"),
+        );
+        return;
+    }
+    if let Some(config) = scratch(documents, scoped, &[]) {
+        let part = Part { name: "model", document: scoped, config: &config, trained: true };
+        graphs::lower_model(documents, part, ROWS, LENGTH);
+    }
+}
+
+fn scratch(documents: &mut Documents<'_>, scoped: &ScopedModel, given: &[(Word, Literal)]) -> Option<Config> {
+    let asked = Asked { name: &scoped.model.name.text, span: scoped.model.name.span, folder: None };
+    config::from_scratch(&scoped.model, given, None, &asked, &mut documents.errors)
+}
+
+/// A recipe with the defaults of its options, rows of the first form of each source, and a small model of the library
+/// in each role.
 fn recipe(documents: &mut Documents<'_>, scoped: &ScopedRecipe) {
     stage::unsupported(documents, scoped);
     documents.warn_of_shadows(&scoped.recipe.graphs, &scoped.functions);
@@ -66,6 +105,39 @@ fn recipe(documents: &mut Documents<'_>, scoped: &ScopedRecipe) {
     let plan = scoped.recipe.plan.as_deref().unwrap_or_default();
     let mut planned = Planned::read(&scope, plan, &scoped.recipe.evaluate);
     documents.errors.append(&mut planned.errors);
+    let language_models = scoped.recipe.models.iter().all(|r| r.ty.as_ref().is_none_or(|ty| ty.text == "causal_lm"));
+    if !documents.errors.is_empty() || !language_models {
+        return;
+    }
+    let Some((document, config)) = stand_in(documents) else { return };
+    let parts = scoped.recipe.models.iter().map(|role| Part {
+        name: &role.name.text,
+        document: &document,
+        config: &config,
+        trained: role.trained,
+    });
+    let inputs = Inputs {
+        recipe: scoped,
+        values: &values,
+        parts: parts.collect(),
+        ids: TokenIds { pad: Some(1), eos: Some(2), bos: Some(2) },
+        entries: &planned.entries,
+        rows: ROWS,
+        at: None,
+    };
+    graphs::lower(documents, &inputs);
+}
+
+/// A language model that a recipe can be checked with.
+fn stand_in(documents: &mut Documents<'_>) -> Option<(Rc<ScopedModel>, Config)> {
+    let document = documents.model(&Word { span: Span::NONE, text: "opt".into() }, Path::new(""))?;
+    let sizes = [("vocab", 32), ("hidden", 8), ("layers", 1), ("heads", 2), ("ffn", 16), ("embed", 8)];
+    let given = sizes.map(|(name, size)| {
+        let name = Word { span: Span::NONE, text: name.into() };
+        (name, Literal { span: Span::NONE, value: Constant::Int(size) })
+    });
+    let config = scratch(documents, &document, &given)?;
+    Some((document, config))
 }
 
 fn defaults(documents: &mut Documents<'_>, recipe: &Recipe) -> BTreeMap<String, Constant> {

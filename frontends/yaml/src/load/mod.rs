@@ -15,11 +15,13 @@ mod config;
 mod data;
 mod declared;
 mod documents;
+mod graphs;
 mod lone;
 mod models;
 mod plan;
 mod resolved;
 mod roles;
+mod score;
 mod sets;
 mod settings;
 mod sources;
@@ -35,6 +37,7 @@ use dsgc_ir::diag::{Diag, Sources, Span, nearest};
 use crate::document::{self, Document};
 use crate::expr::Word;
 use crate::literal::Constant;
+use crate::lower::DocumentTest;
 use crate::node::Node;
 use crate::pipeline::{Pipeline, RUN, Setting, TRAINING};
 use crate::schema::{unknown_key, words};
@@ -42,7 +45,9 @@ use crate::schema::{unknown_key, words};
 use declared::shown;
 use documents::{Documents, beside};
 use settings::Provenance;
-use stage::{Prepared, Surroundings};
+use stage::Surroundings;
+
+pub use score::score;
 
 /// The machine around a pipeline: files and Hugging Face folders.
 pub trait Host {
@@ -101,6 +106,8 @@ pub struct Loaded {
     pub warnings: Vec<Diag>,
     /// The pipeline with every default filled in and each value's origin beside it; loads to the same stages.
     pub resolved: String,
+    /// The tests of all documents in use; `check` runs them.
+    pub tests: Vec<DocumentTest>,
 }
 
 /// What is wrong.
@@ -228,17 +235,24 @@ fn pipeline(
         }
     }
     check_defaults(documents, pipeline, places);
-    let wanted = |stage: &Prepared| options.stage.as_ref().is_none_or(|wanted| *wanted == stage.name);
-    let stages = prepared
-        .iter()
-        .filter(|s| wanted(s))
-        .map(|s| Program { stage: stage::host_side(s, &output_dir), ..Program::default() })
-        .collect();
+    let (mut stages, mut tests) = (Vec::new(), Vec::<DocumentTest>::new());
+    for stage in prepared.iter().filter(|s| options.stage.as_ref().is_none_or(|wanted| *wanted == s.name)) {
+        stages.extend(graphs::program(documents, stage, stage::host_side(stage, &output_dir)));
+        for test in graphs::tests_of_recipe(documents, &stage.recipe) {
+            if !tests.iter().any(|known| known.span == test.span) {
+                tests.push(test);
+            }
+        }
+    }
     if !documents.errors.is_empty() {
         return None;
     }
     let resolved = resolved::text(&documents.sources, &around, &output_from, &prepared);
-    Some(Loaded { stages, device, resolved, sources: Sources::default(), warnings: Vec::new() })
+    // Once all documents are read: every stage may point into each of them.
+    for program in &mut stages {
+        program.sources = documents.sources.names().map(String::from).collect();
+    }
+    Some(Loaded { stages, device, resolved, tests, sources: Sources::default(), warnings: Vec::new() })
 }
 
 /// `compile:`, as far as this version has it.

@@ -101,8 +101,8 @@ fn one(documents: &mut Documents<'_>, source: &ModelSource, places: &Places) -> 
         }
     };
     if let Ok(found) = &tokenizer
-        && let Some(rows) = config.host.config.get("vocab_size").and_then(|v| v.as_u64())
-        && found.facts.vocab as u64 > rows
+        && let Some(rows) = config.vocabulary()
+        && found.facts.vocab > rows
     {
         let at = source.tokenizer.as_ref().map_or(source.name.span, |t| t.span);
         documents.error(

@@ -168,15 +168,13 @@ fn width(documents: &mut Documents<'_>, decl: &DataDecl, asked: &Asked<'_>) -> O
         return None;
     };
     for role in asked.roles {
-        let positions = role.known.config.host.config.get("max_position_embeddings").and_then(|v| v.as_u64());
-        if let Some(positions) = positions.filter(|p| (*p as usize) < length) {
+        if let Some(positions) = role.known.config.positions().filter(|p| *p < length) {
+            let message =
+                format!("found rows of up to {length} tokens, but model `{}` has {positions} positions", role.bound_to);
             documents.error(
-                Diag::error(format!(
-                    "found rows of up to {length} tokens, but model `{}` has {positions} positions",
-                    role.bound_to
-                ))
-                .label(if span.is_some() { span } else { asked.stage.name.span }, "")
-                .help(format!("set `max_length: {positions}`")),
+                Diag::error(message)
+                    .label(if span.is_some() { span } else { asked.stage.name.span }, "")
+                    .help(format!("set `max_length: {positions}`")),
             );
             return None;
         }

@@ -34,6 +34,8 @@ pub(super) struct Surroundings<'a> {
 /// A stage before its graphs are lowered.
 pub(super) struct Prepared {
     pub name: String,
+    /// Where the pipeline names it.
+    pub span: Span,
     pub recipe: Rc<ScopedRecipe>,
     pub run: Vec<Decided>,
     pub options: Vec<Decided>,
@@ -127,8 +129,8 @@ pub(super) fn prepare(
     if documents.errors.len() > before {
         return None;
     }
-    let name = stage.name.text.clone();
-    Some(Prepared { name, recipe, run, options, values, roles, sources, planned, save, micro_batch_size })
+    let Word { text: name, span } = stage.name.clone();
+    Some(Prepared { name, span, recipe, run, options, values, roles, sources, planned, save, micro_batch_size })
 }
 
 /// The message for what the language has and nothing runs yet.
@@ -352,16 +354,11 @@ fn host_role(role: &BoundRole) -> Role {
         name: role.name.clone(),
         model: role.known.config.host.clone(),
         origin: match &role.known.weights {
-            Weights::Random => Origin::Random { init: init_graph(&role.name) },
+            Weights::Random => Origin::Random { init: crate::lower::init_graph(&role.name) },
             Weights::Folder(folder) => Origin::Folder(folder.clone()),
             Weights::Stage(folder) => Origin::Stage(folder.clone()),
         },
         trained: role.trained,
         tokenizer: role.known.tokenizer.as_ref().ok().map(|t| t.folder.clone()),
     }
-}
-
-/// Name of the graph that gives a role its first values. A graph of the user's cannot be called so.
-pub(super) fn init_graph(role: &str) -> String {
-    format!("{role}.init")
 }

@@ -295,20 +295,26 @@ fn sizes(low: Low<'_, '_>, arg: &Arg) -> R<Vec<Dim>> {
         Val::List(items) => Some(items.clone()),
         _ => None,
     };
-    let dims = items.and_then(|items| items.iter().map(Val::as_dim).collect::<Option<Vec<Dim>>>());
-    match dims {
-        Some(dims) if dims.iter().all(|d| d.constant().is_none_or(|n| n >= 0)) => {
-            let elements = dims.iter().try_fold(1i64, |all, d| all.checked_mul(d.largest_coefficient()));
-            match elements {
-                Some(n) if n <= MAX_ELEMENTS => Ok(dims),
-                _ => low.fail(Diag::error("the sizes are out of range").label(arg.span, "")),
+    let Some(items) = items else {
+        let diag = Diag::error("expected a list of sizes, such as `[B, T, 2]`").label(arg.span, "");
+        return low.fail(diag.help("sizes are whole numbers and dims; none of them can be left open"));
+    };
+    let mut sizes = Vec::new();
+    for (i, item) in items.iter().enumerate() {
+        match item.as_dim() {
+            Some(size) if size.constant().is_none_or(|n| n >= 0) => sizes.push(size),
+            _ => {
+                let message =
+                    format!("found {} as size {} of the list, expected a whole number", low.describe(item), i + 1);
+                return low.fail(Diag::error(message).label(arg.span, ""));
             }
         }
-        _ => {
-            let diag = Diag::error("expected a list of sizes, such as `[B, T, 2]`").label(arg.span, "");
-            low.fail(diag.help("sizes are whole numbers and dims; none of them can be left open"))
-        }
     }
+    let elements = sizes.iter().try_fold(1i64, |all, d| all.checked_mul(d.largest_coefficient()));
+    if elements.is_none_or(|n| n > MAX_ELEMENTS) {
+        return low.fail(Diag::error("the sizes are out of range").label(arg.span, ""));
+    }
+    Ok(sizes)
 }
 
 pub(super) fn reshape(low: Low<'_, '_>, call: &Call) -> R<Val> {

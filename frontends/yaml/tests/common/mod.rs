@@ -56,6 +56,7 @@ pub fn machine() -> Machine {
         .with("tok/tokenizer.json", "[100, 1, 2, 2]")
         .with("tiny/tokenizer.json", "[100, 1, 2, 2]")
         .with("tiny/config.json", TINY)
+        .with("other.yaml", "recipe: other\nextends: sft\n")
         .with("pairs.jsonl", r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#)
         .with("texts.jsonl", r#"{"text": "a"}"#)
 }
