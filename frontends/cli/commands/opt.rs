@@ -21,7 +21,7 @@ pub struct Args {
     #[arg(long, value_delimiter = ',', required = true)]
     passes: Vec<String>,
     /// The device to plan for.
-    #[arg(long, default_value = "interp")]
+    #[arg(long, default_value = "cpu")]
     device: DeviceName,
 }
 

@@ -18,6 +18,8 @@ mod structure;
 mod tokens;
 mod update;
 
+use std::sync::Arc;
+
 use dsgc_ir::diag::Diag;
 use dsgc_ir::op::Class;
 use dsgc_ir::verify::last_uses;
@@ -67,7 +69,7 @@ impl Target for CpuTarget {
 
 /// A planned program in the memory of this machine.
 pub struct Cpu {
-    program: Planned,
+    program: Arc<Planned>,
     memory: Memory,
     threads: Threads,
     /// Per graph and op, buffers that hold nothing any more afterwards; only where dead values are poisoned.
@@ -78,7 +80,7 @@ impl Cpu {
     /// Takes a program that was planned for [`CpuTarget`] with this many threads. All states are zero.
     pub fn new(program: Planned, threads: usize) -> Cpu {
         let memory = Memory::new(program.arena);
-        Cpu { memory, threads: Threads::new(threads), dead: None, program }
+        Cpu { memory, threads: Threads::new(threads), dead: None, program: Arc::new(program) }
     }
 
     /// The same, with all memory that holds nothing filled with NaN: a wrong plan shows in the results.
@@ -127,7 +129,7 @@ impl Device for Cpu {
     }
 
     fn run(&mut self, name: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag> {
-        let program = self.program.clone();
+        let program = Arc::clone(&self.program);
         let Some(at) = program.graphs.iter().position(|g| g.name == name) else {
             return Err(Diag::error(format!("the program has no graph @{name}")));
         };

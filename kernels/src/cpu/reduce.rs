@@ -9,7 +9,7 @@ use super::memory::Ptr;
 use super::structure::strides;
 
 /// Elements of a whole-tensor reduction that one partial result covers.
-const BLOCK: usize = 32 * 1024;
+const BLOCK: usize = 8 * 1024;
 /// Independent sums in a loop: enough for the longest vectors, and pairwise enough for the last digits.
 const LANES: usize = 32;
 /// Rows of a column sum between two additions to the total.

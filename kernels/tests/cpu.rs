@@ -1,0 +1,271 @@
+//! The CPU against the interpreter: random programs, every composite at awkward sizes, threads, poison.
+
+#[path = "check/mod.rs"]
+#[allow(dead_code)] // The tests of ops use the rest.
+mod check;
+
+use check::program;
+use dsgc_ir::fuzz::{Rng, random_bindings, random_inputs, random_program};
+use dsgc_ir::verify::{Fault, Planned};
+use dsgc_ir::{Arena, Bindings, DType, Data, Program, StateId, Target, Tensor, Type};
+use dsgc_kernels::Device;
+use dsgc_kernels::cpu::{Cpu, CpuTarget};
+use dsgc_kernels::interp::apart::plan_apart;
+use dsgc_kernels::interp::{Interp, Precision};
+
+/// Every value apart from all others, with the workspaces that the CPU asks for.
+fn plan(program: &Program, threads: usize) -> Planned {
+    try_plan(program, threads).unwrap_or_else(|fault| panic!("{fault}\n{program}"))
+}
+
+/// The plan, or why such a plan cannot be: where the old value of a state is used after a write, it needs a copy.
+fn try_plan(program: &Program, threads: usize) -> Result<Planned, Fault> {
+    let target = CpuTarget { threads };
+    let mut planned = plan_apart(program.clone());
+    let mut arena = Arena { scratch: 0, ..planned.arena };
+    for graph in &mut planned.graphs {
+        let bounds = graph.upper_bounds();
+        graph.scratch = graph
+            .ops()
+            .map(|(_, op)| {
+                let types: Vec<Type> = op.args.iter().map(|&a| graph.ty(a).clone()).collect();
+                target.workspace(&op.op, &types, &bounds)
+            })
+            .collect();
+        arena.scratch = graph.scratch.iter().copied().fold(arena.scratch, usize::max);
+    }
+    planned.arena = arena;
+    Planned::new(planned)
+}
+
+type Results = Result<Vec<Tensor>, String>;
+
+/// Runs every graph once on the same states and inputs: all outputs and all states.
+fn run(mut device: impl Device, program: &Program, seed: u64) -> Results {
+    for (id, state) in program.state_ids() {
+        device.set_state(id, &numbers(&state.ty, seed + u64::from(id.0)));
+    }
+    let mut results = Vec::new();
+    for graph in &program.graphs {
+        let bindings = random_bindings(graph, seed);
+        let inputs = random_inputs(graph, &bindings, seed);
+        let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        results.extend(device.run(&graph.name, &inputs).map_err(|e| e.message)?.into_iter().map(|(_, t)| t));
+    }
+    results.extend((0..program.states.len()).map(|i| device.state(StateId(i as u32))));
+    Ok(results)
+}
+
+/// Numbers of `[-1, 1)` for a type with constant dims.
+fn numbers(ty: &Type, seed: u64) -> Tensor {
+    let shape = ty.shape(&Bindings::new()).expect("the dims are numbers");
+    let (n, mut rng) = (shape.iter().product(), Rng::new(seed));
+    let data = match ty.dtype {
+        DType::F32 => Data::F32((0..n).map(|_| (2.0 * rng.unit() - 1.0) as f32).collect()),
+        DType::I32 => Data::I32((0..n).map(|_| rng.between(0, 2) as i32).collect()),
+        DType::Bool => Data::Bool((0..n).map(|_| rng.once_in(2)).collect()),
+        DType::Key => Data::Key((0..n).map(|_| [rng.bits() as u32, rng.bits() as u32]).collect()),
+    };
+    Tensor::new(&shape, data)
+}
+
+/// Equal up to the last digits of single precision: floats relative to the tensor's largest element, and to the square
+/// root of the number of terms in a sum, which is how far a sum of such numbers strays on its way.
+fn assert_near(found: &Tensor, expected: &Tensor, terms: usize, what: &str) {
+    assert_eq!((found.dtype(), &found.shape), (expected.dtype(), &expected.shape), "{what}");
+    if found.dtype() == DType::Key {
+        return assert_eq!(found, expected, "{what}");
+    }
+    let (a, b) = (found.to_f64(), expected.to_f64());
+    let largest = b.iter().filter(|x| x.is_finite()).fold(1.0, |m: f64, x| m.max(x.abs()));
+    for (i, (a, b)) in a.iter().zip(&b).enumerate() {
+        let near =
+            a == b || (a.is_nan() && b.is_nan()) || (a - b).abs() <= 2e-5 * largest + 1e-6 * (terms as f64).sqrt();
+        // What is too large for single precision in one is an infinity in the other.
+        let overflow = b.abs() > 1e37 && (a.is_infinite() || a.abs() > 1e37);
+        assert!(near || overflow, "{what}: element {i} is {a}, expected {b}");
+    }
+}
+
+#[test]
+fn random_programs_compute_what_the_interpreter_computes() {
+    let mut programs = 0;
+    for seed in 0..300 {
+        let program = random_program(seed, 24);
+        let Ok(planned) = try_plan(&program, 2) else { continue };
+        programs += 1;
+        let oracle = run(Interp::new(program.clone(), Precision::F32), &program, seed);
+        let found = run(Cpu::new(planned, 2), &program, seed);
+        match (&found, &oracle) {
+            (Ok(found), Ok(oracle)) => {
+                for (i, (a, b)) in found.iter().zip(oracle).enumerate() {
+                    assert_near(a, b, 0, &format!("seed {seed}, result {i} of\n{program}"));
+                }
+            }
+            (found, oracle) => assert_eq!(found.is_err(), oracle.is_err(), "seed {seed}: {found:?} and {oracle:?}"),
+        }
+    }
+    assert!(programs > 150, "only {programs} programs can be planned");
+}
+
+#[test]
+fn threads_and_poison_change_no_bit() {
+    for seed in 0..100 {
+        let program = random_program(1000 + seed, 24);
+        if try_plan(&program, 1).is_err() {
+            continue;
+        }
+        let bits = |results: Results| -> Vec<String> {
+            results.map_or_else(|e| vec![e], |all| all.iter().map(|t| format!("{t:?}")).collect())
+        };
+        let one = bits(run(Cpu::new(plan(&program, 1), 1), &program, seed));
+        for threads in [2, 3] {
+            assert_eq!(one, bits(run(Cpu::new(plan(&program, threads), threads), &program, seed)), "seed {seed}");
+        }
+        assert_eq!(one, bits(run(Cpu::poisoned(plan(&program, 2), 2), &program, seed)), "seed {seed}, poisoned");
+    }
+}
+
+/// Runs `@g` with constant dims on random numbers, on three numbers of threads: bitwise equal, and near the f64
+/// interpreter. `ranges` bounds the integers of each input.
+fn compare(params: &str, lines: &str, ranges: &[(&str, i64)]) {
+    let program = program(params, lines);
+    let graph = program.graph("g").expect("it is called g");
+    let inputs: Vec<(String, Tensor)> = graph
+        .inputs()
+        .enumerate()
+        .map(|(i, v)| {
+            let mut tensor = numbers(graph.ty(v), 77 + i as u64);
+            if let (Data::I32(all), Some(range)) = (&mut tensor.data, ranges.iter().find(|r| r.0 == graph.name_of(v))) {
+                let mut rng = Rng::new(5);
+                // Ascending numbers with runs, as segments are; any order will do for tokens.
+                all.iter_mut().for_each(|x| *x = rng.between(0, range.1 - 1) as i32);
+            }
+            (graph.name_of(v).to_string(), tensor)
+        })
+        .collect();
+    let named: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    let oracle = Interp::new(program.clone(), Precision::F64).run("g", &named).unwrap_or_else(|e| panic!("{e:?}"));
+    let runs: Vec<Vec<(String, Tensor)>> = [1, 2, 3]
+        .map(|threads| {
+            Cpu::poisoned(plan(&program, threads), threads).run("g", &named).unwrap_or_else(|e| panic!("{e:?}"))
+        })
+        .to_vec();
+    for ((name, found), (_, expected)) in runs[0].iter().zip(&oracle) {
+        let terms = inputs.iter().map(|(_, t)| t.len()).max().unwrap_or(0) / expected.len().max(1);
+        assert_near(found, expected, terms, &format!("%{name} of\n{lines}"));
+    }
+    assert!(runs[1..].iter().all(|r| format!("{r:?}") == format!("{:?}", runs[0])), "threads change bits of\n{lines}");
+}
+
+#[test]
+fn products_of_every_layout() {
+    for (a, b, spec) in [
+        ("5, 7, 33", "21, 33", "btd,vd->btv"),
+        ("5, 7, 21", "21, 33", "btv,vd->btd"),
+        ("5, 70, 21", "5, 70, 33", "btv,btd->vd"),
+        ("100003", "100003", "a,a->"),
+        ("17, 3, 5", "17, 5, 4", "bij,bjk->bik"),
+        ("17, 3, 5", "17, 5, 4", "bij,bjk->kbi"),
+        ("3, 5, 7, 2", "3, 2, 9", "abcd,ade->ebca"),
+        ("6, 5", "6, 5", "ab,ab->ba"),
+        ("6, 5", "5, 6", "ab,ba->"),
+        ("6, 5", "4, 3", "ab,cd->dbca"),
+        ("4, 5, 6", "6, 4, 3", "abc,cad->bd"),
+        ("1, 1", "1, 9", "ab,bc->ac"),
+        ("0, 3", "3, 2", "ab,bc->ac"),
+        ("2, 0", "0, 3", "ab,bc->ac"),
+        ("300, 40", "40", "ab,b->a"),
+    ] {
+        compare(&format!("%a: f32[{a}], %b: f32[{b}]"), &format!("%y = contract %a, %b spec={spec}"), &[]);
+    }
+}
+
+#[test]
+fn reductions_of_every_layout() {
+    for (shape, axes) in [
+        ("70000", "[0]"),
+        ("3, 40000", "[1]"),
+        ("400, 300", "[0]"),
+        ("7, 90, 11", "[1]"),
+        ("7, 9, 11", "[0, 2]"),
+        ("5, 4, 3, 6", "[1, 3]"),
+        ("5, 4, 3, 6", "[0, 2]"),
+        ("5, 1, 1", "[1]"),
+        ("1, 1", "[0, 1]"),
+        ("0, 3", "[0]"),
+        ("3, 0", "[0]"),
+    ] {
+        for op in ["reduce_sum", "reduce_max", "reduce_min"] {
+            compare(&format!("%x: f32[{shape}]"), &format!("%y = {op} %x axes={axes}"), &[]);
+            compare(&format!("%x: i32[{shape}]"), &format!("%y = {op} %x axes={axes}"), &[]);
+        }
+    }
+    for reverse in ["true", "false"] {
+        compare("%x: f32[30, 40, 20]", &format!("%y = cumsum %x axis=1 reverse={reverse}"), &[]);
+        compare("%x: i32[30, 0, 2]", &format!("%y = cumsum %x axis=1 reverse={reverse}"), &[]);
+    }
+}
+
+#[test]
+fn moves_of_every_layout() {
+    for (shape, line) in [
+        ("200, 300", "%y = transpose %x order=[1, 0]"),
+        ("20, 30, 40", "%y = transpose %x order=[2, 0, 1]"),
+        ("20, 30, 40", "%y = transpose %x order=[0, 2, 1]"),
+        ("1, 300", "%y = broadcast %x shape=[200, 300]"),
+        ("200, 1", "%y = broadcast %x shape=[200, 300]"),
+        ("", "%y = broadcast %x shape=[20000]"),
+        ("3, 1, 5", "%y = broadcast %x shape=[2, 3, 4, 5]"),
+        ("200, 100", "%y = slice %x axis=1 start=3 end=99"),
+        ("200, 100", "%y = slice %x axis=0 start=199 end=200"),
+        ("200, 100", "%y = pad %x axis=1 before=2 after=1"),
+        ("200, 100", "%y = pad %x axis=0 before=0 after=5"),
+    ] {
+        for dtype in ["f32", "i32", "bool"] {
+            compare(&format!("%x: {dtype}[{shape}]"), line, &[]);
+        }
+    }
+    compare("%a: f32[90, 100], %b: f32[90, 3]", "%y = concat %a, %b, %a axis=1", &[]);
+}
+
+#[test]
+fn attention_of_every_shape() {
+    for (b, t, h, k, d) in [(2, 1, 1, 1, 4), (1, 65, 2, 1, 8), (3, 130, 4, 2, 16), (2, 64, 3, 3, 5), (1, 0, 1, 1, 4)] {
+        for causal in ["true", "false"] {
+            let params = format!(
+                "%q: f32[{b}, {t}, {h}, {d}], %k: f32[{b}, {t}, {k}, {d}], %v: f32[{b}, {t}, {k}, {d}], %s: i32[{b}, {t}], %g: f32[{b}, {t}, {h}, {d}]"
+            );
+            let forward = format!("%o, %l = attention %q, %k, %v, %s causal={causal} scale=0.35");
+            compare(&params, &forward, &[("s", 3)]);
+            let backward =
+                format!("{forward}\n%x, %y, %z = attention_grad %q, %k, %v, %s, %o, %l, %g causal={causal} scale=0.35");
+            compare(&params, &backward, &[("s", 3)]);
+        }
+    }
+}
+
+#[test]
+fn composites_of_every_width() {
+    for width in [1, 5, 16, 33, 768] {
+        let params = format!("%x: f32[130, {width}], %w: f32[{width}], %b: f32[{width}], %g: f32[130, {width}]");
+        compare(&params, "%y = layer_norm %x, %w, %b eps=1e-5", &[]);
+        compare(&params, "%y, %z, %u = layer_norm_grad %x, %w, %g eps=1e-5", &[]);
+        let params = format!("%x: f32[70, {width}], %t: i32[70], %g: f32[70]");
+        compare(&params, "%y = token_logp %x, %t", &[("t", width)]);
+        compare(&params, "%y = token_logp_grad %x, %t, %g", &[("t", width)]);
+        let params = format!("%x: f32[9, {width}], %t: i32[7, 30], %g: f32[7, 30, {width}]");
+        compare(&params, "%y = embed %x, %t", &[("t", 9)]);
+        compare(&params, "%y = embed_grad %t, %g rows=9", &[("t", 9)]);
+    }
+    compare("%s: i32[3, 200]", "%y = position_in %s", &[("s", 3)]);
+}
+
+#[test]
+fn a_token_outside_of_the_table_is_an_error_not_a_crash() {
+    let program = program("%x: f32[9, 4], %t: i32[3]", "%y = embed %x, %t");
+    let (table, tokens) = (Tensor::f32(&[9, 4], vec![0.0; 36]), Tensor::i32(&[3], vec![0, 9, 1]));
+    let found = Cpu::new(plan(&program, 2), 2).run("g", &[("x", &table), ("t", &tokens)]);
+    let why = found.expect_err("there is no row 9").message;
+    assert!(why.contains("found index 9, expected one of 0 to 8"), "{why}");
+}
