@@ -99,6 +99,11 @@ impl Dim {
         sum
     }
 
+    /// The largest factor of a product, without its sign: arithmetic on small ones cannot overflow.
+    pub fn largest_coefficient(&self) -> i64 {
+        self.terms.iter().map(|(_, c)| c.saturating_abs()).max().unwrap_or(0)
+    }
+
     /// Exact quotient by a number, if every coefficient is divisible.
     pub fn div_exact(&self, by: i64) -> Option<Dim> {
         (by != 0 && self.terms.iter().all(|(_, c)| c % by == 0))

@@ -234,8 +234,10 @@ fn scalar(text: &Text) -> String {
 }
 
 /// A value as YAML.
-fn value(value: &Constant) -> String {
+pub(super) fn value(value: &Constant) -> String {
     match value {
+        Constant::Float(x) if x.is_nan() => ".nan".into(),
+        Constant::Float(x) if x.is_infinite() => if *x > 0.0 { ".inf" } else { "-.inf" }.into(),
         Constant::Str(text) => quoted(text),
         Constant::List(items) => {
             format!("[{}]", items.iter().map(|x| self::value(&x.value)).collect::<Vec<_>>().join(", "))

@@ -34,6 +34,15 @@ pub(super) fn mentions(expr: &Expr, name: &str) -> bool {
     }
 }
 
+/// How deep calls may be nested: each takes a part of our own stack.
+const MAX_CALLS: usize = 64;
+
+/// How many ops a graph may have: two calls of a function that calls another twice, and so on, double each time.
+const MAX_OPS: usize = 1 << 17;
+
+/// How many layers a model may have.
+const MAX_LAYERS: i64 = 1 << 16;
+
 impl<'a> Lowering<'a> {
     pub fn call(&mut self, scope: &mut Scope<'a>, span: Span, function: &Word, args: &[Written]) -> R<Val> {
         match self.callee(scope, &function.text) {
@@ -49,6 +58,9 @@ impl<'a> Lowering<'a> {
             }
             Some(Callee::Model(role)) => {
                 let args = self.evaluated(scope, args);
+                if self.roles[role].broken {
+                    return Err(Reported);
+                }
                 let home = self.home_of(role);
                 let model = self.roles[role].model;
                 self.inline(home, String::new(), &model.graph, span, args?)
@@ -86,6 +98,7 @@ impl<'a> Lowering<'a> {
                     .label(source.name.span, "defined here"),
             );
         }
+        self.check_size(span)?;
         let args = self.distribute(source, span, args)?;
         let before = self.errors.len();
         self.calls.push(identity);
@@ -99,11 +112,27 @@ impl<'a> Lowering<'a> {
         self.calls.pop();
         for error in &mut self.errors[before..] {
             // What is wrong inside depends on what was passed.
-            if !error.labels.iter().any(|l| l.span == span) && error.labels.len() < 4 {
+            let shown = error.labels.iter().any(|l| (l.span.source, l.span.line) == (span.source, span.line));
+            if !shown && error.labels.len() < 4 {
                 *error = error.clone().label(span, format!("in this call of `{name}`"));
             }
         }
         result
+    }
+
+    /// Ends what would never end; said once.
+    fn check_size(&mut self, span: Span) -> R<()> {
+        if self.exhausted {
+            return Err(Reported);
+        }
+        let what = match (self.calls.len() >= MAX_CALLS, self.graph.len() >= MAX_OPS) {
+            (true, _) => format!("calls within calls, {MAX_CALLS} deep"),
+            (_, true) => format!("a graph of {MAX_OPS} ops"),
+            _ => return Ok(()),
+        };
+        self.exhausted = true;
+        let diag = Diag::error(format!("found {what}, expected less")).label(span, "");
+        self.fail(diag.help("every call is computed in its place; a function that calls another twice doubles it"))
     }
 
     /// Arguments in the order of the inputs. A record without a name fills the inputs that are called like its
@@ -250,7 +279,7 @@ impl<'a> Lowering<'a> {
         for setting in settings {
             let value = self.eval(scope, &setting.value)?;
             match (setting.name.as_ref().map(|n| n.text.as_str()), &value) {
-                (Some("times"), Val::Static(Constant::Int(n))) if (0..=u32::MAX.into()).contains(n) => {
+                (Some("times"), Val::Static(Constant::Int(n))) if (0..=MAX_LAYERS).contains(n) => {
                     times = Some(*n as u32);
                 }
                 (Some("name"), Val::Static(Constant::Str(text))) => name = Some(text.clone()),

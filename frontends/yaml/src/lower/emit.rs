@@ -170,7 +170,8 @@ impl Lowering<'_> {
         for (arg, number) in numbers {
             let fits = match number {
                 Constant::Float(_) => dtype == DType::F32,
-                Constant::Int(_) => matches!(dtype, DType::F32 | DType::I32),
+                Constant::Int(n) if dtype == DType::I32 => i32::try_from(n).is_ok(),
+                Constant::Int(_) => dtype == DType::F32,
                 _ => dtype == DType::Bool,
             };
             if !fits {
@@ -265,6 +266,14 @@ impl Lowering<'_> {
             diag = diag.help(format!("write `[{colons}{extra}]` after the one with the shape {}", DimList(&narrow)));
         }
         self.fail(diag)
+    }
+
+    /// A value stretched to dims, if it stretches to them.
+    pub fn fitted(&mut self, span: Span, (value, place): (Value, Span), dims: &[Dim]) -> R<Value> {
+        match dsgc_ir::infer::broadcasts(&self.ty(value).dims, dims) {
+            Ok(()) => Ok(self.stretch(place, value, dims)),
+            Err(why) => self.fail(Diag::error(why).label(place, self.ty(value).to_string()).label(span, "")),
+        }
     }
 
     /// Operands as tensors of one element type and one shape.

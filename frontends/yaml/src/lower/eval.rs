@@ -12,6 +12,9 @@ use super::scope::Scope;
 use super::value::{Arg, Val};
 use super::{Lowering, R, Reported};
 
+/// Largest factor in a size; products of two such are far from the ends of the integers.
+const MAX_COEFFICIENT: i64 = 1 << 28;
+
 /// An operator on values that are known, or `None` if it has no meaning there.
 pub(super) fn fold(op: BinaryOp, a: &Constant, b: &Constant) -> Option<Constant> {
     let name = |n: &str| Box::new(Expr { span: Span::NONE, kind: ExprKind::Name(n.into()) });
@@ -186,22 +189,31 @@ impl<'a> Lowering<'a> {
 
     /// Truth values are no numbers, and numbers no truth values; whole numbers are not divided.
     fn check_operands(&mut self, op: BinaryOp, span: Span, a: &Arg, b: &Arg) -> R<()> {
-        for arg in [a, b] {
-            let found = match arg.value.clone().single() {
-                Val::Tensor(value) => Some(self.ty(value).dtype),
+        let tensors: Vec<(&Arg, Value)> = [a, b]
+            .into_iter()
+            .filter_map(|arg| match arg.value.clone().single() {
+                Val::Tensor(value) => Some((arg, value)),
                 _ => None,
-            };
-            match (op, found) {
-                (BinaryOp::Eq | BinaryOp::Ne, _) | (_, None) => {}
-                (BinaryOp::And | BinaryOp::Or, Some(_)) => {
+            })
+            .collect();
+        let whole = tensors.iter().all(|(_, value)| self.ty(*value).dtype == DType::I32);
+        match op {
+            BinaryOp::Eq | BinaryOp::Ne => {}
+            BinaryOp::And | BinaryOp::Or => {
+                for (arg, _) in tensors {
                     self.tensor_of(arg, DType::Bool)?;
                 }
-                (BinaryOp::Div | BinaryOp::Pow, Some(DType::I32)) => {
-                    let what = if op == BinaryOp::Div { "a division" } else { "a power" };
-                    let diag = Diag::error(format!("found {what} of whole numbers, expected floats")).label(span, "");
-                    return self.fail(diag.label(arg.span, "i32").help("write `f32(..)` around them"));
+            }
+            BinaryOp::Div | BinaryOp::Pow if whole && !tensors.is_empty() => {
+                let what = if op == BinaryOp::Div { "a division" } else { "a power" };
+                let mut diag = Diag::error(format!("found {what} of whole numbers, expected floats")).label(span, "");
+                for (arg, value) in tensors {
+                    diag = diag.label(arg.span, self.ty(value).to_string());
                 }
-                (_, Some(_)) => {
+                return self.fail(diag.help("write `f32(..)` around them"));
+            }
+            _ => {
+                for (arg, _) in tensors {
                     self.numeric(arg)?;
                 }
             }
@@ -212,6 +224,11 @@ impl<'a> Lowering<'a> {
     /// An operator on sizes, as long as the result is one; a size beside a float is a number at run time.
     fn sizes(&mut self, op: BinaryOp, span: Span, a: &Arg, b: &Arg) -> R<Option<Val>> {
         let (Some(x), Some(y)) = (a.value.as_dim(), b.value.as_dim()) else { return Ok(None) };
+        for (dim, arg) in [(&x, a), (&y, b)] {
+            if dim.largest_coefficient() > MAX_COEFFICIENT {
+                return self.fail(Diag::error(format!("the size {dim} is out of range")).label(arg.span, ""));
+            }
+        }
         Ok(match op {
             BinaryOp::Add => Some(Val::dim(&x + &y)),
             BinaryOp::Sub => Some(Val::dim(&x - &y)),
@@ -284,7 +301,7 @@ impl<'a> Lowering<'a> {
                     let extent = self.ty(value).dims[axis].clone();
                     let start = self.bound(scope, at, &extent)?;
                     let end = &start + &Dim::from(1i64);
-                    value = self.op(at.span, Op::Slice { axis, start, end }, &[(value, base.span)])?;
+                    value = self.slice(span, (value, base.span), axis, (start, end), at.span)?;
                     axis += 1;
                     reshapes = true;
                 }
@@ -299,7 +316,7 @@ impl<'a> Lowering<'a> {
                         None => extent.clone(),
                     };
                     if from.constant() != Some(0) || end != extent {
-                        value = self.op(*colon, Op::Slice { axis, start: from, end }, &[(value, base.span)])?;
+                        value = self.slice(span, (value, base.span), axis, (from, end), *colon)?;
                     }
                     dims.push(self.ty(value).dims[axis].clone());
                     axis += 1;
@@ -311,6 +328,38 @@ impl<'a> Lowering<'a> {
             value = self.emit(span, Op::Reshape { shape: dims }, &[value]);
         }
         Ok(Val::Tensor(value))
+    }
+
+    /// The part of a tensor from one place to another; both were written at `place`.
+    fn slice(
+        &mut self,
+        span: Span,
+        base: (Value, Span),
+        axis: usize,
+        (start, end): (Dim, Dim),
+        place: Span,
+    ) -> R<Value> {
+        let extent = self.ty(base.0).dims[axis].clone();
+        for (smaller, larger) in [(Dim::default(), &start), (start.clone(), &end), (end.clone(), &extent)] {
+            if let Some(symbol) = self.can_be_negative(&(larger - &smaller)) {
+                let range = self.graph.dim_range(&symbol).map_or((0, 0), |r| (r.min, r.max));
+                let diag =
+                    Diag::error(format!("the part from {start} to {end} of a dim {extent} does not always exist"))
+                        .label(place, "")
+                        .label(base.1, self.ty(base.0).to_string());
+                return self.fail(diag.help(format!("`{symbol}` is between {} and {}", range.0, range.1)));
+            }
+        }
+        self.op(span, Op::Slice { axis, start, end }, &[base])
+    }
+
+    /// The dim of which a size is a linear function that goes below 0 in the dim's range. Sizes of several dims are
+    /// left to the launch: how these depend on each other is known to nobody before.
+    fn can_be_negative(&self, size: &Dim) -> Option<dsgc_ir::Symbol> {
+        let [symbol] = size.symbols().try_into().ok()?;
+        let range = self.graph.dim_range(&symbol)?;
+        let at = |n: i64| size.eval(&[(symbol.clone(), n)].into()).unwrap_or(0);
+        (at(range.min) < 0 || at(range.max) < 0).then_some(symbol)
     }
 
     /// A bound of a slice: a size; numbers below zero count from the end.

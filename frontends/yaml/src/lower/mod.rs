@@ -134,6 +134,8 @@ struct RoleState<'a> {
     functions: Rc<[&'a Functions]>,
     statics: Rc<[Static]>,
     trained: bool,
+    /// Whether its document is wrong; calls of it are silent then.
+    broken: bool,
     /// Every declared parameter; those whose `when` is false have no state.
     params: BTreeMap<String, params::Declared<'a>>,
     /// Parameters with a state, in the order of declaration, and how they begin.
@@ -155,6 +157,8 @@ struct Lowering<'a> {
     tag: Option<Tag>,
     /// The calls in hand, to tell those that never end.
     calls: Vec<String>,
+    /// Whether calls have come to their limit: no more are made then.
+    exhausted: bool,
 }
 
 impl<'a> Lowering<'a> {
@@ -174,6 +178,7 @@ impl<'a> Lowering<'a> {
             reads: BTreeMap::new(),
             tag: None,
             calls: Vec::new(),
+            exhausted: false,
         };
         for role in roles {
             let statics = role.model.config.iter().map(|d| Static {
@@ -187,6 +192,7 @@ impl<'a> Lowering<'a> {
                 functions: role.functions.as_slice().into(),
                 statics: statics.collect(),
                 trained: role.trained,
+                broken: false,
                 params: BTreeMap::new(),
                 inits: Vec::new(),
             });

@@ -30,28 +30,36 @@ pub(super) enum Init {
 /// Standard deviation of parameters where a model says nothing.
 const STD: f64 = 0.02;
 
+/// Elements of a tensor beyond which no machine has the memory.
+pub(super) const MAX_ELEMENTS: i64 = 1 << 48;
+
 impl<'a> Lowering<'a> {
     /// Declares the parameters of all roles, and checks their graphs whether they are called or not.
     pub fn models(&mut self) {
         for role in 0..self.roles.len() {
-            let model = self.roles[role].model;
-            if let Some(decl) = model.models.first() {
-                let diag = Diag::error("models over models are not part of this version");
-                let _: R<()> = self.fail(diag.label(decl.name.span, ""));
-                continue;
-            }
-            if self.declare(role, &model.params, "").is_err() {
-                continue;
-            }
-            self.begin(&format!("{}.forward", self.roles[role].name), &[]);
-            let home = self.home_of(role);
-            let mut scope = Scope::new(home);
-            self.symbols(&mut scope, &model.graph, |symbol| Some(Dim::symbol(symbol)));
-            self.host_inputs(&mut scope, &model.graph);
-            self.body(&mut scope, &model.graph);
-            // Whatever is wrong has been noted.
-            let _ = self.out(&mut scope, &model.graph.out);
+            let before = self.errors.len();
+            self.model(role);
+            self.roles[role].broken = self.errors.len() > before;
         }
+    }
+
+    fn model(&mut self, role: usize) {
+        let model = self.roles[role].model;
+        if let Some(decl) = model.models.first() {
+            let diag = Diag::error("models over models are not part of this version");
+            let _: R<()> = self.fail(diag.label(decl.name.span, ""));
+            return;
+        }
+        if self.declare(role, &model.params, "").is_err() {
+            return;
+        }
+        self.begin(&format!("{}.forward", self.roles[role].name), &[]);
+        let mut scope = Scope::new(self.home_of(role));
+        self.symbols(&mut scope, &model.graph, |symbol| Some(Dim::symbol(symbol)));
+        self.host_inputs(&mut scope, &model.graph);
+        self.body(&mut scope, &model.graph);
+        // Whatever is wrong has been noted.
+        let _ = self.out(&mut scope, &model.graph.out);
     }
 
     /// Declares parameters, unless that has been done for an earlier call of the model.
@@ -71,6 +79,14 @@ impl<'a> Lowering<'a> {
                 }
                 None => {}
             }
+            if let Some(other) = shadow(&scope, &param.name.text) {
+                let first = param.name.text.split('.').next().unwrap_or_default();
+                let diag = Diag::error(format!("`{first}` has two meanings"))
+                    .label(param.name.span, "a parameter's name begins so")
+                    .label(other, "a value of that name is set here")
+                    .help("give the value another name");
+                all = self.fail(diag);
+            }
             let exists = match &param.when {
                 Some(when) => self.condition(&mut scope, when),
                 None => Ok(true),
@@ -89,16 +105,13 @@ impl<'a> Lowering<'a> {
     }
 
     fn state(&mut self, scope: &mut Scope<'a>, role: usize, param: &Param, name: &str) -> R<dsgc_ir::StateId> {
-        let mut dims = Vec::new();
-        for expr in &param.shape {
-            let dim = self.dim(scope, expr)?;
-            match dim.constant() {
-                Some(n) if n > 0 => dims.push(dim),
-                _ => {
-                    let diag = Diag::error(format!("found a size of {dim}, expected 1 or more")).label(expr.span, "");
-                    return self.fail(diag);
-                }
-            }
+        // All of them, so that all errors are told.
+        let dims: Vec<R<Dim>> = param.shape.iter().map(|expr| self.extent(scope, expr)).collect();
+        let dims: Vec<Dim> = dims.into_iter().collect::<R<_>>()?;
+        let elements = dims.iter().filter_map(Dim::constant).try_fold(1i64, i64::checked_mul);
+        if elements.is_none_or(|n| n > MAX_ELEMENTS) {
+            let diag = Diag::error(format!("parameter `{name}` has more than {MAX_ELEMENTS} elements"));
+            return self.fail(diag.label(param.name.span, ""));
         }
         let model = self.roles[role].model;
         let init = match param.init.as_ref().or(model.init.as_ref()) {
@@ -110,6 +123,17 @@ impl<'a> Lowering<'a> {
         let id = self.program.declare(whole, Type::new(DType::F32, dims), kind, param.name.span);
         self.roles[role].inits.push((id, init));
         Ok(id)
+    }
+
+    /// A dim of a parameter.
+    fn extent(&mut self, scope: &mut Scope<'a>, expr: &Expr) -> R<Dim> {
+        let dim = self.dim(scope, expr)?;
+        match dim.constant() {
+            Some(n) if (1..=i32::MAX.into()).contains(&n) => Ok(dim),
+            _ => self.fail(
+                Diag::error(format!("found a size of {dim}, expected one from 1 to {}", i32::MAX)).label(expr.span, ""),
+            ),
+        }
     }
 
     /// `zeros`, `ones`, `normal(std)`, `uniform(low, high)`.
@@ -212,4 +236,10 @@ impl<'a> Lowering<'a> {
         }
         self.program.graphs.push(std::mem::take(&mut self.graph));
     }
+}
+
+/// The place of a config entry whose name is the first part of a parameter's.
+fn shadow(scope: &Scope<'_>, param: &str) -> Option<Span> {
+    let first = param.split('.').next()?;
+    scope.home.statics.iter().find(|s| s.name == first).map(|s| s.span)
 }

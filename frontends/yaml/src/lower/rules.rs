@@ -8,6 +8,7 @@ use crate::literal::Constant;
 
 use super::builtins::Call;
 use super::eval::fold;
+use super::params::MAX_ELEMENTS;
 use super::value::{Arg, ParamRef, Val};
 use super::{Lowering, R};
 
@@ -184,10 +185,12 @@ pub(super) fn mean(low: Low<'_, '_>, call: &Call) -> R<Val> {
         return Ok(Val::Tensor(low.emit(span, Op::Div {}, &[sum, count])));
     };
     // Divided by 1 where nothing is left, so that neither value nor gradient is NaN there.
+    let place = empty.span;
     let empty = low.as_tensor(empty, DType::F32)?;
+    let empty = low.fitted(span, (empty, place), &dims)?;
     let zero = low.scalar(span, 0.0, DType::F32);
     let one = low.scalar(span, 1.0, DType::F32);
-    let [empty, zero, one] = [empty, zero, one].map(|v| low.stretch(span, v, &dims));
+    let [zero, one] = [zero, one].map(|v| low.stretch(span, v, &dims));
     let nothing = low.emit(span, Op::Eq {}, &[count, zero]);
     let count = low.emit(span, Op::Where {}, &[nothing, one, count]);
     let mean = low.emit(span, Op::Div {}, &[sum, count]);
@@ -213,9 +216,10 @@ fn extreme(low: Low<'_, '_>, call: &Call, side: Side) -> R<Val> {
     let (Some(empty), Some(counts)) = (call.get("empty"), reduction.counts) else {
         return Ok(Val::Tensor(found));
     };
+    let place = empty.span;
     let empty = low.as_tensor(empty, dtype)?;
     let dims = low.ty(found).dims.clone();
-    let empty = low.stretch(call.span, empty, &dims);
+    let empty = low.fitted(call.span, (empty, place), &dims)?;
     let left = quantified(low, call.span, counts, &reduction.axes, |axes| Op::ReduceMax { axes });
     Ok(Val::Tensor(low.emit(call.span, Op::Where {}, &[left, found, empty])))
 }
@@ -274,7 +278,7 @@ pub(super) fn cumsum(low: Low<'_, '_>, call: &Call) -> R<Val> {
 pub(super) fn range(low: Low<'_, '_>, call: &Call) -> R<Val> {
     let arg = call.arg("n");
     match arg.value.as_dim() {
-        Some(len) if len.constant().is_none_or(|n| n >= 0) => {
+        Some(len) if len.constant().is_none_or(|n| (0..=i32::MAX.into()).contains(&n)) => {
             Ok(Val::Tensor(low.emit(call.span, Op::Iota { len }, &[])))
         }
         _ => {
@@ -306,7 +310,11 @@ fn sizes(low: Low<'_, '_>, arg: &Arg) -> R<Vec<Dim>> {
             }
         }
     }
-    Ok(sizes)
+    let elements = sizes.iter().try_fold(1i64, |all, d| all.checked_mul(d.largest_coefficient()));
+    match elements {
+        Some(n) if n <= MAX_ELEMENTS => Ok(sizes),
+        _ => low.fail(Diag::error("the sizes are out of range").label(arg.span, "")),
+    }
 }
 
 pub(super) fn reshape(low: Low<'_, '_>, call: &Call) -> R<Val> {
@@ -320,7 +328,10 @@ pub(super) fn transpose(low: Low<'_, '_>, call: &Call) -> R<Val> {
     let (arg, order) = (call.arg("x"), call.arg("order"));
     let x = low.tensor(arg)?;
     let dims = sizes(low, order)?;
-    let order: Vec<usize> = dims.iter().map(|d| d.constant().map_or(usize::MAX, |n| n as usize)).collect();
+    let places: Option<Vec<usize>> = dims.iter().map(|d| usize::try_from(d.constant()?).ok()).collect();
+    let Some(order) = places else {
+        return low.fail(Diag::error("expected the numbers of dims, such as `[0, 2, 1]`").label(order.span, ""));
+    };
     low.op(call.span, Op::Transpose { order }, &[(x, arg.span)]).map(Val::Tensor)
 }
 

@@ -167,6 +167,12 @@ impl<'a> Lowering<'a> {
         if self.callee(scope, name).is_some() {
             return self.fail(diag.help(format!("`{name}` is a function: write `{name}(..)`")));
         }
+        if super::shape::is_dim(name) {
+            return self.fail(
+                diag.help(format!("the dim `{name}` must stand alone, or times a number, in the type of an input"))
+                    .help("or follow from other dims under `dims:`"),
+            );
+        }
         let mut known: Vec<String> = scope.names.iter().map(|b| b.name.clone()).collect();
         known.extend(scope.home.statics.iter().map(|s| s.name.clone()));
         if let Some(role) = scope.home.role {
@@ -177,7 +183,6 @@ impl<'a> Lowering<'a> {
                 }
             }
         }
-        // A member of something known: the error is in the part after the dot.
         let near = nearest(name, known.iter().map(String::as_str)).map(String::from);
         self.fail(match near {
             Some(near) => diag.help(format!("write `{near}`")),

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::{DType, Dim, DimList, Value};
+use dsgc_ir::{DType, Dim, Value};
 
 use crate::expr::{BinaryOp, Expr, ExprKind, Item, Word};
 use crate::graph::Graph as Source;
@@ -34,7 +34,7 @@ pub(super) fn parts(ty: &Expr) -> Option<(&str, Vec<&Expr>)> {
 }
 
 /// A name that is a dim's: it begins with a capital.
-fn is_dim(name: &str) -> bool {
+pub(super) fn is_dim(name: &str) -> bool {
     name.starts_with(char::is_uppercase)
 }
 
@@ -200,16 +200,16 @@ impl<'a> Lowering<'a> {
                 continue;
             }
             let mut diag = Diag::error(format!(
-                "found {} for `{}`, expected {expected} where it is {}",
-                DimList(&self.ty(place.tensor).dims),
+                "found {} for `{}`, expected {expected} where it has {}",
+                self.ty(place.tensor),
                 place.input,
                 place.actual
             ))
             .label(place.span, self.ty(place.tensor).to_string())
-            .label(place.declared.span, format!("`{}` is {expected}", place.declared));
+            .label(place.declared.span, format!("`{}` stands for {expected} in this call", place.declared));
             for (name, span) in &from {
                 if binder(place.declared).is_some_and(|(n, _)| n == name) && *span != place.span {
-                    diag = diag.label(*span, format!("which says what `{name}` is"));
+                    diag = diag.label(*span, format!("`{name}` is taken from here"));
                 }
             }
             all = self.fail(diag);

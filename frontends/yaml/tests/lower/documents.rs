@@ -4,7 +4,9 @@ use dsgc_ir::Tensor;
 use dsgc_ir::verify::verify;
 use dsgc_kernels::Device;
 use dsgc_kernels::interp::{Interp, Precision};
-use dsgc_yaml::lower::{DocumentTest, document_tests};
+use dsgc_yaml::document::Document;
+use dsgc_yaml::lower::{BUILTINS, DocumentTest, document_tests};
+use dsgc_yaml::render::{Look, render};
 
 use crate::setup::Documents;
 
@@ -33,4 +35,20 @@ fn the_library_passes_its_tests() {
     assert!(own.len() >= functions.graphs.len() && !sft.is_empty());
     let all: Vec<String> = own.iter().chain(&sft).filter_map(wrong).collect();
     assert!(all.is_empty(), "{}", all.join("\n"));
+}
+
+/// Every builtin with numbers, as `dsgc check` runs them.
+#[test]
+fn builtins_compute_what_they_say() {
+    let text = include_str!("builtins.yaml");
+    let mut documents = Documents::default();
+    let Document::Functions(functions) = documents.read("builtins.yaml", text) else { panic!("no functions") };
+    let std = documents.std_functions();
+    let tests = document_tests(&functions.tests, &[], &functions.graphs, &[&functions, &std]);
+    let tests = tests.unwrap_or_else(|e| panic!("{}", render(&e, &documents.sources, Look::Plain)));
+    let wrong: Vec<String> = tests.iter().filter_map(wrong).collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    for builtin in BUILTINS {
+        assert!(text.contains(&format!("{}(", builtin.name)), "no test calls `{}`", builtin.name);
+    }
 }

@@ -3,4 +3,6 @@
 mod setup;
 
 mod documents;
+mod mistakes;
 mod numbers;
+mod text;

@@ -19,7 +19,7 @@ pub struct Documents {
 }
 
 impl Documents {
-    fn read(&mut self, name: &str, text: &str) -> Document {
+    pub fn read(&mut self, name: &str, text: &str) -> Document {
         parse(&mut self.sources, name, text).unwrap_or_else(|errors| {
             let all: Vec<String> = errors.iter().map(|d| d.plain(&self.sources)).collect();
             panic!("{}", all.join("\n"))
@@ -44,16 +44,6 @@ impl Documents {
     pub fn std_functions(&mut self) -> Functions {
         let Document::Functions(functions) = self.library("functions", "sequences") else { panic!("no functions") };
         functions
-    }
-
-    pub fn model(&mut self, text: &str) -> Model {
-        let Document::Model(model) = self.read("model.yaml", text) else { panic!("no model") };
-        *model
-    }
-
-    pub fn recipe(&mut self, text: &str) -> Recipe {
-        let Document::Recipe(recipe) = self.read("recipe.yaml", text) else { panic!("no recipe") };
-        *recipe
     }
 }
 
