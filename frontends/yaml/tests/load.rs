@@ -229,9 +229,9 @@ fn rows_are_bound_by_their_columns() {
     assert_eq!(parts("{path: pairs.jsonl}").len(), 3, "prompt, chosen, eoc");
     assert_eq!(parts("{path: texts.jsonl}").len(), 2, "text, eoc");
     let renamed =
-        source("{path: texts.jsonl, fields: {prompt: text, chosen: text}, train_on_prompt: true, prefix: ' '}");
+        source("{path: texts.jsonl, fields: {prompt: text, chosen: text}, train_on_prompt: false, prefix: ' '}");
     assert_eq!(renamed.fields["chosen"], "text");
-    assert!(renamed.train_on_prompt);
+    assert!(!renamed.train_on_prompt);
     assert_eq!(renamed.prefix, " ");
     let split =
         source("{path: texts.jsonl, split: {reward: 4, sft: 2}, shuffle: deepspeed_chat, pad_to_max: true}").split;

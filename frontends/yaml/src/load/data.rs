@@ -25,7 +25,7 @@ const RULES: &[Rule] = &[
     rule("shuffle", "each_epoch"),
     rule("prefix", "''"),
     rule("separator", "''"),
-    rule("train_on_prompt", "false"),
+    rule("train_on_prompt", "true"),
     rule("longer", "truncate"),
     rule("pad_to_max", "false"),
 ];

@@ -311,10 +311,10 @@ fn sizes(low: Low<'_, '_>, arg: &Arg) -> R<Vec<Dim>> {
         }
     }
     let elements = sizes.iter().try_fold(1i64, |all, d| all.checked_mul(d.largest_coefficient()));
-    match elements {
-        Some(n) if n <= MAX_ELEMENTS => Ok(sizes),
-        _ => low.fail(Diag::error("the sizes are out of range").label(arg.span, "")),
+    if elements.is_none_or(|n| n > MAX_ELEMENTS) {
+        return low.fail(Diag::error("the sizes are out of range").label(arg.span, ""));
     }
+    Ok(sizes)
 }
 
 pub(super) fn reshape(low: Low<'_, '_>, call: &Call) -> R<Val> {
