@@ -152,7 +152,13 @@ fn a_folder_is_read_by_the_rules_of_its_model() {
         serde_json::Value::from(role.model.config.clone()),
         serde_json::from_str::<serde_json::Value>(common::TINY).unwrap()
     );
-    for line in ["# vocab: 104 ", "# norm_first: true ", "# tied: true ", "# activation: relu "] {
+    for line in [
+        "# in config.json, kept and not used: dropout\n",
+        "# vocab: 104 ",
+        "# norm_first: true ",
+        "# tied: true ",
+        "# activation: relu ",
+    ] {
         assert!(loaded.resolved.contains(line), "{line} in {}", loaded.resolved);
     }
 }

@@ -123,6 +123,10 @@ impl Printer<'_> {
                 let name = if given(entry) { entry.name.clone() } else { format!("# {}", entry.name) };
                 self.line(6, &name, &value(&entry.value), Some(&entry.from));
             }
+            let unused = &known.config.host.unused;
+            if !unused.is_empty() {
+                self.line(4, "# in config.json, kept and not used", &unused.join(", "), None);
+            }
         }
     }
 
