@@ -123,8 +123,10 @@ impl Dim {
     pub fn parse(text: &str) -> Result<Dim, String> {
         let bad = || format!("`{text}` is no dim");
         let mut sum = Dim::default();
-        let spaced = text.replace('-', "+-");
-        for term in spaced.split('+').map(str::trim).filter(|t| !t.is_empty()) {
+        let spaced = text.trim().replace('-', "+-");
+        // A sign at the front is no sum.
+        let spaced = spaced.strip_prefix('+').filter(|s| s.starts_with('-')).unwrap_or(&spaced);
+        for term in spaced.split('+').map(str::trim) {
             let (sign, term) = term.strip_prefix('-').map_or((1i64, term), |rest| (-1, rest.trim()));
             let mut product = Dim::from(sign);
             for factor in term.split('*').map(str::trim) {
@@ -139,7 +141,7 @@ impl Dim {
             }
             sum = &sum + &product;
         }
-        if text.trim().is_empty() { Err(bad()) } else { Ok(sum) }
+        Ok(sum)
     }
 }
 

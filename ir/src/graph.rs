@@ -374,3 +374,34 @@ impl<'a> Builder<'a> {
         self.graph.ty(value).clone()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::program::Program;
+    use crate::verify::verify;
+
+    /// What only this module can break: the verifier's rules about the arena itself.
+    #[test]
+    fn ops_use_what_is_defined_before_them() {
+        let mut graph = Graph::new("g");
+        let x = graph.input("x", Type::scalar(DType::F32));
+        for _ in 0..2 {
+            graph.try_push(Op::Exp {}, &[x], None, Site::default()).expect("it fits");
+        }
+        let message = |graph: &Graph| {
+            let program = Program { graphs: vec![graph.clone()], ..Program::default() };
+            verify(&program).map_err(|fault| fault.to_string())
+        };
+        assert_eq!(message(&graph), Ok(()));
+        let mut late = graph.clone();
+        late.ops[0].args[0] = Value(2);
+        assert_eq!(message(&late), Err("graph @g, op 0: %2 is used before it is defined".into()));
+        let mut other = graph.clone();
+        other.values[2].ty = Type::scalar(DType::I32);
+        assert_eq!(message(&other), Err("graph @g, op 1: `exp` has other results than inferred".into()));
+        let mut wrong = graph;
+        wrong.values[0].ty = Type::scalar(DType::I32);
+        assert_eq!(message(&wrong), Err("graph @g, op 0: `exp` of i32[], expected f32".into()));
+    }
+}

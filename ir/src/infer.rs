@@ -17,9 +17,10 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
     }
     let one = |ty: Type| Ok(vec![ty]);
     match op {
-        Op::Const { dtype, .. } | Op::Size { dtype, .. } => one(Type::scalar(*dtype)),
+        Op::Const { dtype, .. } => one(not_key(op, &Type::scalar(*dtype))?.clone()),
+        Op::Size { dtype, .. } => one(number(op, &Type::scalar(*dtype))?.clone()),
         Op::Iota { len } => one(Type::new(DType::I32, [len.clone()])),
-        Op::Cast { dtype } => one(not_key(op, &args[0])?.with(*dtype)),
+        Op::Cast { dtype } => one(not_key(op, &not_key(op, &args[0])?.with(*dtype))?.clone()),
         Op::Broadcast { shape } => {
             broadcasts(&args[0].dims, shape)?;
             one(Type::new(args[0].dtype, shape.clone()))

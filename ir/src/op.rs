@@ -179,6 +179,9 @@ macro_rules! ops {
                 if let Some((odd, _)) = attributes.iter().find(|(k, _)| !known.contains(&k.as_str())) {
                     return Err(format!("`{name}` has no attribute `{odd}`"));
                 }
+                if let Some(i) = (1..attributes.len()).find(|&i| attributes[..i].iter().any(|a| a.0 == attributes[i].0)) {
+                    return Err(format!("`{name}` has its attribute `{}` twice", attributes[i].0));
+                }
                 #[allow(unused)]
                 let find = |key: &str| {
                     attributes.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_str())
@@ -397,6 +400,20 @@ impl Op {
     /// Kind of work.
     pub fn class(&self) -> Class {
         self.row().class
+    }
+
+    /// The dims among the attributes.
+    pub fn dims(&self) -> Vec<&Dim> {
+        match self {
+            Op::Size { dim: d, .. } | Op::Iota { len: d } | Op::EmbedGrad { rows: d } => vec![d],
+            Op::Broadcast { shape }
+            | Op::Reshape { shape }
+            | Op::RandomNormal { shape, .. }
+            | Op::RandomUniform { shape, .. } => shape.iter().collect(),
+            Op::Slice { start: a, end: b, .. } | Op::Pad { before: a, after: b, .. } => vec![a, b],
+            // All others have none.
+            _ => vec![],
+        }
     }
 
     /// Pairs of a result and an operand that may share a buffer if the operand dies here and both have one size.

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::diag::{Diag, Span};
+use crate::diag::{Diag, Span, nearest};
 use crate::dim::{Dim, Symbol};
 use crate::graph::{Buffer, DimRange, Graph, Loc, Phase, Reason, Region, Site, StateId, Tag, Value};
 use crate::op::Op;
@@ -34,13 +34,16 @@ impl<'a> Reader<'a> {
             if self.at == self.text.len() {
                 return Ok(());
             }
+            let at = self.here();
             match self.word()? {
                 "level" => {
+                    let at = self.here();
                     let name = self.word()?;
-                    self.program.level = [Level::Logical, Level::Planned]
+                    let all = [Level::Logical, Level::Planned];
+                    self.program.level = all
                         .into_iter()
                         .find(|l| l.name() == name)
-                        .ok_or_else(|| self.error(format!("no level is called `{name}`")))?;
+                        .ok_or_else(|| self.unknown(at, "level", name, all.iter().map(|l| l.name())))?;
                 }
                 "source" => {
                     self.word()?;
@@ -63,7 +66,8 @@ impl<'a> Reader<'a> {
                 "graph" => self.graph()?,
                 "stage" => self.program.stage = self.json()?,
                 other => {
-                    return Err(self.error(format!("found `{other}`, expected `graph`, `param`, `state` or `stage`")));
+                    let items = ["level", "source", "arena", "param", "state", "graph", "stage"];
+                    return Err(self.unknown(at, "item of a program", other, items.into_iter()));
                 }
             }
             self.end_of_line()?;
@@ -75,9 +79,9 @@ impl<'a> Reader<'a> {
         let name = self.name()?.to_string();
         self.expect(":")?;
         let ty = self.ty()?;
-        let trained = self.take("trained");
+        let trained = self.take_word("trained");
         let buffer = self.buffer()?;
-        let span = if self.take("loc") { self.span()? } else { Span::NONE };
+        let span = if self.take_word("loc") { self.span()? } else { Span::NONE };
         let kind = if is_param { StateKind::Param { trained } } else { StateKind::State };
         if self.program.state_named(&name).is_some() {
             return Err(self.error(format!("`@{name}` is declared twice")));
@@ -109,16 +113,19 @@ impl<'a> Reader<'a> {
         loop {
             self.end_of_line()?;
             self.skip_blank_lines();
-            if self.take("return") {
+            if self.take_word("return") {
                 break;
             }
-            if self.take("dim ") {
+            if self.rest().is_empty() {
+                return Err(self.error("the text ends inside a graph").help("end it with `return` and `}`"));
+            }
+            if self.take_word("dim") {
                 let symbol = Symbol::from(self.name()?);
                 self.expect(":")?;
-                let min = self.number()? as i64;
+                let min = self.number()?;
                 self.expect("..")?;
-                let max = self.number()? as i64;
-                if self.take("batch") {
+                let max = self.number()?;
+                if self.take_word("batch") {
                     graph.batch = Some(symbol.clone());
                 }
                 graph.dims.push(DimRange { symbol, min, max });
@@ -139,7 +146,7 @@ impl<'a> Reader<'a> {
         if self.program.graph(&graph.name).is_some() {
             return Err(self.error(format!("graph `@{}` is defined twice", graph.name)));
         }
-        if graph.scratch.iter().all(|&s| s == 0) {
+        if self.program.level == Level::Logical {
             graph.scratch.clear();
         }
         self.program.graphs.push(graph);
@@ -157,12 +164,14 @@ impl<'a> Reader<'a> {
         if !results.is_empty() {
             self.expect("=")?;
         }
+        let op_at = self.here();
         let op_name = self.word()?;
         let mut state = None;
         if self.take("@") {
-            let name = self.name()?;
+            let (at, name) = (self.here(), self.name()?);
+            let names = || self.program.states.iter().map(|s| s.name.as_str());
             let found = self.program.state_named(name);
-            state = Some(found.ok_or_else(|| self.error(format!("no param or state is called `@{name}`")))?);
+            state = Some(found.ok_or_else(|| self.unknown(at, "param or state", name, names()))?);
         }
         let mut args = Vec::new();
         while self.peek("%") {
@@ -176,7 +185,7 @@ impl<'a> Reader<'a> {
         if let Some(StateId(id)) = state {
             attributes.push(("state".into(), id.to_string()));
         }
-        let op = Op::from_text(op_name, &attributes).map_err(|why| self.error_at(start, why))?;
+        let op = Op::from_text(op_name, &attributes).map_err(|why| self.error_at(op_at, why))?;
         let mut types = Vec::new();
         if self.take(":") {
             loop {
@@ -241,7 +250,7 @@ impl<'a> Reader<'a> {
 
     fn span(&mut self) -> Read<Span> {
         let mut part = || -> Read<u32> {
-            let n = self.number()? as u32;
+            let n = self.number()?;
             self.take(":");
             Ok(n)
         };
@@ -252,9 +261,10 @@ impl<'a> Reader<'a> {
         if !self.take_word("in") {
             return Ok(None);
         }
-        let name = self.letters();
+        let (at, name) = (self.here(), self.letters());
         let region = Region::ALL.into_iter().find(|r| r.name() == name);
-        let region = region.ok_or_else(|| self.error(format!("no region is called `{name}`")))?;
+        let names = Region::ALL.iter().map(|r| r.name());
+        let region = region.ok_or_else(|| self.unknown(at, "region", name, names))?;
         self.expect("+")?;
         let offset = self.number()?;
         self.expect(":")?;
@@ -262,10 +272,10 @@ impl<'a> Reader<'a> {
     }
 
     fn ty(&mut self) -> Read<Type> {
-        self.skip_spaces();
-        let name = self.letters();
+        let (at, name) = (self.here(), self.letters());
         let dtype = DType::ALL.into_iter().find(|d| d.name() == name);
-        let dtype = dtype.ok_or_else(|| self.error(format!("no element type is called `{name}`")))?;
+        let names = DType::ALL.iter().map(|d| d.name());
+        let dtype = dtype.ok_or_else(|| self.unknown(at, "element type", name, names))?;
         let list = self.attribute_value()?;
         let inner = list.strip_prefix('[').and_then(|l| l.strip_suffix(']'));
         let inner = inner.ok_or_else(|| self.error("expected dims in brackets"))?;
@@ -275,9 +285,16 @@ impl<'a> Reader<'a> {
     }
 
     fn value(&mut self, names: &BTreeMap<String, Value>) -> Read<Value> {
+        let at = self.here();
         self.expect("%")?;
         let name = self.name()?;
-        names.get(name).copied().ok_or_else(|| self.error(format!("`%{name}` is not defined before its use")))
+        names.get(name).copied().ok_or_else(|| {
+            let diag = self.error_at(at, format!("`%{name}` is not defined before its use"));
+            match nearest(name, names.keys().map(String::as_str)) {
+                Some(near) => diag.help(format!("the nearest is `%{near}`")),
+                None => diag,
+            }
+        })
     }
 
     // The cursor. Spaces within a line are skipped before every token.
@@ -294,6 +311,12 @@ impl<'a> Reader<'a> {
         self.at += self.rest().len() - self.rest().trim_start_matches([' ', '\t']).len();
     }
 
+    /// Where the next token begins.
+    fn here(&mut self) -> usize {
+        self.skip_spaces();
+        self.at
+    }
+
     fn skip_blank_lines(&mut self) {
         loop {
             let line = self.rest_of_line();
@@ -306,6 +329,7 @@ impl<'a> Reader<'a> {
     }
 
     fn end_of_line(&mut self) -> Read<()> {
+        self.skip_spaces();
         let rest = self.rest_of_line().trim();
         if rest.is_empty() || rest.starts_with(';') {
             self.at += self.rest_of_line().len();
@@ -365,7 +389,7 @@ impl<'a> Reader<'a> {
         if name.is_empty() { Err(self.error("expected a name")) } else { Ok(name) }
     }
 
-    fn number(&mut self) -> Read<usize> {
+    fn number<N: std::str::FromStr>(&mut self) -> Read<N> {
         self.run(|c| c.is_ascii_digit()).parse().map_err(|_| self.error("expected a number"))
     }
 
@@ -393,11 +417,28 @@ impl<'a> Reader<'a> {
 
     /// A JSON value; the cursor ends after it.
     fn json<T: serde::de::DeserializeOwned>(&mut self) -> Read<T> {
+        self.skip_spaces();
         let mut stream = serde_json::Deserializer::from_str(self.rest()).into_iter::<T>();
         let value = stream.next().ok_or_else(|| self.error("expected JSON"))?;
-        let value = value.map_err(|e| self.error(format!("{e}")))?;
+        let value = value.map_err(|e| {
+            // Its line and column count from here, and stand in its message.
+            let lines = self.rest().split_inclusive('\n').take(e.line().saturating_sub(1));
+            let at = self.at + lines.map(str::len).sum::<usize>() + e.column().saturating_sub(1);
+            let text = e.to_string();
+            self.error_at(at, text.split(" at line ").next().unwrap_or(&text))
+        })?;
         self.at += stream.byte_offset();
         Ok(value)
+    }
+
+    /// A name that is none of the known ones.
+    fn unknown<'b>(&self, at: usize, what: &str, name: &str, known: impl Iterator<Item = &'b str>) -> Diag {
+        let known: Vec<&str> = known.collect();
+        let diag = self.error_at(at, format!("no {what} is called `{name}`"));
+        match nearest(name, known.iter().copied()) {
+            Some(near) => diag.help(format!("the nearest is `{near}`")),
+            None => diag.help(format!("there are {}", known.join(", "))),
+        }
     }
 
     fn error(&self, message: impl Into<String>) -> Diag {
@@ -405,7 +446,7 @@ impl<'a> Reader<'a> {
     }
 
     fn error_at(&self, at: usize, message: impl Into<String>) -> Diag {
-        let before = &self.text[..at];
+        let before = self.text.get(..at).unwrap_or(self.text);
         let line = before.matches('\n').count() as u32 + 1;
         let column = before.rsplit('\n').next().unwrap_or("").chars().count() as u32 + 1;
         let message = message.into();

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::ops::Deref;
 
-use crate::dim::Symbol;
+use crate::dim::{Dim, Symbol};
 use crate::graph::{Buffer, Graph, OpId, Region, Value};
 use crate::infer::infer;
 use crate::op::{Class, Op};
@@ -66,20 +66,39 @@ pub fn verify(program: &Program) -> Result<(), Fault> {
 fn logical(program: &Program, graph: &Graph) -> Result<(), Fault> {
     let fault = |op, message: String| Err(Fault { graph: graph.name.clone(), op, message });
     let declared: BTreeSet<&Symbol> = graph.dims.iter().map(|d| &d.symbol).collect();
+    let undeclared = |dim: &Dim| dim.symbols().into_iter().find(|s| !declared.contains(s));
+    if let Some(twice) = first_twice(graph.dims.iter().map(|d| &d.symbol)) {
+        return fault(None, format!("dim `{twice}` is declared twice"));
+    }
+    if let Some(d) = graph.dims.iter().find(|d| d.min < 0 || d.min > d.max) {
+        return fault(None, format!("the range of dim `{}` is empty", d.symbol));
+    }
+    if let Some(batch) = graph.batch.as_ref().filter(|b| !declared.contains(b)) {
+        return fault(None, format!("the batch dim `{batch}` is not declared"));
+    }
+    if let Some(twice) = first_twice(graph.inputs().map(|v| graph.name_of(v))) {
+        return fault(None, format!("two inputs are called `{twice}`"));
+    }
+    if let Some(twice) = first_twice(graph.outputs.iter().map(|(name, _)| name)) {
+        return fault(None, format!("two outputs are called `{twice}`"));
+    }
     for value in graph.values() {
-        for symbol in graph.ty(value).dims.iter().flat_map(|d| d.symbols()) {
-            if !declared.contains(&symbol) {
+        for dim in &graph.ty(value).dims {
+            if let Some(symbol) = undeclared(dim) {
                 return fault(graph.def(value), format!("dim `{symbol}` is not declared"));
             }
+            if dim.constant().is_some_and(|n| n < 0) {
+                return fault(graph.def(value), format!("a dim is {dim}"));
+            }
         }
-    }
-    if graph.dims.iter().any(|d| d.min < 0 || d.min > d.max) {
-        return fault(None, "a dim's range is empty".into());
     }
     let (mut defined, mut written) = (graph.inputs().len() as u32, BTreeSet::new());
     for (id, op) in graph.ops() {
         if let Some(late) = op.args.iter().find(|a| a.0 >= defined) {
             return fault(Some(id), format!("%{} is used before it is defined", late.0));
+        }
+        if let Some(symbol) = op.op.dims().into_iter().find_map(undeclared) {
+            return fault(Some(id), format!("dim `{symbol}` is not declared"));
         }
         let types: Vec<Type> = op.args.iter().map(|&a| graph.ty(a).clone()).collect();
         let state = match op.op {
@@ -112,6 +131,18 @@ fn logical(program: &Program, graph: &Graph) -> Result<(), Fault> {
         Some((name, _)) => fault(None, format!("output `{name}` is not defined")),
         None => Ok(()),
     }
+}
+
+/// The first of some names that came before.
+fn first_twice<T: Ord>(names: impl Iterator<Item = T>) -> Option<T> {
+    let mut seen = BTreeSet::new();
+    for name in names {
+        if seen.contains(&name) {
+            return Some(name);
+        }
+        seen.insert(name);
+    }
+    None
 }
 
 fn states_are_placed(program: &Program) -> Result<(), Fault> {
@@ -214,6 +245,7 @@ fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
                     for &other in &live {
                         let may = last[other.0 as usize] <= id.0
                             && buffer(other).offset == buffer(result).offset
+                            && graph.ty(other).bytes(&bounds) == graph.ty(result).bytes(&bounds)
                             && in_place.iter().any(|&(res, arg)| res == r && shares(graph, op.args[arg], other));
                         if overlap(buffer(result), buffer(other)) && !may {
                             let (a, b) = (&names[result.0 as usize], &names[other.0 as usize]);

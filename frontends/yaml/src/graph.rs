@@ -159,7 +159,11 @@ pub const TEST: Table = Table {
     keys: &[
         key("graph", Form::Name, "the graph that is called"),
         key("with", Form::Map(&Form::Literal), "options and token ids"),
-        key("given", Form::Map(&Form::Literal), "inputs, and lets that are pinned so that no model is needed"),
+        key(
+            "given",
+            Form::Map(&Form::Literal),
+            "inputs, and lets that are pinned so that no model is needed; whole numbers alone make an i32 of a let",
+        ),
         key("expect", Form::Map(&Form::Literal), "lets and outputs"),
         key("tolerance", Form::Float, "largest absolute difference, 1e-6 unless given"),
     ],

@@ -17,7 +17,7 @@ use crate::literal::{Constant, Literal};
 use super::call::mentions;
 use super::scope::{Home, Scope};
 use super::value::{Arg, Val};
-use super::{Lowering, R, Reported, TokenIds};
+use super::{Lowering, R, Reported, SEQUENCE, TokenIds};
 
 /// A test that can be run: `graph` of `program` on `inputs` gives `expect`.
 #[derive(Clone, Debug, PartialEq)]
@@ -128,13 +128,16 @@ impl<'a> Lowering<'a> {
         self.begin(&source.name.text, &[]);
         let mut scope = Scope::new(home);
         let given = |name: &str| test.given.iter().find(|(n, _)| n.text == name);
-        let lets = || source.lets.iter().map(|(name, _)| name.text.as_str());
+        let mut known: Vec<String> = source.lets.iter().map(|(name, _)| name.text.clone()).collect();
+        for (name, ty) in &source.inputs {
+            match super::shape::parts(ty) {
+                Some(("sequence", _)) => known.extend(SEQUENCE.map(|(field, _)| format!("{}.{field}", name.text))),
+                _ => known.push(name.text.clone()),
+            }
+        }
         for (name, literal) in &test.given {
-            let first = name.text.split('.').next().unwrap_or_default();
-            if !lets().any(|l| l == name.text) && !source.inputs.iter().any(|(n, _)| n.text == first) {
-                let inputs = source.inputs.iter().map(|(n, _)| n.text.as_str());
-                let word = Word { span: name.span, text: name.text.clone() };
-                let _: R<()> = self.unknown(&word, "an input or a let", inputs.chain(lets()));
+            if !known.contains(&name.text) {
+                let _: R<()> = self.unknown(name, "an input or a let", known.iter().map(String::as_str));
             }
             let _ = self.constant_tensor(literal, None);
         }
@@ -142,16 +145,20 @@ impl<'a> Lowering<'a> {
             return Err(Reported);
         }
         let shapes = self.given_dims(test, source);
-        self.symbols(&mut scope, source, |symbol| shapes.get(symbol).map(|n| Dim::from(*n)));
-        let mut inputs = Vec::new();
         let needed = needed(test, source);
+        let size = |symbol: &str| match shapes.get(symbol) {
+            Some(n) => Some(Dim::from(*n)),
+            None => (!needed.contains(symbol)).then(|| Dim::symbol(symbol)),
+        };
+        self.symbols(&mut scope, source, size, "give a value to an input that has this dim");
+        let mut inputs = Vec::new();
         // Inputs of a graph come before all its ops: pinned lets as well.
         let mut pins = Vec::new();
         for (name, ty) in &source.inputs {
             let value = self.given_input(&mut scope, test, name, ty, &mut inputs);
             let value = match value {
                 Ok(Some(value)) => value,
-                Ok(None) if needed.contains(&name.text) => {
+                Ok(None) if needed.contains(name.text.as_str()) => {
                     let diag = Diag::error(format!("the test gives no `{}`", name.text)).label(test.span, "");
                     self.fail(diag.label(ty.span, "declared here"))?
                 }
@@ -173,7 +180,7 @@ impl<'a> Lowering<'a> {
         for (name, tree) in &source.lets {
             match pins.iter().find(|(n, _)| *n == name.text) {
                 Some((_, value)) => self.bind(&mut scope, name, value.clone()),
-                None if needed.contains(&name.text) => self.let_value(&mut scope, name, tree),
+                None if needed.contains(name.text.as_str()) => self.let_value(&mut scope, name, tree),
                 None => {}
             }
         }
@@ -265,14 +272,8 @@ impl<'a> Lowering<'a> {
 
     /// The output or the let of this name.
     fn expected(&mut self, scope: &mut Scope<'a>, source: &Source, name: &Word) -> R<Val> {
-        match &source.out {
-            Tree::Expr(out) if name.text == "out" => return self.eval(scope, out),
-            Tree::Record(_, fields) => {
-                if let Some((_, tree)) = fields.iter().find(|(n, _)| n.text == name.text) {
-                    return self.out(scope, tree);
-                }
-            }
-            Tree::Expr(_) => {}
+        if let Some(tree) = output(&source.out, &name.text) {
+            return self.out(scope, tree);
         }
         match scope.value(&name.text) {
             Some(Val::Bad) => Err(Reported),
@@ -295,7 +296,7 @@ impl<'a> Lowering<'a> {
             let diag = Diag::error("found rows of different lengths, or other things than numbers").label(span, "");
             return self.fail(diag.help("a tensor is written `[[1, 2], [3, 4]]`"));
         }
-        let all = |wanted: fn(&Constant) -> bool| flat.iter().all(|c| wanted(c));
+        let all = |wanted: fn(&Constant) -> bool| flat.iter().all(wanted);
         let dtype = dtype.unwrap_or_else(|| match () {
             () if all(|c| matches!(c, Constant::Bool(_))) => DType::Bool,
             () if all(|c| matches!(c, Constant::Int(_))) => DType::I32,
@@ -346,47 +347,59 @@ fn collect(literal: &Literal, depth: usize, shape: &mut Vec<usize>, flat: &mut V
     }
 }
 
-/// Inputs and lets that the expected values depend on, as far as they are not given.
-fn needed<'s>(test: &Test, source: &'s Source) -> BTreeSet<String> {
-    fn uses(tree: &Tree, name: &str) -> bool {
+/// The output of a name with dots; a result without names is called `out`.
+fn output<'t>(out: &'t Tree, name: &str) -> Option<&'t Tree> {
+    fn member<'t>(tree: &'t Tree, name: &str) -> Option<&'t Tree> {
+        let Tree::Record(_, fields) = tree else { return None };
+        let (first, rest) = name.split_once('.').unwrap_or((name, ""));
+        let (_, tree) = fields.iter().find(|(n, _)| n.text == first)?;
+        if rest.is_empty() { Some(tree) } else { member(tree, rest) }
+    }
+    match out {
+        Tree::Expr(_) => (name == "out").then_some(out),
+        Tree::Record(..) => member(out, name),
+    }
+}
+
+/// Inputs, lets and dims that the expected values depend on; not through what is given.
+fn needed<'s>(test: &Test, source: &'s Source) -> BTreeSet<&'s str> {
+    fn leaves<'t>(tree: &'t Tree, all: &mut Vec<&'t Expr>) {
         match tree {
-            Tree::Expr(expr) => mentions(expr, name),
-            Tree::Record(_, fields) => fields.iter().any(|(_, tree)| uses(tree, name)),
+            Tree::Expr(expr) => all.push(expr),
+            Tree::Record(_, fields) => fields.iter().for_each(|(_, tree)| leaves(tree, all)),
         }
     }
-    let names: Vec<&str> = source
-        .inputs
-        .iter()
-        .map(|(n, _)| n)
-        .chain(source.lets.iter().map(|(n, _)| n))
-        .map(|n| n.text.as_str())
-        .collect();
+    let mut open: Vec<&'s Expr> = source.asserts.iter().map(|a| &a.condition).collect();
+    // What each name stands for: nothing more for inputs and for dims that these bind.
+    let mut meanings: BTreeMap<&'s str, Vec<&'s Expr>> = BTreeMap::new();
+    for (name, ty) in &source.inputs {
+        meanings.insert(&name.text, Vec::new());
+        let dims = super::shape::parts(ty).map(|(_, dims)| dims).unwrap_or_default();
+        meanings.extend(dims.into_iter().filter_map(|d| Some((super::shape::binder(d)?.0, Vec::new()))));
+    }
+    meanings.extend(source.dims.iter().map(|(name, expr)| (name.text.as_str(), vec![expr])));
+    for (name, tree) in &source.lets {
+        let meaning = meanings.entry(&name.text).or_default();
+        if !test.given.iter().any(|(n, _)| n.text == name.text) {
+            leaves(tree, meaning);
+        }
+    }
     let mut needed = BTreeSet::new();
-    let mut open: Vec<&'s Tree> = Vec::new();
-    let add = |name: &str, needed: &mut BTreeSet<String>, open: &mut Vec<&'s Tree>| {
-        let given = test.given.iter().any(|(n, _)| n.text == name);
-        if needed.insert(name.to_string()) && !given {
-            open.extend(source.lets.iter().filter(|(n, _)| n.text == name).map(|(_, tree)| tree));
-        }
-    };
     for (name, _) in &test.expect {
-        match &source.out {
-            Tree::Record(_, fields) if fields.iter().any(|(n, _)| n.text == name.text) => {
-                open.extend(fields.iter().filter(|(n, _)| n.text == name.text).map(|(_, tree)| tree));
+        match (output(&source.out, &name.text), meanings.get_key_value(name.text.as_str())) {
+            (Some(tree), _) => leaves(tree, &mut open),
+            (None, Some((name, meaning))) => {
+                needed.insert(*name);
+                open.extend(meaning);
             }
-            Tree::Expr(_) if name.text == "out" => open.push(&source.out),
-            _ => add(&name.text, &mut needed, &mut open),
+            (None, None) => {}
         }
     }
-    let conditions: Vec<Tree> = source.asserts.iter().map(|a| Tree::Expr(a.condition.clone())).collect();
-    for name in &names {
-        if conditions.iter().any(|c| uses(c, name)) {
-            add(name, &mut needed, &mut open);
-        }
-    }
-    while let Some(tree) = open.pop() {
-        for name in names.iter().filter(|name| uses(tree, name)) {
-            add(name, &mut needed, &mut open);
+    while let Some(expr) = open.pop() {
+        for (name, meaning) in &meanings {
+            if mentions(expr, name) && needed.insert(name) {
+                open.extend(meaning);
+            }
         }
     }
     needed

@@ -27,7 +27,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::{DType, DimRange, Graph, Program, StateId, Symbol, Tag, Type, Value};
+use dsgc_ir::{DType, Dim, DimRange, Graph, Program, StateId, Symbol, Tag, Type, Value};
 
 use crate::expr::Expr;
 use crate::functions::Functions;
@@ -231,8 +231,8 @@ impl<'a> Lowering<'a> {
         self.begin(name, dims);
         let before = self.errors.len();
         let mut scope = Scope::new(home.clone());
-        let names: Vec<&str> = dims.iter().map(|d| &*d.symbol).collect();
-        self.symbols(&mut scope, source, |symbol| names.contains(&symbol).then(|| dsgc_ir::Dim::symbol(symbol)));
+        let size = |symbol: &str| dims.iter().find(|d| &*d.symbol == symbol).map(|d| Dim::symbol(&d.symbol));
+        self.symbols(&mut scope, source, size, "let it be a dim of a sequence that the plan passes");
         self.host_inputs(&mut scope, source);
         self.body(&mut scope, source);
         if let Ok(out) = self.out(&mut scope, &source.out)
@@ -300,6 +300,6 @@ fn sequence_field(name: &str) -> Option<DType> {
 const SEQUENCE: [(&str, DType); 3] = [("tokens", DType::I32), ("segment", DType::I32), ("trained", DType::Bool)];
 
 /// A type of whatever a dtype and dims say.
-fn ty(dtype: DType, dims: &[dsgc_ir::Dim]) -> Type {
+fn ty(dtype: DType, dims: &[Dim]) -> Type {
     Type::new(dtype, dims)
 }

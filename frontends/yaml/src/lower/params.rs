@@ -55,7 +55,7 @@ impl<'a> Lowering<'a> {
         }
         self.begin(&format!("{}.forward", self.roles[role].name), &[]);
         let mut scope = Scope::new(self.home_of(role));
-        self.symbols(&mut scope, &model.graph, |symbol| Some(Dim::symbol(symbol)));
+        self.symbols(&mut scope, &model.graph, |symbol| Some(Dim::symbol(symbol)), "");
         self.host_inputs(&mut scope, &model.graph);
         self.body(&mut scope, &model.graph);
         // Whatever is wrong has been noted.

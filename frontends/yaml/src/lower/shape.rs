@@ -95,8 +95,8 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    /// Binds the dims of a graph that is called from outside to symbols, or to what else `value` says.
-    pub fn symbols(&mut self, scope: &mut Scope<'a>, source: &Source, value: impl Fn(&str) -> Option<Dim>) {
+    /// Binds the dims of a graph that is called from outside to what `value` says; where it says nothing, `help` does.
+    pub fn symbols(&mut self, scope: &mut Scope<'a>, source: &Source, value: impl Fn(&str) -> Option<Dim>, help: &str) {
         for (_, ty) in &source.inputs {
             let Some((_, dims)) = parts(ty) else { continue };
             for dim in dims {
@@ -107,8 +107,8 @@ impl<'a> Lowering<'a> {
                 let bound = match value(name) {
                     Some(bound) => Val::dim(bound),
                     None => {
-                        let diag = Diag::error(format!("nothing says how large `{name}` can be")).label(dim.span, "");
-                        let _: R<()> = self.fail(diag.help("let it be a dim of a sequence that the plan passes"));
+                        let diag = Diag::error(format!("nothing says how large `{name}` is")).label(dim.span, "");
+                        let _: R<()> = self.fail(diag.help(help));
                         Val::Bad
                     }
                 };

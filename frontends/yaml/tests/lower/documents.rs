@@ -52,3 +52,15 @@ fn builtins_compute_what_they_say() {
         assert!(text.contains(&format!("{}(", builtin.name)), "no test calls `{}`", builtin.name);
     }
 }
+
+/// The losses of RLHF are expressions of the language, and give DeepSpeed-Chat's numbers.
+#[test]
+fn losses_of_rlhf_have_their_golden_values() {
+    let mut documents = Documents::default();
+    let Document::Recipe(recipe) = documents.read("rlhf.yaml", include_str!("rlhf.yaml")) else { panic!("no recipe") };
+    let std = documents.std_functions();
+    let tests = document_tests(&recipe.tests, &recipe.options, &recipe.graphs, &[&std]);
+    let tests = tests.unwrap_or_else(|e| panic!("{}", render(&e, &documents.sources, Look::Plain)));
+    let wrong: Vec<String> = tests.iter().filter_map(wrong).collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

@@ -1,11 +1,14 @@
-//! Recipes in `mistakes/`, each with a mistake in its graph `loss`, models with a mistake, and what is said about it
-//! (`.expect`).
+//! Recipes in `mistakes/`, each with a mistake in its graph `loss`, models and tests with mistakes, and what is said
+//! about them (`.expect`).
 //!
 //! `BLESS=1 cargo test -p dsgc-yaml --test lower` writes what is said.
 
 use std::path::Path;
 
 use dsgc_yaml::document::Document;
+use dsgc_yaml::literal::Constant;
+use dsgc_yaml::lower::document_tests;
+use dsgc_yaml::model::Model;
 use dsgc_yaml::recipe::Recipe;
 use dsgc_yaml::render::{Look, render};
 
@@ -25,14 +28,20 @@ fn mistakes_are_told() {
         let mut documents = Documents::default();
         let text = std::fs::read_to_string(file).expect("it can be read");
         let (functions, sft) = (documents.std_functions(), documents.std_recipe("sft"));
-        let (recipe, model) = match documents.read("mine.yaml", &text) {
-            Document::Recipe(recipe) => (Recipe { options: sft.options, ..*recipe }, documents.std_model("opt")),
-            Document::Model(model) => (sft, *model),
-            other => panic!("{}: {}", file.display(), other.kind()),
+        let lowered = |recipe: &Recipe, model: &Model, config: &[(&'static str, Constant)]| {
+            lower(recipe, &functions, model, config).map(|_| ())
         };
-        let config = if text.starts_with("model:") { vec![] } else { tiny() };
-        let said = match lower(&recipe, &functions, &model, &config) {
-            Ok(_) => "nothing is wrong\n".into(),
+        let said = match documents.read("mine.yaml", &text) {
+            Document::Recipe(recipe) => {
+                let recipe = Recipe { options: sft.options, ..*recipe };
+                lowered(&recipe, &documents.std_model("opt"), &tiny())
+            }
+            Document::Model(model) => lowered(&sft, &model, &[]),
+            Document::Functions(own) => document_tests(&own.tests, &[], &own.graphs, &[&own, &functions]).map(|_| ()),
+            Document::Pipeline(_) => panic!("{}", file.display()),
+        };
+        let said = match said {
+            Ok(()) => "nothing is wrong\n".into(),
             Err(diags) => render(&diags, &documents.sources, Look::Plain) + "\n",
         };
         let expect = file.with_extension("expect");
