@@ -49,8 +49,11 @@ pub fn equal_values(before: &Program, after: &Program, what: &str) {
     }
 }
 
+/// Shape and bits of a tensor.
+type Exact = (Vec<usize>, Vec<u64>);
+
 /// All results of a graph and all states that are there before it, by name, as shape and bits.
-fn values(program: &Program, graph: &Graph, bindings: &Bindings, seed: u64) -> Vec<(String, (Vec<usize>, Vec<u64>))> {
+fn values(program: &Program, graph: &Graph, bindings: &Bindings, seed: u64) -> Vec<(String, Exact)> {
     let mut interp = match program.level {
         Level::Logical => Interp::new(program.clone(), Precision::F64),
         Level::Planned => {

@@ -22,8 +22,8 @@ fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let whole = n / LANES * LANES;
     for i in (0..whole).step_by(LANES) {
-        for j in 0..LANES {
-            lanes[j] += f(i + j);
+        for (j, lane) in lanes.iter_mut().enumerate() {
+            *lane += f(i + j);
         }
     }
     let tail: f32 = (whole..n).map(&f).sum();
