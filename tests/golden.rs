@@ -1,0 +1,77 @@
+//! Whole training steps: the numbers of PyTorch in `tests/golden`, to 1e-8 by the interpreter in doubles and to 1e-4 by
+//! the CPU; and the same numbers whichever way a batch is cut into micro-batches.
+
+#[path = "golden/compare.rs"]
+mod compare;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use compare::{Golden, On, ZERO_GRADIENT, relative_error};
+use dsgc_ir::Tensor;
+
+fn references() -> Golden {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    Golden::open(&folder, "opt").expect("the references are there")
+}
+
+fn check(on: On) {
+    let compared = references().compare(on).unwrap_or_else(|e| panic!("{e}"));
+    // One number or tensor of everything that the references hold: 36 gradients, 34 parameters after steps.
+    assert_eq!(compared.len(), 1 + 1 + 36 + 1 + 34 + 1);
+    let worse: Vec<String> =
+        compared.iter().filter(|c| c.error > on.tolerance()).map(|c| format!("{}: {:.1e}", c.what, c.error)).collect();
+    assert!(
+        worse.is_empty(),
+        "{on:?} differs from the references by more than {:.0e}:\n{}",
+        on.tolerance(),
+        worse.join("\n")
+    );
+}
+
+#[test]
+fn the_interpreter_in_doubles_gives_the_references() {
+    check(On::Doubles);
+}
+
+#[test]
+fn one_thread_of_the_cpu_gives_the_references() {
+    check(On::Cpu(1));
+}
+
+#[test]
+fn three_threads_of_the_cpu_give_the_references() {
+    check(On::Cpu(3));
+}
+
+/// D1: in how many parts an optimizer batch is computed changes no number. Its rows have 17 to 50 tokens, so a mean of
+/// means would be another number.
+#[test]
+fn micro_batches_do_not_change_numbers() {
+    let golden = references();
+    let runs: Vec<(Vec<f64>, BTreeMap<String, Tensor>)> = ["4", "2", "1"]
+        .iter()
+        .map(|rows| {
+            let size = format!("micro_batch_size={rows}");
+            let settings = [size.as_str(), "max_grad_norm=1.0", "warmup_steps=5", "lr_scheduler_type=cosine"];
+            let mut trainer = golden.trainer(On::Doubles, &settings).unwrap_or_else(|e| panic!("{e}"));
+            let steps = (0..20).map(|step| trainer.step(&golden.batch(step % 4)));
+            (steps.flat_map(|step| [step.loss, step.grad_norm]).collect(), trainer.tensors(""))
+        })
+        .collect();
+    let (whole, parts) = runs.split_first().expect("three runs");
+    let (first, last) = (whole.0[0], whole.0[38]);
+    assert!(last < 0.9 * first, "the runs train: {first} to {last}");
+    for (numbers, params) in parts {
+        let error = relative_error(numbers, &whole.0, 0.0);
+        assert!(error < 1e-12, "losses and norms differ by {error:e}");
+        assert_eq!(params.len(), whole.1.len());
+        for ((name, param), reference) in params.iter().zip(whole.1.values()) {
+            // The steps of a parameter whose gradient is zero in exact arithmetic follow its rounding errors.
+            if !name.ends_with(ZERO_GRADIENT) {
+                let error = relative_error(&param.to_f64(), &reference.to_f64(), 0.0);
+                assert!(error < 1e-12, "{name} differs by {error:e} after 20 steps");
+            }
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! Reference numbers of PyTorch beside those of a device.
+//!
+//! A folder holds, for each family, a Hugging Face folder `FAMILY/`, tensors in `FAMILY.safetensors` and scalars in
+//! `FAMILY.json`. All references are in doubles (`fp64.`), from the same weights in single precision and on the same
+//! rows of tokens (`in.sft0` to `in.sft3`, drawn in turn). What is compared:
+//!
+//! | what | relative to |
+//! |---|---|
+//! | logits of the first batch, where there is text | the largest logit |
+//! | the loss and every gradient of the first batch | the largest element or the norm of the whole gradient |
+//! | 20 losses and norms at a constant rate; with clipping, warm-up and cosine | each its own reference |
+//! | every parameter after the 20 steps at a constant rate | as gradients |
+//!
+//! The gradient of OPT's `k_proj.bias` is zero in exact arithmetic, since softmax does not see what is added to all
+//! keys; AdamW makes steps of full size out of its rounding errors, so it is left out after steps.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use dsgc_hf::{Folder, read_params};
+use dsgc_ir::diag::Diag;
+use dsgc_ir::stage::{Statement, UpdateSteps};
+use dsgc_ir::{Bindings, Planned, Program, Tensor};
+use dsgc_kernels::Device;
+use dsgc_kernels::cpu::{Cpu, CpuTarget};
+use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
+use dsgc_passes::PassContext;
+use dsgc_runtime::calls::{self, Named, combine};
+use dsgc_runtime::learning_rate;
+use dsgc_yaml::load::{self, Failed, Host, Options, TokenizerFacts};
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Map, Value};
+
+/// Batches that the references draw in turn.
+const BATCHES: u64 = 4;
+/// Parameters without a comparison after steps.
+pub const ZERO_GRADIENT: &str = "k_proj.bias";
+
+/// What runs the programs.
+#[derive(Clone, Copy, Debug)]
+pub enum On {
+    /// The interpreter in doubles.
+    Doubles,
+    /// The CPU with so many threads.
+    Cpu(usize),
+}
+
+impl On {
+    /// The largest relative error allowed: doubles may differ in the order of sums, singles in their rounding.
+    pub fn tolerance(self) -> f64 {
+        match self {
+            On::Doubles => 1e-8,
+            On::Cpu(_) => 1e-4,
+        }
+    }
+
+    /// A device with the program in it.
+    fn open(self, program: Program) -> (Planned, Box<dyn Device>) {
+        let compile = |target| dsgc_passes::compile(program, &PassContext { target }, &mut |_, _, _| {});
+        let planned = match self {
+            On::Doubles => compile(&InterpTarget),
+            On::Cpu(threads) => compile(&CpuTarget { threads }),
+        };
+        let planned = planned.unwrap_or_else(|e| panic!("{}", e.iter().map(|d| d.to_string()).collect::<String>()));
+        let device: Box<dyn Device> = match self {
+            On::Doubles => Box::new(Interp::planned(planned.clone(), Precision::F64)),
+            On::Cpu(threads) => Box::new(Cpu::new(planned.clone(), threads)),
+        };
+        (planned, device)
+    }
+}
+
+/// The references of a family.
+pub struct Golden {
+    model: PathBuf,
+    tensors: Vec<u8>,
+    scalars: Value,
+}
+
+/// A comparison: what, and its largest relative error.
+pub struct Compared {
+    /// What was compared.
+    pub what: String,
+    /// The largest relative error in it.
+    pub error: f64,
+}
+
+/// A stage in a device, with its weights.
+pub struct Trainer {
+    program: Planned,
+    device: Box<dyn Device>,
+    steps: UpdateSteps,
+    args: Vec<(String, String)>,
+    micro_batch_size: usize,
+    taken: u64,
+}
+
+impl Golden {
+    /// Opens the references of a family in a folder.
+    pub fn open(folder: &Path, family: &str) -> io::Result<Golden> {
+        let file = |ending: &str| folder.join(format!("{family}.{ending}"));
+        let scalars = serde_json::from_slice(&fs::read(file("json"))?)?;
+        Ok(Golden { model: folder.join(family), tensors: fs::read(file("safetensors"))?, scalars })
+    }
+
+    /// Compares everything that is there. An error is what users would see: the family is not known, say.
+    pub fn compare(&self, on: On) -> Result<Vec<Compared>, String> {
+        let mut all = vec![self.logits(on)?];
+        all.extend(self.gradients(on)?);
+        all.extend(self.training(on, "adamw_const_lr", &[])?);
+        let clipped = ["max_grad_norm=1.0", "warmup_steps=5", "lr_scheduler_type=cosine"];
+        all.extend(self.training(on, "adamw_cosine_clip1", &clipped)?);
+        Ok(all)
+    }
+
+    fn logits(&self, on: On) -> Result<Compared, String> {
+        let (batch, reference) = (self.batch(0), self.tensor("fp64.forward.logits"));
+        let rows = reference.shape[0];
+        let (tokens, segment) = (batch["text.tokens"].rows(0..rows), batch["text.segment"].rows(0..rows));
+        let program = load::score(&self.model, rows, tokens.shape[1], &Machine).map_err(explained)?;
+        let (program, mut device) = on.open(program);
+        load_weights(&program, device.as_mut(), &self.model);
+        let given = [("tokens", &tokens), ("segment", &segment)];
+        let outputs = device.run("score", &given).map_err(|e| e.to_string())?;
+        let logits = &outputs.iter().find(|(name, _)| name == "logits").expect("`score` gives logits").1;
+        // Scores on padding mean nothing: a model may see whatever it likes there.
+        let vocab = reference.shape[2];
+        let text = |tensor: &Tensor| -> Vec<f64> {
+            let places = segment.to_f64().into_iter();
+            tensor.to_f64().chunks(vocab).zip(places).filter(|(_, s)| *s == 1.0).flat_map(|(l, _)| l.to_vec()).collect()
+        };
+        Ok(Compared { what: "logits".into(), error: relative_error(&text(logits), &text(&reference), 0.0) })
+    }
+
+    fn gradients(&self, on: On) -> Result<Vec<Compared>, String> {
+        // In halves, so that gradients stand in their accumulators.
+        let mut trainer = self.trainer(on, &["micro_batch_size=2"])?;
+        let loss = trainer.backward(&self.batch(0));
+        let whole = self.scalars["fp64"]["sft"]["grad_norm_total"].as_f64().expect("the norm of all gradients");
+        let expected = self.scalars["fp64"]["sft"]["loss"].as_f64().expect("the first loss");
+        let mut all = vec![Compared { what: "first loss".into(), error: relative_error(&[loss], &[expected], 0.0) }];
+        for (name, gradient) in trainer.tensors(".grad") {
+            let reference = self.tensor(&format!("fp64.sft.grad.{name}"));
+            let error = relative_error(&gradient.to_f64(), &reference.to_f64(), whole);
+            all.push(Compared { what: format!("gradient of {name}"), error });
+        }
+        Ok(all)
+    }
+
+    fn training(&self, on: On, name: &str, settings: &[&str]) -> Result<Vec<Compared>, String> {
+        let reference = &self.scalars["fp64"]["sft"][name];
+        let list = |key: &str| -> Vec<f64> {
+            reference[key].as_array().into_iter().flatten().filter_map(Value::as_f64).collect()
+        };
+        let (losses, norms) = (list("loss"), list("grad_norm_before_clip"));
+        let mut trainer = self.trainer(on, settings)?;
+        let mut error: f64 = 0.0;
+        for (step, (loss, norm)) in losses.iter().zip(&norms).enumerate() {
+            let found = trainer.step(&self.batch(step as u64 % BATCHES));
+            error = error.max(relative_error(&[found.loss], &[*loss], 0.0));
+            error = error.max(relative_error(&[found.grad_norm], &[*norm], 0.0));
+        }
+        let mut all = vec![Compared { what: format!("{} losses and norms, {name}", losses.len()), error }];
+        if name == "adamw_const_lr" {
+            let whole = *norms.last().expect("there are steps");
+            for (name, param) in trainer.tensors("").into_iter().filter(|(n, _)| !n.ends_with(ZERO_GRADIENT)) {
+                let reference = self.tensor(&format!("fp64.sft.after20.{name}"));
+                let error = relative_error(&param.to_f64(), &reference.to_f64(), whole);
+                all.push(Compared { what: format!("{name} after {} steps", losses.len()), error });
+            }
+        }
+        Ok(all)
+    }
+
+    /// The stage `sft` of `pipeline.yaml` with this family's model.
+    pub fn trainer(&self, on: On, settings: &[&str]) -> Result<Trainer, String> {
+        let mut sets = vec![format!("models.base={}", self.model.display())];
+        sets.extend(settings.iter().map(|s| format!("stages.sft.{s}")));
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/pipeline.yaml");
+        let loaded = load::load(&file, &Options { sets, stage: None }, &Machine).map_err(explained)?;
+        let [program] = <[Program; 1]>::try_from(loaded.stages).expect("the pipeline has one stage");
+        let (program, mut device) = on.open(program);
+        load_weights(&program, device.as_mut(), &self.model);
+        let Some(Statement::For { body, .. }) = program.stage.plan.first() else { panic!("sft goes through rows") };
+        let Some(Statement::Update(update)) = body.first() else { panic!("sft updates its model") };
+        let (steps, args) = (update.steps.clone().expect("autodiff derived the update"), update.args.clone());
+        let micro_batch_size = program.stage.sources[0].micro_batch_size;
+        Ok(Trainer { program, device, steps, args, micro_batch_size, taken: 0 })
+    }
+
+    /// Rows of tokens, as the runtime makes them from files: `text.tokens`, `text.segment`, `text.trained`.
+    pub fn batch(&self, index: u64) -> Named {
+        let part = |name: &str| self.tensor(&format!("in.sft{index}.{name}"));
+        let (tokens, mask, labels) = (part("input_ids"), part("attention_mask"), part("labels"));
+        let whole = |tensor: &Tensor| -> Vec<i32> { tensor.to_f64().into_iter().map(|x| x as i32).collect() };
+        // Hugging Face's labels are tokens, or -100 where a token is no target.
+        let trained = labels.to_f64().into_iter().map(|x| x != -100.0).collect();
+        Named::from([
+            ("text.tokens".into(), Tensor::i32(&tokens.shape, whole(&tokens))),
+            ("text.segment".into(), Tensor::i32(&mask.shape, whole(&mask))),
+            ("text.trained".into(), Tensor::bool(&labels.shape, trained)),
+        ])
+    }
+
+    /// A tensor of the file, numbers as doubles.
+    fn tensor(&self, name: &str) -> Tensor {
+        let file = SafeTensors::deserialize(&self.tensors).expect("the references are a safetensors file");
+        let view = file.tensor(name).unwrap_or_else(|_| panic!("the references have no `{name}`"));
+        let words = view.data().chunks_exact(8).map(|bytes| <[u8; 8]>::try_from(bytes).expect("8 bytes"));
+        let numbers: Vec<f64> = match view.dtype() {
+            Dtype::F64 => words.map(f64::from_le_bytes).collect(),
+            Dtype::I64 => words.map(|word| i64::from_le_bytes(word) as f64).collect(),
+            other => panic!("`{name}` is of the type {other:?}"),
+        };
+        Tensor::f64(view.shape(), numbers)
+    }
+}
+
+/// Numbers of an optimizer step.
+pub struct Step {
+    /// The loss before it.
+    pub loss: f64,
+    /// The norm of the whole gradient, before clipping.
+    pub grad_norm: f64,
+}
+
+impl Trainer {
+    /// Takes an optimizer step.
+    pub fn step(&mut self, batch: &Named) -> Step {
+        let stage = &self.program.stage;
+        let total = stage.max_steps.expect("the pipeline says how many steps there are");
+        let lr = learning_rate(&stage.trainings[0].schedule, self.taken, total);
+        self.taken += 1;
+        let settings = Named::from([
+            ("lr".to_string(), Tensor::f64(&[], vec![lr])),
+            ("t".to_string(), Tensor::i32(&[], vec![self.taken as i32])),
+        ]);
+        let inputs = self.inputs(batch);
+        let device = self.device.as_mut();
+        let outputs = calls::update(device, &self.program, &self.steps, &inputs, self.micro_batch_size, &settings)
+            .unwrap_or_else(|e| panic!("{e}"));
+        Step { loss: outputs["loss"].scalar(), grad_norm: outputs["grad_norm"].scalar() }
+    }
+
+    /// Adds the gradients of a batch to their accumulators, and gives its loss.
+    fn backward(&mut self, batch: &Named) -> f64 {
+        let UpdateSteps::Split { count, grad, finish, .. } = self.steps.clone() else {
+            panic!("a batch in two parts is accumulated")
+        };
+        let inputs = self.inputs(batch);
+        let mut totals = Named::new();
+        // What a gradient needs of the whole batch (how many targets it has) is counted before.
+        for graph in count.iter().chain([&grad]) {
+            let given = totals.clone();
+            for rows in (0..inputs["text.tokens"].shape[0]).step_by(self.micro_batch_size) {
+                let part: Named = inputs
+                    .iter()
+                    .map(|(name, tensor)| (name.clone(), tensor.rows(rows..rows + self.micro_batch_size)))
+                    .collect();
+                combine(&mut totals, self.call(graph, &[&part, &given]));
+            }
+        }
+        self.call(&finish, &[&totals])["loss"].scalar()
+    }
+
+    fn call(&mut self, graph: &str, given: &[&Named]) -> Named {
+        calls::call(self.device.as_mut(), &self.program, graph, given).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    fn inputs(&self, batch: &Named) -> Named {
+        self.args.iter().map(|(input, _)| (input.clone(), batch[input].clone())).collect()
+    }
+
+    /// Parameters by Hugging Face name, or with `.grad` their accumulated gradients.
+    pub fn tensors(&self, suffix: &str) -> BTreeMap<String, Tensor> {
+        let params = self.program.params_of("model");
+        params
+            .map(|(_, name)| {
+                let id = self.program.state_named(&format!("model/{name}{suffix}"));
+                (name.to_string(), self.device.state(id.expect("every parameter is trained")))
+            })
+            .collect()
+    }
+}
+
+/// The largest difference, relative to the largest reference or to `least`, whichever is more.
+///
+/// What is not a number differs without bound.
+pub fn relative_error(found: &[f64], reference: &[f64], least: f64) -> f64 {
+    assert_eq!(found.len(), reference.len(), "as many numbers as references");
+    let scale = reference.iter().fold(least, |most, x| most.max(x.abs()));
+    let worst = |most: f64, difference: f64| if difference.is_nan() { f64::INFINITY } else { most.max(difference) };
+    let difference = found.iter().zip(reference).map(|(a, b)| (a - b).abs()).fold(0.0, worst);
+    if difference == 0.0 { 0.0 } else { difference / scale }
+}
+
+fn load_weights(program: &Planned, device: &mut dyn Device, folder: &Path) {
+    let role = &program.stage.roles[0];
+    let (ids, wanted): (Vec<_>, Vec<_>) = program
+        .params_of(&role.name)
+        .map(|(id, name)| {
+            let shape = program.state(id).ty.shape(&Bindings::new()).expect("parameters have constant dims");
+            (id, (name.to_string(), shape))
+        })
+        .unzip();
+    let read = Folder::open(folder).map_err(|e| vec![e]).and_then(|f| read_params(&f, &role.model.tensors, &wanted));
+    let tensors = read.unwrap_or_else(|e| panic!("{}", e.iter().map(|d| d.to_string()).collect::<String>()));
+    for (id, tensor) in ids.into_iter().zip(tensors) {
+        device.set_state(id, &tensor);
+    }
+}
+
+fn explained(failed: Failed) -> String {
+    failed.diags.iter().map(|d| d.plain(&failed.sources)).collect()
+}
+
+/// The disk, with a file of rows that nobody reads: the references bring their tokens.
+struct Machine;
+
+impl Host for Machine {
+    fn text(&self, path: &Path) -> io::Result<String> {
+        fs::read_to_string(path)
+    }
+
+    fn hf_config(&self, folder: &Path) -> Result<Map<String, Value>, Diag> {
+        Folder::open(folder).map(|f| f.config().clone())
+    }
+
+    fn tokenizer(&self, folder: &Path) -> Result<TokenizerFacts, Diag> {
+        let t = dsgc_hf::Tokenizer::load(folder)?;
+        Ok(TokenizerFacts { vocab: t.vocab_size(), pad: t.pad(), eos: t.eos(), bos: t.bos() })
+    }
+
+    fn columns(&self, _: &Path) -> Result<Vec<String>, Diag> {
+        Ok(vec!["text".into()])
+    }
+}
