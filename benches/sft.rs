@@ -90,13 +90,8 @@ fn main() {
     let mut times: Vec<Duration> = Vec::new();
     for t in 1..=STEPS + 1 {
         let (lr, t) = (Tensor::f32(&[], vec![1e-5]), Tensor::i32(&[], vec![t as i32]));
-        let inputs = [
-            ("text.tokens", &tokens),
-            ("text.segment", &segment),
-            ("text.trained", &trained),
-            ("lr", &lr),
-            ("t", &t),
-        ];
+        let inputs =
+            [("text.tokens", &tokens), ("text.segment", &segment), ("text.trained", &trained), ("lr", &lr), ("t", &t)];
         let started = Instant::now();
         let outputs = device.run(&step, &inputs).unwrap_or_else(|e| panic!("{e}"));
         times.push(started.elapsed());
