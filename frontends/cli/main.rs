@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{check, compile, library, opt, run};
+use commands::{check, compile, library, opt, run, score};
 
 /// A compiler for training pipelines: YAML graphs to planned programs.
 #[derive(Parser)]
@@ -31,6 +31,8 @@ enum Command {
     Compile(compile::Args),
     /// Run a pipeline.
     Run(run::Args),
+    /// Score texts with a model.
+    Score(score::Args),
     /// Run passes on a program in text form.
     Opt(opt::Args),
     /// Look into the standard library.
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
         Command::Check(args) => check::run(&args),
         Command::Compile(args) => compile::run(&args),
         Command::Run(args) => run::run(&args),
+        Command::Score(args) => score::run(&args),
         Command::Opt(args) => opt::run(&args),
         Command::Std(args) => library::run(&args),
     };

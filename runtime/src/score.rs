@@ -18,10 +18,9 @@ pub struct Score {
     pub logits: Tensor,
 }
 
-/// Scores texts one at a time; the program is that of the recipe `score`, whose graph `score` takes `text` and gives
-/// `logits` and `logp`.
+/// Scores texts one at a time; the program is that of the recipe `score`, whose graph `score` takes `tokens` and
+/// `segment` and gives `logits` and `logp`.
 pub struct Scorer {
-    program: Planned,
     device: Box<dyn Device>,
 }
 
@@ -31,20 +30,15 @@ impl Scorer {
         let role = program.stage.roles.first().cloned();
         let (name, rules) = role.map_or(("model".into(), TensorRules::default()), |r| (r.name, r.model.tensors));
         load_params(&program, device.as_mut(), &name, &rules, folder)?;
-        Ok(Scorer { program, device })
+        Ok(Scorer { device })
     }
 
     /// Scores one text of at least two tokens.
     pub fn score(&mut self, tokens: &[i32]) -> Result<Score, Diag> {
         let shape = [1, tokens.len()];
-        let given = [
-            ("text.tokens", Tensor::i32(&shape, tokens.to_vec())),
-            ("text.segment", Tensor::i32(&shape, vec![1; tokens.len()])),
-            ("text.trained", Tensor::bool(&shape, vec![true; tokens.len()])),
-        ];
-        let graph = self.program.graph("score").unwrap_or_else(|| panic!("bug: the program has no graph `score`"));
-        let inputs: Vec<(&str, &Tensor)> =
-            given.iter().filter(|(n, _)| graph.input_named(n).is_some()).map(|(n, t)| (*n, t)).collect();
+        let given =
+            [("tokens", Tensor::i32(&shape, tokens.to_vec())), ("segment", Tensor::i32(&shape, vec![1; tokens.len()]))];
+        let inputs: Vec<(&str, &Tensor)> = given.iter().map(|(n, t)| (*n, t)).collect();
         let outputs = self.device.run("score", &inputs)?;
         let output = |name: &str| {
             let found = outputs.iter().find(|(n, _)| n == name).map(|(_, t)| t.rows(0..1));

@@ -5,6 +5,7 @@ pub mod compile;
 pub mod library;
 pub mod opt;
 pub mod run;
+pub mod score;
 
 use std::path::Path;
 

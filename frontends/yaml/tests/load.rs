@@ -152,7 +152,13 @@ fn a_folder_is_read_by_the_rules_of_its_model() {
         serde_json::Value::from(role.model.config.clone()),
         serde_json::from_str::<serde_json::Value>(common::TINY).unwrap()
     );
-    for line in ["# vocab: 104 ", "# norm_first: true ", "# tied: true ", "# activation: relu "] {
+    for line in [
+        "# in config.json, kept and not used: dropout\n",
+        "# vocab: 104 ",
+        "# norm_first: true ",
+        "# tied: true ",
+        "# activation: relu ",
+    ] {
         assert!(loaded.resolved.contains(line), "{line} in {}", loaded.resolved);
     }
 }
@@ -229,9 +235,9 @@ fn rows_are_bound_by_their_columns() {
     assert_eq!(parts("{path: pairs.jsonl}").len(), 3, "prompt, chosen, eoc");
     assert_eq!(parts("{path: texts.jsonl}").len(), 2, "text, eoc");
     let renamed =
-        source("{path: texts.jsonl, fields: {prompt: text, chosen: text}, train_on_prompt: true, prefix: ' '}");
+        source("{path: texts.jsonl, fields: {prompt: text, chosen: text}, train_on_prompt: false, prefix: ' '}");
     assert_eq!(renamed.fields["chosen"], "text");
-    assert!(renamed.train_on_prompt);
+    assert!(!renamed.train_on_prompt);
     assert_eq!(renamed.prefix, " ");
     let split =
         source("{path: texts.jsonl, split: {reward: 4, sft: 2}, shuffle: deepspeed_chat, pad_to_max: true}").split;
@@ -263,4 +269,62 @@ fn any_folder_can_be_scored() {
     assert_eq!(graph.dim_range("B").map(|d| d.max), Some(3));
     let too_long = score(Path::new("tiny"), 3, 65, &machine()).unwrap_err();
     assert_eq!(too_long.diags[0].message, "found rows of 65 tokens, but `tiny` has 64 positions");
+}
+
+/// A recipe that takes a function from a file, with a choice in its plan.
+const MINE: &str = "\
+recipe: mine
+extends: sft
+use: [./lib.yaml]
+options:
+  max_length: 32
+  twice: false
+graphs:
+  loss:
+    in:
+      text: sequence[B, T]
+    let:
+      - nll: -next_logp(model(text), text.tokens)
+    out:
+      loss: halved(mean(nll, where=text.trained[:, 1:]))
+plan:
+  - for: batch
+    in: text
+    do:
+      - if: twice
+        do:
+          - repeat: 2
+            do:
+              - update(model, loss(text=batch.text))
+        else:
+          - update(model, loss(batch.text))
+";
+
+const LIB: &str = "\
+functions: lib
+graphs:
+  halved:
+    in: {x: \"f[]\"}
+    out: x / 2
+tests:
+  - graph: halved
+    given: {x: 3.0}
+    expect: {out: 1.5}
+";
+
+#[test]
+fn functions_come_from_files_and_plans_are_decided_at_load() {
+    let text = SFT.replace("  sft:\n", "  sft:\n    recipe: own/mine.yaml\n");
+    let files = || machine().with("own/mine.yaml", MINE).with("own/lib.yaml", LIB);
+    let body = |sets: &[&str]| {
+        let loaded = loaded(files(), &text, sets);
+        assert!(loaded.tests.iter().any(|t| t.name.contains("halved")), "the tests of every document in use");
+        let mut plan = loaded.stages[0].stage.plan.clone();
+        let Statement::For { body, .. } = plan.remove(0) else { panic!() };
+        body
+    };
+    assert!(matches!(&body(&[])[..], [Statement::Update(u)] if u.args[0].1 == "batch.text.tokens"));
+    let twice = body(&["sft.twice=true"]);
+    let [Statement::Repeat { times: 2, body }] = &twice[..] else { panic!("{twice:?}") };
+    assert!(matches!(&body[..], [Statement::Update(u)] if u.args[0].1 == "batch.text.tokens"));
 }

@@ -58,9 +58,10 @@ pub(super) fn embed_grad(l: &mut Launch) -> Result<(), String> {
     Ok(())
 }
 
-/// The log of the softmax's divisor.
+/// The largest logit, and the log of the softmax's divisor beyond it. Apart, because their sum would lose the digits in
+/// which a likely token differs from the largest.
 #[inline(always)]
-fn log_divisor(row: &[f32]) -> f32 {
+fn divisor(row: &[f32]) -> (f32, f32) {
     let mut most = [f32::NEG_INFINITY; LANES];
     let chunks = row.chunks_exact(LANES);
     let tail = chunks.remainder();
@@ -77,12 +78,13 @@ fn log_divisor(row: &[f32]) -> f32 {
         }
     }
     let rest: f32 = tail.iter().map(|&x| exp(x - most)).sum();
-    most + (sums.iter().sum::<f32>() + rest).ln()
+    (most, (sums.iter().sum::<f32>() + rest).ln())
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
 fn logp_row(row: &[f32], token: usize) -> f32 {
-    row[token] - log_divisor(row)
+    let (most, beyond) = divisor(row);
+    row[token] - most - beyond
 }
 
 /// `grad * (one at the token - softmax)`, written over the logits if the plan says so.
@@ -92,7 +94,7 @@ fn logp_row(row: &[f32], token: usize) -> f32 {
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
 unsafe fn logp_grad_row(row: *const f32, n: usize, token: usize, grad: f32, out: *mut f32) {
     // SAFETY: the caller's promise; the slice is not used once `out` is written.
-    let divisor = log_divisor(unsafe { std::slice::from_raw_parts(row, n) });
+    let (most, beyond) = divisor(unsafe { std::slice::from_raw_parts(row, n) });
     let mut i = 0;
     while i + LANES <= n {
         // SAFETY: all elements are loaded before any is stored.
@@ -100,7 +102,7 @@ unsafe fn logp_grad_row(row: *const f32, n: usize, token: usize, grad: f32, out:
             let x = row.add(i).cast::<[f32; LANES]>().read_unaligned();
             let mut r = [0.0; LANES];
             for j in 0..LANES {
-                r[j] = -grad * exp(x[j] - divisor);
+                r[j] = -grad * exp(x[j] - most - beyond);
             }
             out.add(i).cast::<[f32; LANES]>().write_unaligned(r);
         }
@@ -108,7 +110,7 @@ unsafe fn logp_grad_row(row: *const f32, n: usize, token: usize, grad: f32, out:
     }
     while i < n {
         // SAFETY: element `i` lies in both.
-        unsafe { out.add(i).write(-grad * exp(row.add(i).read() - divisor)) };
+        unsafe { out.add(i).write(-grad * exp(row.add(i).read() - most - beyond)) };
         i += 1;
     }
     // SAFETY: the token was checked.

@@ -235,6 +235,10 @@ fn pipeline(
         }
     }
     check_defaults(documents, pipeline, places);
+    assert!(
+        prepared.len() == pipeline.stages.len() || !documents.errors.is_empty(),
+        "bug: a stage is missing, and nobody says why"
+    );
     let (mut stages, mut tests) = (Vec::new(), Vec::<DocumentTest>::new());
     for stage in prepared.iter().filter(|s| options.stage.as_ref().is_none_or(|wanted| *wanted == s.name)) {
         stages.extend(graphs::program(documents, stage, stage::host_side(stage, &output_dir)));

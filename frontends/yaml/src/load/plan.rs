@@ -76,12 +76,40 @@ impl Planned {
     pub fn read(scope: &Scope<'_>, plan: &[Step], evaluate: &[Expr]) -> Planned {
         let mut planned = Planned::default();
         planned.plan = planned.steps(scope, plan, &[]);
+        planned.top(plan);
         for call in evaluate {
             if let Some(statement) = planned.evaluation(scope, call) {
                 planned.evaluate.push(statement);
             }
         }
         planned
+    }
+
+    /// What runs is one loop over rows: epochs and steps are counted by it.
+    fn top(&mut self, plan: &[Step]) {
+        let mut loops = plan.iter().filter_map(|step| match step {
+            Step::For { span, .. } => Some(*span),
+            _ => None,
+        });
+        if let (Some(first), Some(second)) = (loops.next(), loops.next()) {
+            let diag = Diag::error("found a second loop over rows; more than one is not part of this version");
+            self.errors.push(diag.label(second, "").label(first, "the first"));
+        }
+        for step in plan {
+            let (what, span) = match step {
+                Step::Repeat { span, .. } => ("`repeat`", *span),
+                Step::Call { call, name: None } => ("a call", call.span),
+                Step::If { then, otherwise, .. } => {
+                    self.top(then);
+                    self.top(otherwise);
+                    continue;
+                }
+                // These have messages of their own.
+                Step::For { .. } | Step::Set { .. } | Step::Call { .. } => continue,
+            };
+            let diag = Diag::error(format!("found {what} outside of a loop over rows")).label(span, "");
+            self.errors.push(diag.help("write `for: batch`, `in: <source>`, and this under `do:`"));
+        }
     }
 
     fn not_yet(&mut self, what: &str, span: Span) {

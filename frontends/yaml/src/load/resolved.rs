@@ -123,6 +123,10 @@ impl Printer<'_> {
                 let name = if given(entry) { entry.name.clone() } else { format!("# {}", entry.name) };
                 self.line(6, &name, &value(&entry.value), Some(&entry.from));
             }
+            let unused = &known.config.host.unused;
+            if !unused.is_empty() {
+                self.line(4, "# in config.json, kept and not used", &unused.join(", "), None);
+            }
         }
     }
 
@@ -234,8 +238,10 @@ fn scalar(text: &Text) -> String {
 }
 
 /// A value as YAML.
-fn value(value: &Constant) -> String {
+pub(super) fn value(value: &Constant) -> String {
     match value {
+        Constant::Float(x) if x.is_nan() => ".nan".into(),
+        Constant::Float(x) if x.is_infinite() => if *x > 0.0 { ".inf" } else { "-.inf" }.into(),
         Constant::Str(text) => quoted(text),
         Constant::List(items) => {
             format!("[{}]", items.iter().map(|x| self::value(&x.value)).collect::<Vec<_>>().join(", "))

@@ -18,6 +18,7 @@ use super::declared::{missing, typed};
 use super::documents::{Documents, ScopedRecipe};
 use super::models::{Known, Weights};
 use super::plan::{Planned, Scope, SourceShape};
+use super::resolved;
 use super::roles::{self, BoundRole};
 use super::settings::{Decided, Layers, Provenance, RUN_RULES, Range, literal, parsed};
 use super::sources::{self, Asked};
@@ -117,6 +118,10 @@ pub(super) fn prepare(
         sources: sources.iter().map(shape).collect(),
     };
     let mut planned = Planned::read(&scope, recipe.recipe.plan.as_deref().unwrap_or_default(), &recipe.recipe.evaluate);
+    if planned.errors.is_empty() && planned.plan.is_empty() {
+        let diag = Diag::error(format!("the plan of recipe `{}` is empty: there is nothing to run", recipe.name));
+        documents.error(diag.label(stage.name.span, ""));
+    }
     documents.errors.append(&mut planned.errors);
     let evaluates = run.iter().find(|d| d.key == "eval_steps").filter(|d| d.constant() != Constant::None);
     if let (Some(eval_steps), true) = (evaluates, planned.evaluate.is_empty()) {
@@ -187,7 +192,7 @@ fn run_settings(
     let mut run: Vec<Decided> = RUN_RULES.iter().map(|rule| layers.decide(rule, &mut documents.errors)).collect();
     for decided in run.iter_mut().filter(|d| d.from == Provenance::Default) {
         if let Some(default) = option_named(recipe, &decided.key).and_then(|option| option.default.as_ref()) {
-            decided.node = parsed(&default.value.to_string());
+            decided.node = parsed(&resolved::value(&default.value));
             decided.from = Provenance::Recipe(recipe.name.clone());
         } else if let ("seed", Some(seed)) = (decided.key.as_ref(), &around.pipeline.seed) {
             Range::AtLeast(0.0).check("seed", seed, &mut documents.errors);
@@ -225,7 +230,7 @@ fn options(
         let (node, given, from) = match (layers.find(&name), &option.default) {
             (Some((_, setting, from)), _) => (setting.value.clone(), literal(&setting.value), from),
             (None, Some(default)) => {
-                (parsed(&default.value.to_string()), default.clone(), Provenance::Recipe(recipe.name.clone()))
+                (parsed(&resolved::value(&default.value)), default.clone(), Provenance::Recipe(recipe.name.clone()))
             }
             (None, None) => {
                 documents.error(missing(option, &format!("stage `{}`", stage.name.text), stage.name.span));
@@ -260,7 +265,12 @@ fn sizes(documents: &mut Documents<'_>, layers: &Layers<'_>, run: &[Decided]) ->
             );
             return None;
         };
-        return Some((rows.checked_mul(steps.count()?)?, rows));
+        let all = rows.checked_mul(steps.count()?);
+        if all.is_none() {
+            let message = format!("found {} micro-batches of {rows} rows, which nobody can count", steps.text());
+            documents.error(Diag::error(message).label(steps.node.span, ""));
+        }
+        return Some((all?, rows));
     }
     let batch = find("batch_size")?;
     let rows = batch.count()?;

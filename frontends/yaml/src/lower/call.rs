@@ -249,6 +249,7 @@ impl<'a> Lowering<'a> {
             statics: state.statics.clone(),
             graphs: &[],
             functions: state.functions.clone(),
+            first: 0,
             role: Some(role),
             calls_models: false,
         }
@@ -331,10 +332,12 @@ impl<'a> Lowering<'a> {
                 all.push((arg.name.clone(), value));
             }
             let prefix = format!("{name}.{layer}.");
-            self.declare(role, &found.params, &prefix)?;
+            let declared = self.declare(role, &found.params, &prefix);
             self.tag = Some(Tag { block: name.as_str().into(), instance: layer });
             let result = self.inline(self.home_of(role), prefix, &found.graph, span, all);
             self.tag = outer.clone();
+            // The other layers would make the same mistakes.
+            declared?;
             carry = Some(result?);
         }
         match carry {

@@ -93,6 +93,7 @@ fn one(
                 statics: lowering.statics(options, &values),
                 graphs,
                 functions: functions.into(),
+                first: 0,
                 role: None,
                 calls_models: false,
             };

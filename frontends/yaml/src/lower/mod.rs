@@ -113,6 +113,7 @@ pub fn program(request: &Request<'_>) -> Result<Program, Vec<Diag>> {
             statics: options.clone(),
             graphs: &request.recipe.graphs,
             functions: lowering.functions.clone(),
+            first: 0,
             role: None,
             calls_models: true,
         };

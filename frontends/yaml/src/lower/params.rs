@@ -1,7 +1,7 @@
 //! Parameters: their states, and the graph that gives them their first values.
 
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::{DType, Dim, Op, StateKind, Type, Value};
+use dsgc_ir::{DType, Dim, Op, StateId, StateKind, Type, Value};
 
 use crate::expr::{Expr, ExprKind};
 use crate::model::Param;
@@ -12,11 +12,9 @@ use super::{Lowering, R, Reported};
 
 /// A parameter of a role.
 pub(super) struct Declared<'a> {
-    /// Hugging Face's name.
-    pub name: String,
     pub param: &'a Param,
-    /// `None` where its `when` is false.
-    pub state: Option<dsgc_ir::StateId>,
+    /// `None` where its `when` is false; an error where its declaration is wrong.
+    pub state: R<Option<StateId>>,
 }
 
 /// How a parameter begins.
@@ -50,9 +48,8 @@ impl<'a> Lowering<'a> {
             let _: R<()> = self.fail(diag.label(decl.name.span, ""));
             return;
         }
-        if self.declare(role, &model.params, "").is_err() {
-            return;
-        }
+        // Uses of parameters that are wrong are silent; the rest of the graph is not.
+        let _ = self.declare(role, &model.params, "");
         self.begin(&format!("{}.forward", self.roles[role].name), &[]);
         let mut scope = Scope::new(self.home_of(role));
         self.symbols(&mut scope, &model.graph, |symbol| Some(Dim::symbol(symbol)), "");
@@ -96,15 +93,13 @@ impl<'a> Lowering<'a> {
                 Ok(false) => Ok(None),
                 Err(Reported) => Err(Reported),
             };
-            // One that is wrong is known too, or every use of it would be an error.
             all = all.and(state.map(|_| ()));
-            let state = state.unwrap_or(None);
-            self.roles[role].params.insert(name.clone(), Declared { name, param, state });
+            self.roles[role].params.insert(name, Declared { param, state });
         }
         all
     }
 
-    fn state(&mut self, scope: &mut Scope<'a>, role: usize, param: &Param, name: &str) -> R<dsgc_ir::StateId> {
+    fn state(&mut self, scope: &mut Scope<'a>, role: usize, param: &Param, name: &str) -> R<StateId> {
         // All of them, so that all errors are told.
         let dims: Vec<R<Dim>> = param.shape.iter().map(|expr| self.extent(scope, expr)).collect();
         let dims: Vec<Dim> = dims.into_iter().collect::<R<_>>()?;
@@ -173,13 +168,13 @@ impl<'a> Lowering<'a> {
         let declared = self.roles[param.role].params.get(&param.name);
         let Some(declared) = declared else { panic!("bug: parameter `{}` was not declared", param.name) };
         match (declared.state, &declared.param.when) {
-            (Some(state), _) => Ok(self.read_state(span, state)),
-            // Its declaration is wrong.
-            (None, None) => Err(Reported),
-            (None, Some(when)) => {
+            (Err(Reported), _) => Err(Reported),
+            (Ok(Some(state)), _) => Ok(self.read_state(span, state)),
+            (Ok(None), when) => {
+                let when = when.as_ref().map_or(Span::NONE, |when| when.span);
                 let diag = Diag::error(format!("the parameter `{}` does not exist here", param.name))
                     .label(span, "")
-                    .label(when.span, "which is false with this config")
+                    .label(when, "which is false with this config")
                     .help("write `a if condition else b` with the same condition");
                 self.fail(diag)
             }
@@ -190,7 +185,7 @@ impl<'a> Lowering<'a> {
     pub fn optional(&mut self, span: Span, group: &ParamRef, member: &str) -> R<Option<Value>> {
         let name = format!("{}.{member}", group.name);
         match self.roles[group.role].params.get(&name) {
-            Some(declared) => Ok(declared.state.map(|state| self.read_state(span, state))),
+            Some(declared) => Ok(declared.state?.map(|state| self.read_state(span, state))),
             None => Ok(None),
         }
     }

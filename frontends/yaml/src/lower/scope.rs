@@ -1,5 +1,6 @@
 //! What a name means (D7): one flat scope per graph, in which a name has one value.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use dsgc_ir::diag::{Diag, Span, nearest};
@@ -10,6 +11,7 @@ use crate::graph::Graph as Source;
 use crate::literal::Constant;
 
 use super::call::mentions;
+use super::params::Declared;
 use super::value::{ParamRef, Val};
 use super::{Lowering, R};
 
@@ -30,6 +32,9 @@ pub(super) struct Home<'a> {
     pub graphs: &'a [Source],
     /// Documents of functions in scope; an earlier one wins.
     pub functions: Rc<[&'a Functions]>,
+    /// The first of these that comes before the builtins: that of a function itself, so that nobody's `sum` changes
+    /// what the library's functions mean.
+    pub first: usize,
     /// The role whose model this is.
     pub role: Option<usize>,
     /// Whether models can be called by their roles.
@@ -116,7 +121,7 @@ impl<'a> Lowering<'a> {
             _ => return None,
         };
         let params = &self.roles[*role].params;
-        params.get(name).or_else(|| params.values().find(|d| begins(&d.name, name))).map(|d| d.param.name.span)
+        params.get(name).or_else(|| first_of(params, name)).map(|d| d.param.name.span)
     }
 
     /// The parameter or the group of this name.
@@ -127,7 +132,7 @@ impl<'a> Lowering<'a> {
         if params.contains_key(&whole) {
             return Some(Val::Param(ParamRef { role, name: whole }));
         }
-        params.keys().any(|p| begins(p, &whole)).then_some(Val::Group(ParamRef { role, name: whole }))
+        first_of(params, &whole).is_some().then_some(Val::Group(ParamRef { role, name: whole }))
     }
 
     /// The value of a name with dots.
@@ -231,22 +236,32 @@ impl<'a> Lowering<'a> {
         if let Some(graph) = scope.home.graphs.iter().find(|g| g.name.text == name) {
             return Some(Callee::Graph(graph, scope.home.clone()));
         }
-        for functions in scope.home.functions.iter() {
-            if let Some(graph) = functions.graphs.iter().find(|g| g.name.text == name) {
-                let home = Home {
-                    statics: self.ids.clone(),
-                    graphs: &functions.graphs,
-                    functions: scope.home.functions.clone(),
-                    role: None,
-                    calls_models: false,
-                };
-                return Some(Callee::Graph(graph, home));
-            }
+        let (later, earlier) = (scope.home.first..scope.home.functions.len(), 0..scope.home.first);
+        if let Some(found) = self.shared(scope, name, later) {
+            return Some(found);
         }
         if name == "repeat" {
             return Some(Callee::Repeat);
         }
-        super::BUILTINS.iter().find(|b| b.name == name).map(Callee::Builtin)
+        let builtin = super::BUILTINS.iter().find(|b| b.name == name).map(Callee::Builtin);
+        builtin.or_else(|| self.shared(scope, name, earlier))
+    }
+
+    /// A graph of some of the documents of functions.
+    fn shared(&self, scope: &Scope<'a>, name: &str, mut documents: std::ops::Range<usize>) -> Option<Callee<'a>> {
+        documents.find_map(|first| {
+            let document = scope.home.functions[first];
+            let graph = document.graphs.iter().find(|g| g.name.text == name)?;
+            let home = Home {
+                statics: self.ids.clone(),
+                graphs: &document.graphs,
+                functions: scope.home.functions.clone(),
+                first,
+                role: None,
+                calls_models: false,
+            };
+            Some(Callee::Graph(graph, home))
+        })
     }
 
     /// The error for a call of something that does not exist.
@@ -323,7 +338,9 @@ impl<'a> Lowering<'a> {
     }
 }
 
-/// Whether `name` is `group` and a dot and more.
-fn begins(name: &str, group: &str) -> bool {
-    name.strip_prefix(group).is_some_and(|rest| rest.starts_with('.'))
+/// The first parameter whose name is `group`, a dot and more.
+fn first_of<'p, 'a>(params: &'p BTreeMap<String, Declared<'a>>, group: &str) -> Option<&'p Declared<'a>> {
+    let begin = format!("{group}.");
+    let (name, found) = params.range(begin.clone()..).next()?;
+    name.starts_with(&begin).then_some(found)
 }

@@ -57,6 +57,7 @@ pub fn machine() -> Machine {
         .with("tiny/tokenizer.json", "[100, 1, 2, 2]")
         .with("tiny/config.json", TINY)
         .with("other.yaml", "recipe: other\nextends: sft\n")
+        .with("idle.yaml", "recipe: idle\nextends: sft\nplan: []\n")
         .with("pairs.jsonl", r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#)
         .with("texts.jsonl", r#"{"text": "a"}"#)
 }

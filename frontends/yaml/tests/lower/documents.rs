@@ -64,3 +64,28 @@ fn losses_of_rlhf_have_their_golden_values() {
     let wrong: Vec<String> = tests.iter().filter_map(wrong).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
+
+/// A function of the user's wins over a builtin, but not inside of the library's functions.
+#[test]
+fn own_functions_win_in_own_files_only() {
+    const MINE: &str = "\
+functions: mine
+graphs:
+  sum:
+    in: {x: \"f[B]\"}
+    out: x + 1
+  picked:
+    in: {x: \"f[B, T]\", i: \"i32[B]\"}
+    out: sum(pick(x, i))
+tests:
+  - graph: picked
+    given: {x: [[1.0, 2.0], [3.0, 4.0]], i: [1, 0]}
+    expect: {out: [3, 4]}
+";
+    let mut documents = Documents::default();
+    let Document::Functions(mine) = documents.read("mine.yaml", MINE) else { panic!("no functions") };
+    let std = documents.std_functions();
+    let tests = document_tests(&mine.tests, &[], &mine.graphs, &[&mine, &std]);
+    let tests = tests.unwrap_or_else(|e| panic!("{}", render(&e, &documents.sources, Look::Plain)));
+    assert_eq!(tests.iter().filter_map(wrong).collect::<Vec<_>>(), [] as [String; 0]);
+}
