@@ -6,15 +6,10 @@ use dsgc_ir::verify::verify;
 use dsgc_ir::{Bindings, Graph, Level, Planned, Program, Tensor, parse};
 use dsgc_kernels::Device;
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
-use dsgc_passes::{Numerics, PIPELINE, Pass, PassContext};
+use dsgc_passes::{Numerics, Pass, PassContext};
 
 /// How many bindings of the dims a graph is run with.
 const RUNS: u64 = 3;
-
-/// A pass of the pipeline.
-pub fn pass_named(name: &str) -> &'static Pass {
-    PIPELINE.iter().find(|p| p.name == name).unwrap_or_else(|| panic!("no pass is called `{name}`"))
-}
 
 /// Runs a pass and checks what holds after every pass: it verifies, reads back, is the same when run again, and, if
 /// the pass is exact, has the values it had before.
