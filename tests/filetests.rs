@@ -10,10 +10,16 @@ use std::path::{Path, PathBuf};
 use dsgc_ir::diag::{Diag, Sources};
 use dsgc_ir::verify::verify;
 use dsgc_ir::{Program, parse};
+use dsgc_passes::{PIPELINE, Pass};
 
 mod common;
 
 const RESULT: &str = "; result\n";
+
+/// A pass of the pipeline.
+fn pass_named(name: &str) -> &'static Pass {
+    PIPELINE.iter().find(|p| p.name == name).unwrap_or_else(|| panic!("no pass is called `{name}`"))
+}
 
 /// What the passes named in a file make of its program.
 fn result(text: &str, folder: &str) -> String {
@@ -23,7 +29,7 @@ fn result(text: &str, folder: &str) -> String {
     let mut program = parse(text).unwrap_or_else(|e| panic!("{e}"));
     verify(&program).unwrap_or_else(|fault| panic!("{fault}"));
     for name in names {
-        match common::run(common::pass_named(name), &program) {
+        match common::run(pass_named(name), &program) {
             Ok(next) => program = next,
             Err(errors) => return errors.iter().flat_map(|e| comment(e, &program)).collect(),
         }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use dsgc_ir::fuzz::{Rng, random_tensor};
 use dsgc_ir::op::ROWS;
-use dsgc_ir::{Bindings, Builder, DType, Data, Graph, Op, Program, Reason, StateId, Tensor, Type, Value, parse};
+use dsgc_ir::{Bindings, Builder, Data, Graph, Op, Program, Reason, StateId, Tensor, Type, Value, parse};
 use dsgc_kernels::interp::{InterpTarget, Precision, eval_graph};
 use dsgc_passes::{PassContext, autodiff, infer};
 

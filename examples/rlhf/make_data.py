@@ -91,9 +91,12 @@ def rows():
             yield row(f"Which {unit} comes after {name}?", f"{after} comes after {name}.", f"{before} comes after {name}.")
             yield row(f"Which {unit} comes before {name}?", f"{before} comes before {name}.", f"{after} comes before {name}.")
     for word in WORDS:
+        # The other end of the word, or the next letter from there that is wrong.
+        not_first = next(letter for letter in reversed(word) if letter != word[0])
+        not_last = next(letter for letter in word if letter != word[-1])
         yield row(f"How many letters has the word {word}?", f"The word {word} has {len(word)} letters.", f"The word {word} has {len(word) + 2} letters.")
-        yield row(f"What is the first letter of {word}?", f"The first letter of {word} is {word[0]}.", f"The first letter of {word} is {word[-1]}.")
-        yield row(f"What is the last letter of {word}?", f"The last letter of {word} is {word[-1]}.", f"The last letter of {word} is {word[0]}.")
+        yield row(f"What is the first letter of {word}?", f"The first letter of {word} is {word[0]}.", f"The first letter of {word} is {not_first}.")
+        yield row(f"What is the last letter of {word}?", f"The last letter of {word} is {word[-1]}.", f"The last letter of {word} is {not_last}.")
     for thing in UNKNOWABLE:
         for start in ("Do you know", "Can you tell me", "Please say"):
             yield row(f"{start} {thing}{'.' if start == 'Please say' else '?'}", f"No, I cannot know {thing}.", f"Yes, I know exactly {thing}.")

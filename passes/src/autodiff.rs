@@ -10,7 +10,7 @@
 //! ```
 //!
 //! `B` is the optimizer batch (D1): where it is larger than a micro-batch, or a held-out set, the graph is cut along
-//! it ([`split`]) so that the numbers are those of the whole. Loss graphs themselves go away: nothing calls them.
+//! it (`split`) so that the numbers are those of the whole. Loss graphs themselves go away: nothing calls them.
 
 mod backward;
 mod batch;

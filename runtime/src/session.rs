@@ -110,7 +110,7 @@ impl Session {
         let plan = self.program.stage.plan.clone();
         for statement in &plan {
             match statement {
-                Statement::For { batch, source, body } => self.train(batch, source, body, observer)?,
+                Statement::For { source, body, .. } => self.train(source, body, observer)?,
                 Statement::Repeat { .. } | Statement::Update(_) => {
                     return Err(Diag::error("found a statement outside of `for`, expected every update inside one"));
                 }
@@ -140,7 +140,7 @@ impl Session {
         self.program.stage.sources.iter().find(|s| s.name == name)
     }
 
-    fn train(&mut self, name: &str, source: &str, body: &[Statement], observer: Observer) -> Result<(), Diag> {
+    fn train(&mut self, source: &str, body: &[Statement], observer: Observer) -> Result<(), Diag> {
         let source = self.source(source).expect("the verifier of the plan saw the source").clone();
         let steps = self.steps();
         let (eval_steps, per_epoch) =
@@ -156,7 +156,7 @@ impl Session {
                 let started = Instant::now();
                 let batch = self.data[&source.name].batch(rows);
                 let mut metrics = Metrics::new();
-                self.statements(body, name, &source, &batch, steps, &mut metrics)?;
+                self.statements(body, &source, &batch, steps, &mut metrics)?;
                 let (tokens, seconds) = (tokens(&batch), started.elapsed().as_secs_f64());
                 let epoch = step as f64 / per_epoch as f64;
                 let bad = metrics.iter().find(|m| m.0.ends_with("loss") && !m.1.is_finite());
@@ -178,7 +178,6 @@ impl Session {
     fn statements(
         &mut self,
         body: &[Statement],
-        name: &str,
         source: &Source,
         batch: &Batch,
         steps: u64,
@@ -191,7 +190,7 @@ impl Session {
                 }
                 Statement::Repeat { times, body } => {
                     for _ in 0..*times {
-                        self.statements(body, name, source, batch, steps, metrics)?;
+                        self.statements(body, source, batch, steps, metrics)?;
                     }
                 }
                 Statement::Update(update) => {

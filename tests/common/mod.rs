@@ -6,15 +6,10 @@ use dsgc_ir::verify::verify;
 use dsgc_ir::{Bindings, Graph, Level, Planned, Program, Tensor, parse};
 use dsgc_kernels::Device;
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
-use dsgc_passes::{Numerics, PIPELINE, Pass, PassContext};
+use dsgc_passes::{Numerics, Pass, PassContext};
 
 /// How many bindings of the dims a graph is run with.
 const RUNS: u64 = 3;
-
-/// A pass of the pipeline.
-pub fn pass_named(name: &str) -> &'static Pass {
-    PIPELINE.iter().find(|p| p.name == name).unwrap_or_else(|| panic!("no pass is called `{name}`"))
-}
 
 /// Runs a pass and checks what holds after every pass: it verifies, reads back, is the same when run again, and, if
 /// the pass is exact, has the values it had before.
@@ -49,8 +44,11 @@ pub fn equal_values(before: &Program, after: &Program, what: &str) {
     }
 }
 
+/// Shape and bits of a tensor.
+type Exact = (Vec<usize>, Vec<u64>);
+
 /// All results of a graph and all states that are there before it, by name, as shape and bits.
-fn values(program: &Program, graph: &Graph, bindings: &Bindings, seed: u64) -> Vec<(String, (Vec<usize>, Vec<u64>))> {
+fn values(program: &Program, graph: &Graph, bindings: &Bindings, seed: u64) -> Vec<(String, Exact)> {
     let mut interp = match program.level {
         Level::Logical => Interp::new(program.clone(), Precision::F64),
         Level::Planned => {

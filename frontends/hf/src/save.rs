@@ -65,6 +65,9 @@ pub fn save(
     }
     let config = staging.join("config.json");
     fs::write(&config, config_text(&model.config)).map_err(|e| file_error("write", &config, e))?;
+    // The writer of weights lets nobody else read them; whoever may read the config may read the weights.
+    let permissions = fs::metadata(&config).map_err(|e| file_error("read", &config, e))?.permissions();
+    fs::set_permissions(&weights, permissions).map_err(|e| file_error("write", &weights, e))?;
     publish(&staging, path)
 }
 

@@ -205,11 +205,11 @@ pub(super) fn forward(l: &mut Launch, causal: bool, scale: f32) {
                         h.scale,
                     );
                     let divisor = divisors.slice_mut((row * h.heads + head) * h.places + first, queries);
-                    for i in 0..queries {
+                    for (i, divisor) in divisor.iter_mut().enumerate() {
                         let t = first + i;
                         let line = scores.slice_mut(i * keys, keys);
                         let (most, sum) = softmax_row(line, &segments[..keys], segments[t], t, h.causal);
-                        divisor[i] = if sum > 0.0 { most + sum.ln() } else { 0.0 };
+                        *divisor = if sum > 0.0 { most + sum.ln() } else { 0.0 };
                         let inverse = if sum > 0.0 { 1.0 / sum } else { 0.0 };
                         line.iter_mut().for_each(|p| *p *= inverse);
                     }

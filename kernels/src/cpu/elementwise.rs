@@ -93,13 +93,7 @@ unsafe fn choose<T: Copy + Default>(c: *const u8, a: *const T, b: *const T, out:
 pub(super) fn exp(x: f32) -> f32 {
     // Adding and subtracting 1.5 * 2^23 rounds to a whole number.
     const ROUND: f32 = 12_582_912.0;
-    let t = if x > 89.0 {
-        89.0
-    } else if x < -104.0 {
-        -104.0
-    } else {
-        x
-    };
+    let t = x.clamp(-104.0, 89.0);
     let shifted = t * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
     let r = (t - n * 0.693_359_4) + n * 2.121_944_4e-4;
@@ -108,7 +102,7 @@ pub(super) fn exp(x: f32) -> f32 {
     p = p * r + 8.333_452e-3;
     p = p * r + 4.166_579_6e-2;
     p = p * r + 1.666_666_5e-1;
-    p = p * r + 5.000_000_1e-1;
+    p = p * r + 0.5;
     let e = p * (r * r) + r + 1.0;
     // 2^n in two factors, since n runs from -150 to 129.
     let n = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);

@@ -4,6 +4,7 @@ use multiversion::multiversion;
 
 use super::Launch;
 use super::memory::Ptr;
+use super::reduce::together;
 
 /// Rows whose contributions to the gradients of weight and bias are added up before those of other rows.
 const ROWS: usize = 64;
@@ -22,19 +23,12 @@ fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let whole = n / LANES * LANES;
     for i in (0..whole).step_by(LANES) {
-        for j in 0..LANES {
-            lanes[j] += f(i + j);
+        for (j, lane) in lanes.iter_mut().enumerate() {
+            *lane += f(i + j);
         }
     }
     let tail: f32 = (whole..n).map(&f).sum();
-    let mut width = LANES / 2;
-    while width > 0 {
-        for j in 0..width {
-            lanes[j] += lanes[j + width];
-        }
-        width /= 2;
-    }
-    lanes[0] + tail
+    together(lanes, |a, b| a + b) + tail
 }
 
 /// Mean and `1 / sqrt(var + eps)`.

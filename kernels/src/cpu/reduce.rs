@@ -48,6 +48,19 @@ folds! {
     MinI i32: i32::MAX, Ord::min;
 }
 
+/// What is in all lanes, taken together in pairs; their number is a power of two.
+#[inline(always)]
+pub(super) fn together<T: Copy, const N: usize>(mut lanes: [T; N], with: impl Fn(T, T) -> T) -> T {
+    let mut width = N / 2;
+    while width > 0 {
+        for j in 0..width {
+            lanes[j] = with(lanes[j], lanes[j + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
 fn fold_row<T: Copy, F: Fold<T>>(row: &[T], fold: F) -> T {
     let mut lanes = [F::START; LANES];
@@ -58,14 +71,7 @@ fn fold_row<T: Copy, F: Fold<T>>(row: &[T], fold: F) -> T {
             lanes[j] = fold.with(lanes[j], chunk[j]);
         }
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for j in 0..width {
-            lanes[j] = fold.with(lanes[j], lanes[j + width]);
-        }
-        width /= 2;
-    }
-    tail.iter().fold(lanes[0], |a, &b| fold.with(a, b))
+    tail.iter().fold(together(lanes, |a, b| fold.with(a, b)), |a, &b| fold.with(a, b))
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
@@ -214,14 +220,7 @@ fn dot_row(a: &[f32], b: &[f32]) -> f32 {
             lanes[j] += x[j] * y[j];
         }
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for j in 0..width {
-            lanes[j] += lanes[j + width];
-        }
-        width /= 2;
-    }
-    lanes[0] + tail
+    together(lanes, |a, b| a + b) + tail
 }
 
 /// The sum of products of two dense vectors. Partial sums are added in doubles: gradient norms of large models are

@@ -33,8 +33,9 @@ impl Lowering<'_> {
         match self.graph.try_push(op, &values, None, site) {
             // `attention` has a second result, which only its gradient uses.
             Ok(id) => {
-                let first = self.graph.op(id).results().next();
-                Ok(first.expect("ops of expressions have results"))
+                let first = self.graph.op(id).results().next().expect("ops of expressions have results");
+                self.check_elements(&self.ty(first).dims.clone(), span)?;
+                Ok(first)
             }
             Err(why) => {
                 let mut diag = Diag::error(why).label(span, "");
@@ -240,6 +241,7 @@ impl Lowering<'_> {
             joined.reverse();
             dims = joined;
         }
+        self.check_elements(&dims, span)?;
         Ok(dims)
     }
 

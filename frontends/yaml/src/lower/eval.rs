@@ -12,8 +12,8 @@ use super::scope::Scope;
 use super::value::{Arg, Val};
 use super::{Lowering, R, Reported};
 
-/// Largest factor in a size; products of two such are far from the ends of the integers.
-const MAX_COEFFICIENT: i64 = 1 << 28;
+/// Largest number in sizes that are multiplied: many products of such can be added.
+const MAX_FACTOR: i64 = 1 << 28;
 
 /// An operator on values that are known, or `None` if it has no meaning there.
 pub(super) fn fold(op: BinaryOp, a: &Constant, b: &Constant) -> Option<Constant> {
@@ -224,10 +224,10 @@ impl<'a> Lowering<'a> {
     /// An operator on sizes, as long as the result is one; a size beside a float is a number at run time.
     fn sizes(&mut self, op: BinaryOp, span: Span, a: &Arg, b: &Arg) -> R<Option<Val>> {
         let (Some(x), Some(y)) = (a.value.as_dim(), b.value.as_dim()) else { return Ok(None) };
-        for (dim, arg) in [(&x, a), (&y, b)] {
-            if dim.largest_coefficient() > MAX_COEFFICIENT {
-                return self.fail(Diag::error(format!("the size {dim} is out of range")).label(arg.span, ""));
-            }
+        self.size(a)?;
+        self.size(b)?;
+        if op == BinaryOp::Mul && x.largest_coefficient().max(y.largest_coefficient()) > MAX_FACTOR {
+            return self.fail(Diag::error(format!("the size {x} times {y} is out of range")).label(span, ""));
         }
         Ok(match op {
             BinaryOp::Add => Some(Val::dim(&x + &y)),
@@ -374,13 +374,7 @@ impl<'a> Lowering<'a> {
                     .help("`range(T) >= a[:, None] and range(T) < b[:, None]` is a slice per row, as a mask"),
             );
         }
-        match value.as_dim() {
-            Some(dim) if dim.constant().is_some_and(|n| n < 0) => Ok(extent + &dim),
-            Some(dim) => Ok(dim),
-            None => {
-                let found = self.describe(&value);
-                self.fail(Diag::error(format!("found {found}, expected a size")).label(expr.span, ""))
-            }
-        }
+        let dim = self.size(&Arg { span: expr.span, value })?;
+        Ok(if dim.constant().is_some_and(|n| n < 0) { extent + &dim } else { dim })
     }
 }

@@ -7,7 +7,7 @@
 //!   params     --params-->              states, and a graph that gives them their first values
 //! ```
 //!
-//! An expression is evaluated once, over static values, sizes and tensors alike ([`value::Val`]); only tensors leave
+//! An expression is evaluated once, over static values, sizes and tensors alike (`value::Val`); only tensors leave
 //! ops behind. Calls are inlined: there is no call op. Errors are collected: a name whose value is wrong is silent
 //! from then on, so that every mistake is told once.
 

@@ -28,9 +28,6 @@ pub(super) enum Init {
 /// Standard deviation of parameters where a model says nothing.
 const STD: f64 = 0.02;
 
-/// Elements of a tensor beyond which no machine has the memory.
-pub(super) const MAX_ELEMENTS: i64 = 1 << 48;
-
 impl<'a> Lowering<'a> {
     /// Declares the parameters of all roles, and checks their graphs whether they are called or not.
     pub fn models(&mut self) {
@@ -103,11 +100,7 @@ impl<'a> Lowering<'a> {
         // All of them, so that all errors are told.
         let dims: Vec<R<Dim>> = param.shape.iter().map(|expr| self.extent(scope, expr)).collect();
         let dims: Vec<Dim> = dims.into_iter().collect::<R<_>>()?;
-        let elements = dims.iter().filter_map(Dim::constant).try_fold(1i64, i64::checked_mul);
-        if elements.is_none_or(|n| n > MAX_ELEMENTS) {
-            let diag = Diag::error(format!("parameter `{name}` has more than {MAX_ELEMENTS} elements"));
-            return self.fail(diag.label(param.name.span, ""));
-        }
+        self.check_elements(&dims, param.name.span)?;
         let model = self.roles[role].model;
         let init = match param.init.as_ref().or(model.init.as_ref()) {
             Some(expr) => self.init_of(scope, expr)?,

@@ -8,7 +8,6 @@ use crate::literal::Constant;
 
 use super::builtins::Call;
 use super::eval::fold;
-use super::params::MAX_ELEMENTS;
 use super::value::{Arg, ParamRef, Val};
 use super::{Lowering, R};
 
@@ -277,15 +276,11 @@ pub(super) fn cumsum(low: Low<'_, '_>, call: &Call) -> R<Val> {
 
 pub(super) fn range(low: Low<'_, '_>, call: &Call) -> R<Val> {
     let arg = call.arg("n");
-    match arg.value.as_dim() {
-        Some(len) if len.constant().is_none_or(|n| (0..=i32::MAX.into()).contains(&n)) => {
-            Ok(Val::Tensor(low.emit(call.span, Op::Iota { len }, &[])))
-        }
-        _ => {
-            let found = low.describe(&arg.value);
-            low.fail(Diag::error(format!("found {found}, expected a size")).label(arg.span, ""))
-        }
+    let len = low.size(arg)?;
+    if len.constant().is_some_and(|n| n < 0) {
+        return low.fail(Diag::error(format!("found {len}, expected 0 or more")).label(arg.span, ""));
     }
+    Ok(Val::Tensor(low.emit(call.span, Op::Iota { len }, &[])))
 }
 
 /// A list of sizes.
@@ -310,10 +305,7 @@ fn sizes(low: Low<'_, '_>, arg: &Arg) -> R<Vec<Dim>> {
             }
         }
     }
-    let elements = sizes.iter().try_fold(1i64, |all, d| all.checked_mul(d.largest_coefficient()));
-    if elements.is_none_or(|n| n > MAX_ELEMENTS) {
-        return low.fail(Diag::error("the sizes are out of range").label(arg.span, ""));
-    }
+    low.check_elements(&sizes, arg.span)?;
     Ok(sizes)
 }
 

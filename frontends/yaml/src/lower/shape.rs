@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::{DType, Dim, Value};
+use dsgc_ir::{DType, Dim, DimList, Value};
 
 use crate::expr::{BinaryOp, Expr, ExprKind, Item, Word};
 use crate::graph::Graph as Source;
@@ -15,6 +15,9 @@ use crate::literal::Constant;
 use super::scope::Scope;
 use super::value::{Arg, Val};
 use super::{Lowering, R, Reported, SEQUENCE, sequence_field};
+
+/// Elements of a tensor beyond which no machine has the memory.
+const MAX_ELEMENTS: i64 = 1 << 48;
 
 /// The type of an input as it is written.
 enum Declared<'e> {
@@ -79,12 +82,27 @@ impl<'a> Lowering<'a> {
     /// The size that an expression gives.
     pub fn dim(&mut self, scope: &mut Scope<'a>, expr: &Expr) -> R<Dim> {
         let value = self.eval(scope, expr)?;
-        match value.as_dim() {
-            Some(dim) => Ok(dim),
+        self.size(&Arg { span: expr.span, value })
+    }
+
+    /// A value as a size, of which a few can be added and multiplied without a thought of overflow.
+    pub fn size(&mut self, arg: &Arg) -> R<Dim> {
+        match arg.value.as_dim() {
+            Some(dim) if dim.largest_coefficient() <= i32::MAX.into() => Ok(dim),
+            Some(dim) => self.fail(Diag::error(format!("the size {dim} is out of range")).label(arg.span, "")),
             None => {
-                let found = self.describe(&value);
-                self.fail(Diag::error(format!("found {found}, expected a size")).label(expr.span, ""))
+                let found = self.describe(&arg.value);
+                self.fail(Diag::error(format!("found {found}, expected a size")).label(arg.span, ""))
             }
+        }
+    }
+
+    /// Ends with an error where a tensor would have more elements than can be counted.
+    pub fn check_elements(&mut self, dims: &[Dim], span: Span) -> R<()> {
+        let elements = dims.iter().try_fold(1i64, |all, dim| all.checked_mul(dim.largest_coefficient()));
+        match elements {
+            Some(n) if n <= MAX_ELEMENTS => Ok(()),
+            _ => self.fail(Diag::error(format!("the shape {} is out of range", DimList(dims))).label(span, "")),
         }
     }
 
@@ -163,7 +181,9 @@ impl<'a> Lowering<'a> {
     pub fn dims(&mut self, scope: &mut Scope<'a>, dims: &[&Expr]) -> R<Vec<Dim>> {
         // All of them, so that all errors are told.
         let all: Vec<R<Dim>> = dims.iter().map(|d| self.dim(scope, d)).collect();
-        all.into_iter().collect()
+        let all: Vec<Dim> = all.into_iter().collect::<R<_>>()?;
+        self.check_elements(&all, dims.first().map_or(Span::NONE, |d| d.span))?;
+        Ok(all)
     }
 
     /// Binds the inputs of a called graph, and its dims.

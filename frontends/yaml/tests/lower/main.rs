@@ -4,5 +4,6 @@ mod setup;
 
 mod documents;
 mod mistakes;
+mod mutations;
 mod numbers;
 mod text;

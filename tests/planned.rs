@@ -1,0 +1,75 @@
+//! Memory plans on the device that is made for them: whole compiled programs on the CPU, where all memory that holds
+//! nothing is NaN, beside the interpreter in and out of the arena.
+
+use dsgc_ir::fuzz::{Rng, random_bindings, random_inputs, random_program, random_tensor};
+use dsgc_ir::{Bindings, DType, Planned, Program, StateId, Tensor};
+use dsgc_kernels::Device;
+use dsgc_kernels::cpu::{Cpu, CpuTarget};
+use dsgc_kernels::interp::{Interp, Precision};
+use dsgc_passes::{PassContext, compile};
+
+fn plan(program: &Program, threads: usize) -> Planned {
+    let target = CpuTarget { threads };
+    compile(program.clone(), &PassContext { target: &target }, &mut |_, _, _| {})
+        .unwrap_or_else(|diags| panic!("{diags:?}\n{program}"))
+}
+
+/// All graphs, one after the other, twice: outputs, and states at the end.
+fn run(mut device: impl Device, program: &Program, seed: u64) -> Result<Vec<Tensor>, String> {
+    let mut rng = Rng::new(seed);
+    for (id, state) in program.state_ids() {
+        device.set_state(id, &random_tensor(&state.ty, &Bindings::new(), &mut rng));
+    }
+    let mut results = Vec::new();
+    for (i, graph) in program.graphs.iter().chain(&program.graphs).enumerate() {
+        let bindings = random_bindings(graph, seed + i as u64);
+        let inputs = random_inputs(graph, &bindings, seed + i as u64);
+        let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        results.extend(device.run(&graph.name, &inputs).map_err(|e| e.message)?.into_iter().map(|(_, t)| t));
+    }
+    results.extend((0..program.states.len()).map(|i| device.state(StateId(i as u32))));
+    Ok(results)
+}
+
+fn near(found: &Tensor, expected: &Tensor) -> bool {
+    if found.dtype() == DType::Key || found.shape != expected.shape {
+        return found == expected;
+    }
+    let (a, b) = (found.to_f64(), expected.to_f64());
+    let largest = b.iter().filter(|x| x.is_finite()).fold(1.0, |m: f64, x| m.max(x.abs()));
+    a.iter().zip(&b).all(|(a, b)| {
+        let overflow = b.abs() > 1e37 && (a.is_infinite() || a.abs() > 1e37);
+        a == b || (a.is_nan() && b.is_nan()) || (a - b).abs() <= 2e-5 * largest || overflow
+    })
+}
+
+#[test]
+fn compiled_programs_run_among_nan() {
+    let (mut in_place, mut total) = (0, 0);
+    for seed in 0..200 {
+        let program = random_program(5000 + seed, 24);
+        let planned = plan(&program, 2);
+        let text = |results: Result<Vec<Tensor>, String>| format!("{results:?}");
+        let loose = run(Interp::new(program.clone(), Precision::F32), &program, seed);
+        let arena = run(Interp::planned(planned.clone(), Precision::F32), &program, seed);
+        assert_eq!(text(arena), text(loose.clone()), "seed {seed}: the interpreter in its arena\n{program}");
+        let plain = run(Cpu::new(planned.clone(), 2), &program, seed);
+        let poisoned = run(Cpu::poisoned(planned.clone(), 2), &program, seed);
+        assert_eq!(text(poisoned), text(plain.clone()), "seed {seed}: the CPU among NaN\n{}", *planned);
+        match (plain, loose) {
+            (Ok(plain), Ok(loose)) => {
+                let odd = plain.iter().zip(&loose).position(|(a, b)| !near(a, b));
+                assert!(odd.is_none(), "seed {seed}: result {odd:?} of\n{}", *planned);
+            }
+            (plain, loose) => assert_eq!(plain.is_err(), loose.is_err(), "seed {seed}: {plain:?} and {loose:?}"),
+        }
+        // The test shows nothing if values never share bytes.
+        for graph in &planned.graphs {
+            let mut places: Vec<_> = graph.values().filter_map(|v| graph.buffer(v)).collect();
+            total += places.len();
+            places.sort_by_key(|b| (b.region, b.offset));
+            in_place += places.windows(2).filter(|w| w[0] == w[1]).count();
+        }
+    }
+    assert!(in_place * 4 > total, "only {in_place} of {total} values share their bytes");
+}
