@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use dsgc_hf::{Folder, Tokenizer, read_params, save};
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::{Origin, Role, Source, Statement, Update};
+use dsgc_ir::stage::{Origin, Role, Source, Stage, Statement, Update};
 use dsgc_ir::{Bindings, Data, Planned, StateId, Tensor};
 use dsgc_kernels::Device;
 
@@ -79,8 +79,10 @@ pub struct Session {
 impl Session {
     /// Reads or makes the weights of all roles and reads all data.
     pub fn open(program: Planned, mut device: Box<dyn Device>, observer: Observer) -> Result<Session, Vec<Diag>> {
+        outermost(&program.stage.plan).map_err(|e| vec![e])?;
         let mut errors = Vec::new();
         for role in &program.stage.roles {
+            errors.extend(overwritten(&program.stage, role));
             if let Err(mut found) = load_role(&program, device.as_mut(), role) {
                 errors.append(&mut found);
             }
@@ -108,14 +110,8 @@ impl Session {
     pub fn run(&mut self, observer: Observer) -> Result<(), Diag> {
         self.evaluate(0, observer)?;
         let plan = self.program.stage.plan.clone();
-        for statement in &plan {
-            match statement {
-                Statement::For { source, body, .. } => self.train(source, body, observer)?,
-                Statement::Repeat { .. } | Statement::Update(_) => {
-                    return Err(Diag::error("found a statement outside of `for`, expected every update inside one"));
-                }
-            }
-        }
+        let (source, body) = outermost(&plan)?;
+        self.train(source, body, observer)?;
         let steps = self.steps();
         if !steps.is_multiple_of(self.program.stage.eval_steps.unwrap_or(steps + 1)) {
             self.evaluate(steps, observer)?;
@@ -126,11 +122,8 @@ impl Session {
     /// Optimizer batches of the stage: those of all epochs, or `max_steps`.
     pub fn steps(&self) -> u64 {
         let stage = &self.program.stage;
-        let outermost = stage.plan.iter().find_map(|s| match s {
-            Statement::For { source, .. } => Some(source),
-            _ => None,
-        });
-        let Some(source) = outermost.and_then(|name| self.source(name)) else { return 0 };
+        let source = outermost(&stage.plan).ok().and_then(|(source, _)| self.source(source));
+        let source = source.expect("the plan was looked at in `open`");
         let per_epoch = self.data[&source.name].len().div_ceil(source.batch_size) as f64;
         let steps = (stage.num_epochs * per_epoch).ceil() as u64;
         stage.max_steps.unwrap_or(steps)
@@ -159,13 +152,14 @@ impl Session {
                 self.statements(body, &source, &batch, steps, &mut metrics)?;
                 let (tokens, seconds) = (tokens(&batch), started.elapsed().as_secs_f64());
                 let epoch = step as f64 / per_epoch as f64;
-                let bad = metrics.iter().find(|m| m.0.ends_with("loss") && !m.1.is_finite());
-                let bad = bad.map(|(name, value)| (name.clone(), *value));
+                let wrong = wrong_number(&metrics);
                 observer(&Event::Step { step, steps, epoch, metrics, tokens, seconds })?;
-                if let Some((name, value)) = bad {
+                if let Some((name, value)) = wrong {
                     let stage = &self.program.stage.name;
-                    return Err(Diag::error(format!("`{name}` is {value} at step {step} of the stage `{stage}`"))
-                        .help("a smaller `learning_rate`, or a `max_grad_norm`, usually keeps it finite; NaN at once means that no token of the batch is a target"));
+                    return Err(Diag::error(format!("`{name}` is {value} at step {step} of the stage `{stage}`")).help(
+                        "a smaller `learning_rate`, or a `max_grad_norm`, usually keeps it finite; NaN at once means \
+                         that no token of the batch is a target",
+                    ));
                 }
                 if eval_steps.is_some_and(|every| step.is_multiple_of(every)) {
                     self.evaluate(step, observer)?;
@@ -185,9 +179,7 @@ impl Session {
     ) -> Result<(), Diag> {
         for statement in body {
             match statement {
-                Statement::For { .. } => {
-                    return Err(Diag::error("found a `for` inside a `for`, which is not part of this version"));
-                }
+                Statement::For { .. } => unreachable!("bug: `open` let a `for` inside a `for` pass"),
                 Statement::Repeat { times, body } => {
                     for _ in 0..*times {
                         self.statements(body, source, batch, steps, metrics)?;
@@ -246,7 +238,10 @@ impl Session {
                 combine(&mut totals, calls::call(self.device.as_mut(), &self.program, &steps.sums, &[&inputs])?);
             }
             let outputs = calls::call(self.device.as_mut(), &self.program, &steps.finish, &[&totals])?;
-            metrics.extend(outputs.into_iter().map(|(name, value)| (name, value.scalar())));
+            // Where several sources are evaluated, their numbers are told apart by the source.
+            let several = self.program.stage.evaluate.len() > 1;
+            let prefix = if several { format!("{}/", evaluate.source) } else { String::new() };
+            metrics.extend(outputs.into_iter().map(|(name, value)| (format!("{prefix}{name}"), value.scalar())));
         }
         if metrics.is_empty() {
             return Ok(());
@@ -259,21 +254,68 @@ impl Session {
         let stage = &self.program.stage;
         for name in &stage.save {
             let role = stage.roles.iter().find(|r| r.name == *name).expect("the loader saw the role");
-            let folder = match stage.save.len() {
-                1 => PathBuf::from(&stage.output_dir),
-                _ => Path::new(&stage.output_dir).join(name),
-            };
+            let folder = result_folder(stage, name);
             let params: Vec<(String, Tensor)> = self
                 .program
                 .params_of(name)
                 .map(|(id, param)| (param.to_string(), self.device.state(id).single()))
                 .collect();
+            if let Some((param, _)) = params.iter().find(|(_, t)| t.to_f64().iter().any(|x| !x.is_finite())) {
+                let message = format!("`{param}` is not finite after the stage `{}`: nothing is written", stage.name);
+                return Err(Diag::error(message).help("a smaller `learning_rate` usually keeps it finite"));
+            }
             let params: Vec<(String, &Tensor)> = params.iter().map(|(n, t)| (n.clone(), t)).collect();
             save(&folder, &role.model, &params, role.tokenizer.as_deref().map(Path::new))?;
             observer(&Event::Saved { role: name.clone(), folder })?;
         }
         Ok(())
     }
+}
+
+/// The source of a plan and what is done with each of its batches. A plan of this version is one `for` without
+/// another in it.
+fn outermost(plan: &[Statement]) -> Result<(&str, &[Statement]), Diag> {
+    fn has_for(body: &[Statement]) -> bool {
+        body.iter().any(|statement| match statement {
+            Statement::For { .. } => true,
+            Statement::Repeat { body, .. } => has_for(body),
+            Statement::Update(_) => false,
+        })
+    }
+    match plan {
+        [Statement::For { body, .. }] if has_for(body) => {
+            Err(Diag::error("found a `for` inside a `for` in the plan, which is not part of this version"))
+        }
+        [Statement::For { source, body, .. }] => Ok((source, body)),
+        _ => {
+            Err(Diag::error(format!("found {} statements in the plan, expected one `for` with all others", plan.len())))
+        }
+    }
+}
+
+/// Where a stage writes the model of a role.
+fn result_folder(stage: &Stage, role: &str) -> PathBuf {
+    match stage.save.len() {
+        1 => PathBuf::from(&stage.output_dir),
+        _ => Path::new(&stage.output_dir).join(role),
+    }
+}
+
+/// What is wrong if a stage would write over the user's model that a role begins with.
+fn overwritten(stage: &Stage, role: &Role) -> Option<Diag> {
+    let Origin::Folder(folder) = &role.origin else { return None };
+    let model = Path::new(folder).canonicalize().ok()?;
+    let saved = stage.save.iter().map(|name| result_folder(stage, name));
+    let result = saved.into_iter().find(|result| result.canonicalize().is_ok_and(|r| r == model))?;
+    let message =
+        format!("`{}` would be overwritten by the stage `{}`, which begins with it", result.display(), stage.name);
+    Some(Diag::error(message).help("set another `output_dir`"))
+}
+
+/// A loss or norm that is not finite: after such a step the parameters are of no use.
+fn wrong_number(metrics: &Metrics) -> Option<(String, f64)> {
+    let finite = |name: &str| name.ends_with("loss") || name.ends_with("grad_norm");
+    metrics.iter().find(|(name, value)| finite(name) && !value.is_finite()).map(|(name, value)| (name.clone(), *value))
 }
 
 /// Optimizer steps of a role per batch of the outermost source.
