@@ -312,10 +312,10 @@ fn overwritten(stage: &Stage, role: &Role) -> Option<Diag> {
     Some(Diag::error(message).help("set another `output_dir`"))
 }
 
-/// A loss or norm that is not finite: after such a step the parameters are of no use.
+/// A loss that is not finite, or else a norm: after such a step the parameters are of no use.
 fn wrong_number(metrics: &Metrics) -> Option<(String, f64)> {
-    let finite = |name: &str| name.ends_with("loss") || name.ends_with("grad_norm");
-    metrics.iter().find(|(name, value)| finite(name) && !value.is_finite()).map(|(name, value)| (name.clone(), *value))
+    let wrong = |ending: &str| metrics.iter().find(|(name, value)| name.ends_with(ending) && !value.is_finite());
+    wrong("loss").or_else(|| wrong("grad_norm")).map(|(name, value)| (name.clone(), *value))
 }
 
 /// Optimizer steps of a role per batch of the outermost source.
