@@ -47,7 +47,7 @@ impl From<Failed> for Failure {
 pub fn show(diags: &[Diag], sources: &Sources) {
     if !diags.is_empty() {
         let look = if io::stderr().is_terminal() { Look::Colour } else { Look::Plain };
-        eprintln!("{}", render(diags, sources, look));
+        tell(render(diags, sources, look));
     }
 }
 
@@ -58,10 +58,15 @@ pub fn say(line: impl std::fmt::Display) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => process::exit(0),
         Err(error) => {
-            eprintln!("error: cannot write to standard output: {error}");
+            tell(format_args!("error: cannot write to standard output: {error}"));
             process::exit(1);
         }
     }
+}
+
+/// Writes a line to standard error. Where nobody reads it, there is nobody left to tell.
+fn tell(line: impl std::fmt::Display) {
+    writeln!(io::stderr().lock(), "{line}").ok();
 }
 
 /// A panic is a bug of ours: it ends the program with code 2, whatever thread it is in.
@@ -70,7 +75,9 @@ pub fn report_panics() {
         let place = info.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
         let why = info.payload_as_str().unwrap_or("no message");
         let version = env!("CARGO_PKG_VERSION");
-        eprintln!("dsgc {version} has a bug: {why}{place}\nPlease report this together with the file that you ran.");
+        tell(format_args!(
+            "dsgc {version} has a bug: {why}{place}\nPlease report this together with the file that you ran."
+        ));
         process::exit(2);
     }));
 }

@@ -86,8 +86,8 @@ impl Progress {
                         bar.finish();
                     }
                 } else if step.is_multiple_of(self.every) || *step == 1 || step == steps {
-                    let left = training.started.elapsed().mul_f64((steps - step) as f64 / *step as f64);
-                    let eta = HumanDuration(left);
+                    let left = training.started.elapsed().as_secs_f64() * (steps - step) as f64 / *step as f64;
+                    let eta = HumanDuration(Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX));
                     self.line(format!("step {step}/{steps} epoch {epoch:.2} {text}, {eta:#} left"));
                 }
             }
