@@ -28,7 +28,7 @@ struct Training {
 }
 
 impl Progress {
-    /// For a stage that begins.
+    /// For a stage that begins; tells what of its models' `config.json` is not used.
     pub fn new(stage: &Stage) -> Progress {
         let bar = std::io::stderr().is_terminal().then(|| {
             let style = ProgressStyle::with_template("{prefix} {bar:24} {pos}/{len} {msg} eta {eta}")
@@ -37,7 +37,12 @@ impl Progress {
             ProgressBar::new(0).with_style(style).with_prefix(stage.name.clone())
         });
         let every = stage.logging_steps.max(1);
-        Progress { stage: stage.name.clone(), every, bar, before: None, training: None }
+        let progress = Progress { stage: stage.name.clone(), every, bar, before: None, training: None };
+        for role in stage.roles.iter().filter(|r| !r.model.unused.is_empty()) {
+            let unused = role.model.unused.join(", ");
+            progress.line(format!("`{}`: config.json has keys that are kept and not used: {unused}", role.name));
+        }
+        progress
     }
 
     /// Shows an event.

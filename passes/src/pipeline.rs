@@ -2,7 +2,7 @@
 
 use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::verify::verify;
-use dsgc_ir::{Planned, Program, Target};
+use dsgc_ir::{Level, Planned, Program, Target};
 
 use crate::{autodiff, canonicalize, infer, plan_memory};
 
@@ -81,6 +81,10 @@ pub fn run_passes(program: Program, names: &[&str], context: &PassContext) -> Re
                 None => diag.help(format!("there are {}", all_names())),
             }]);
         };
+        if program.level == Level::Planned {
+            let diag = Diag::error(format!("`{name}` cannot run here: the memory of the program is planned already"));
+            return Err(vec![diag.help("planning is the last step: run every other pass before it")]);
+        }
         if let Some(missing) = pass.requires.iter().find(|f| !facts.contains(f)) {
             let provider = PIPELINE.iter().find(|p| p.provides.contains(missing)).map_or("no pass", |p| p.name);
             let diag = Diag::error(format!("`{name}` cannot run here: it needs what `{provider}` provides"));

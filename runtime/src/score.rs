@@ -22,19 +22,42 @@ pub struct Score {
 /// `segment` and gives `logits` and `logp`.
 pub struct Scorer {
     device: Box<dyn Device>,
+    /// Number of tokens that the model knows.
+    vocab: usize,
 }
 
 impl Scorer {
     /// Reads the weights of the program's only role from a Hugging Face folder.
     pub fn open(program: Planned, mut device: Box<dyn Device>, folder: &Path) -> Result<Scorer, Vec<Diag>> {
+        let graph = program.graph("score").expect("the recipe `score` has this graph");
+        let logits = graph.output_named("logits").map(|v| graph.ty(v).dims.last().and_then(|d| d.constant()));
+        let vocab = logits
+            .flatten()
+            .and_then(|v| usize::try_from(v).ok())
+            .expect("the last dim of logits is the model's vocabulary");
         let role = program.stage.roles.first().cloned();
         let (name, rules) = role.map_or(("model".into(), TensorRules::default()), |r| (r.name, r.model.tensors));
         load_params(&program, device.as_mut(), &name, &rules, folder)?;
-        Ok(Scorer { device })
+        Ok(Scorer { device, vocab })
     }
 
-    /// Scores one text of at least two tokens.
+    /// Whether a text can be scored: it has at least two tokens, all of them known to the model.
+    pub fn check(&self, tokens: &[i32]) -> Result<(), Diag> {
+        if tokens.len() < 2 {
+            let diag = Diag::error(format!("found {} tokens, expected at least 2", tokens.len()));
+            return Err(diag.help("there is no next token to score"));
+        }
+        match tokens.iter().find(|t| usize::try_from(**t).map_or(true, |t| t >= self.vocab)) {
+            Some(wrong) => {
+                Err(Diag::error(format!("found the token {wrong}, expected one of 0 to {}", self.vocab - 1)))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Scores one text that [`Scorer::check`] lets pass.
     pub fn score(&mut self, tokens: &[i32]) -> Result<Score, Diag> {
+        self.check(tokens)?;
         let shape = [1, tokens.len()];
         let given =
             [("tokens", Tensor::i32(&shape, tokens.to_vec())), ("segment", Tensor::i32(&shape, vec![1; tokens.len()]))];

@@ -157,14 +157,16 @@ impl Session {
                 let batch = self.data[&source.name].batch(rows);
                 let mut metrics = Metrics::new();
                 self.statements(body, &source, &batch, steps, &mut metrics)?;
-                if let Some((bad, value)) = metrics.iter().find(|m| m.0.ends_with("loss") && !m.1.is_finite()) {
-                    let stage = &self.program.stage.name;
-                    return Err(Diag::error(format!("`{bad}` is {value} at step {step} of the stage `{stage}`"))
-                        .help("a smaller `learning_rate`, or a `max_grad_norm`, usually keeps it finite; NaN at once means that no token of the batch is a target"));
-                }
                 let (tokens, seconds) = (tokens(&batch), started.elapsed().as_secs_f64());
                 let epoch = step as f64 / per_epoch as f64;
+                let bad = metrics.iter().find(|m| m.0.ends_with("loss") && !m.1.is_finite());
+                let bad = bad.map(|(name, value)| (name.clone(), *value));
                 observer(&Event::Step { step, steps, epoch, metrics, tokens, seconds })?;
+                if let Some((name, value)) = bad {
+                    let stage = &self.program.stage.name;
+                    return Err(Diag::error(format!("`{name}` is {value} at step {step} of the stage `{stage}`"))
+                        .help("a smaller `learning_rate`, or a `max_grad_norm`, usually keeps it finite; NaN at once means that no token of the batch is a target"));
+                }
                 if eval_steps.is_some_and(|every| step.is_multiple_of(every)) {
                     self.evaluate(step, observer)?;
                 }

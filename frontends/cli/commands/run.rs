@@ -37,14 +37,19 @@ pub fn run(args: &Args) -> Done {
     for planned in stages {
         let stage = planned.stage.clone();
         let fail = |diags| Failure::new(diags, &loaded.sources);
-        let mut metrics = MetricsFile::create(Path::new(&stage.output_dir), &stage.name).map_err(|e| fail(vec![e]))?;
         let mut progress = Progress::new(&stage);
+        let mut session = Session::open(planned.clone(), device.open(planned), &mut |event| {
+            progress.show(event);
+            Ok(())
+        })
+        .map_err(fail)?;
+        // Only now: a stage that cannot begin leaves the files of an earlier run as they are.
+        let mut metrics = MetricsFile::create(Path::new(&stage.output_dir), &stage.name).map_err(|e| fail(vec![e]))?;
         let mut observer = |event: &_| {
             metrics.write(event)?;
             progress.show(event);
             Ok(())
         };
-        let mut session = Session::open(planned.clone(), device.open(planned), &mut observer).map_err(fail)?;
         session.run(&mut observer).map_err(|e| fail(vec![e]))?;
     }
     Ok(())

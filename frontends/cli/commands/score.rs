@@ -41,18 +41,46 @@ struct Row {
     text: Option<String>,
 }
 
+/// What is to be scored, and where it stands.
+struct Text {
+    tokens: Vec<i32>,
+    at: Span,
+}
+
+/// Mistakes of a file that are told one by one: enough to see a pattern, few enough to read.
+const SHOWN: usize = 10;
+
 /// Runs the command.
 pub fn run(args: &Args) -> Done {
-    let rows = read(args)?;
-    let length = rows.iter().map(Vec::len).max().unwrap_or(2);
+    let name = args.input.display().to_string();
+    let text = fs::read_to_string(&args.input).map_err(|e| Diag::error(format!("cannot read `{name}`: {e}")))?;
+    let mut sources = Sources::default();
+    let source = sources.add(&name, &text);
+    let fail = |mut errors: Vec<Diag>| {
+        let more = errors.len().saturating_sub(SHOWN);
+        errors.truncate(SHOWN);
+        if more > 0 {
+            errors.push(Diag::error(format!("there are {more} more errors in `{name}`")));
+        }
+        Failure::new(errors, &sources)
+    };
+    let texts = read(&text, source, &args.model).map_err(fail)?;
+    if texts.is_empty() {
+        return Err(fail(vec![Diag::error(format!("found no row in `{name}`"))]));
+    }
+    let length = texts.iter().map(|t| t.tokens.len()).max().unwrap_or(0).max(2);
     let program = load::score(&args.model, 1, length, &Disk)?;
     let target = args.device.target();
     let context = PassContext { target: target.as_ref() };
     let planned = dsgc_passes::compile(program, &context, &mut |_, _, _| {})?;
     let mut scorer = Scorer::open(planned.clone(), args.device.open(planned), &args.model)?;
+    let wrong: Vec<Diag> = texts.iter().filter_map(|t| Some(scorer.check(&t.tokens).err()?.label(t.at, ""))).collect();
+    if !wrong.is_empty() {
+        return Err(fail(wrong));
+    }
     let mut logits = Vec::new();
-    for (i, tokens) in rows.iter().enumerate() {
-        let score = scorer.score(tokens).map_err(|diag| in_row(diag, i))?;
+    for text in &texts {
+        let score = scorer.score(&text.tokens)?;
         let logp: Vec<f64> = score.logp.iter().copied().map(shortest).collect();
         say(json!({ "logp": logp }));
         if args.logits.is_some() {
@@ -71,50 +99,34 @@ fn shortest(x: f64) -> f64 {
     if f64::from(single) == x { single.to_string().parse().unwrap_or(x) } else { x }
 }
 
-fn in_row(mut diag: Diag, row: usize) -> Diag {
-    diag.message = format!("row {row}: {}", diag.message);
-    // The place is a line of the model's document, which the user did not write.
-    diag.labels.clear();
-    diag
-}
-
-/// The tokens of all rows. All mistakes come at once.
-fn read(args: &Args) -> Result<Vec<Vec<i32>>, Failure> {
-    let name = args.input.display().to_string();
-    let text = fs::read_to_string(&args.input).map_err(|e| Diag::error(format!("cannot read `{name}`: {e}")))?;
-    let mut sources = Sources::default();
-    let source = sources.add(&name, &text);
-    let (mut rows, mut errors, mut tokenizer) = (Vec::new(), Vec::new(), None);
+/// The tokens of all rows of a file; the tokenizer is that of the model. All mistakes come at once.
+fn read(text: &str, source: u32, model: &Path) -> Result<Vec<Text>, Vec<Diag>> {
+    let (mut texts, mut errors, mut tokenizer) = (Vec::new(), Vec::new(), None);
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let at = |column: usize| Span { source, line: i as u32 + 1, column: column.max(1) as u32, len: 1 };
-        let found = match serde_json::from_str::<Row>(line) {
+        let tokens = match serde_json::from_str::<Row>(line) {
             Ok(Row { tokens: Some(tokens), text: None }) => Ok(tokens),
             Ok(Row { tokens: None, text: Some(text) }) => {
                 if tokenizer.is_none() {
-                    tokenizer = Some(Tokenizer::load(&args.model)?);
+                    tokenizer = Some(Tokenizer::load(model).map_err(|e| vec![e])?);
                 }
                 let tokenizer = tokenizer.as_ref().expect("it was just loaded");
-                tokenizer.encode(&text).map(|e| e.ids)
+                tokenizer.encode(&text).map(|e| e.ids).map_err(|e| e.label(at(1), ""))
             }
-            Ok(_) => Err(Diag::error("expected either `tokens` or `text`")),
+            Ok(_) => Err(Diag::error("expected either `tokens` or `text`").label(at(1), "")),
             Err(error) => {
-                errors.push(Diag::error(format!("found no such row: {error}")).label(at(error.column()), ""));
-                continue;
+                let message = error.to_string();
+                // The place that serde_json gives is one in the line.
+                let message = message.rsplit_once(" at line ").map_or(message.as_str(), |(message, _)| message);
+                Err(Diag::error(format!("found no such row: {message}")).label(at(error.column()), ""))
             }
         };
-        match found {
-            Ok(tokens) if tokens.len() < 2 => {
-                let diag = Diag::error(format!("found {} tokens, expected at least 2", tokens.len()));
-                errors.push(diag.label(at(1), "").help("there is no next token to score"));
-            }
-            Ok(tokens) => rows.push(tokens),
-            Err(diag) => errors.push(diag.label(at(1), "")),
+        match tokens {
+            Ok(tokens) => texts.push(Text { tokens, at: at(1) }),
+            Err(diag) => errors.push(diag),
         }
     }
-    if errors.is_empty() && rows.is_empty() {
-        errors.push(Diag::error(format!("found no row in `{name}`")));
-    }
-    if errors.is_empty() { Ok(rows) } else { Err(Failure::new(errors, &sources)) }
+    if errors.is_empty() { Ok(texts) } else { Err(errors) }
 }
 
 /// Writes logits in single precision.

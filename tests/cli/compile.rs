@@ -1,0 +1,131 @@
+//! `compile`: reports that add up.
+
+use serde_json::Value;
+
+use super::{Workplace, has};
+
+fn json(place: &Workplace, args: &[&str]) -> Vec<Value> {
+    let text = place.out(&[&["compile", "pipeline.yaml", "--json"], args].concat());
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e} in\n{text}"))
+}
+
+/// Parameters of OPT: embeddings with two more positions, layers of 12 h^2 + 13 h (here ffn = 2 h: 8 h^2 + 11 h), the last norm.
+const PARAMETERS: u64 = 640 * 16 + 66 * 16 + 2 * (8 * 16 * 16 + 11 * 16) + 2 * 16;
+
+#[test]
+fn the_report_adds_up() {
+    let place = Workplace::new();
+    let stages = json(&place, &[]);
+    let names: Vec<&str> = stages.iter().filter_map(|s| s["stage"].as_str()).collect();
+    assert_eq!(names, ["sft", "more"]);
+    for stage in &stages {
+        assert_eq!(stage["recipe"], "sft");
+        assert_eq!(stage["parameters"], PARAMETERS);
+        assert_eq!(stage["trained_parameters"], PARAMETERS);
+
+        let passes = stage["passes"].as_array().expect("passes");
+        let names: Vec<&str> = passes.iter().filter_map(|p| p["pass"].as_str()).collect();
+        has(&names.join(" "), &["infer", "canonicalize", "autodiff", "plan_memory"]);
+        for pair in passes.windows(2) {
+            assert_eq!(pair[0]["ops_after"], pair[1]["ops_before"]);
+        }
+        let graphs = stage["graphs"].as_array().expect("graphs");
+        let ops: u64 = graphs.iter().filter_map(|g| g["ops"].as_u64()).sum();
+        assert_eq!(passes.last().expect("a pass")["ops_after"], ops);
+
+        let memory = |what: &str| stage["memory"][what].as_u64().expect("bytes");
+        assert_eq!(memory("peak"), memory("persistent") + memory("values") + memory("scratch"));
+        // Parameters and both moments of AdamW, in single precision.
+        assert!(memory("persistent") >= 12 * PARAMETERS, "{}", memory("persistent"));
+        let largest = graphs.iter().filter_map(|g| g["value_bytes"].as_u64()).max().expect("a graph");
+        assert!((largest..largest + 4096).contains(&memory("values")), "{largest} of {}", memory("values"));
+    }
+    // Twice a product per parameter of a matrix and token forwards, twice that backwards; attention and the rest on top.
+    let products = (640 * 16 + 2 * 8 * 16 * 16) as f64;
+    for (stage, rows) in stages.iter().zip([8.0, 4.0]) {
+        let flops = stage["updates"][0]["flops_per_step"].as_f64().expect("a number");
+        let least = 6.0 * products * rows * 48.0;
+        assert!((least..1.5 * least).contains(&flops), "{flops} beside {least}");
+    }
+}
+
+#[test]
+fn the_report_is_the_same_in_words() {
+    let place = Workplace::new();
+    let words = place.out(&["compile", "pipeline.yaml", "--stage", "more"]);
+    has(
+        &words,
+        &[
+            "stage more (recipe sft)",
+            "parameters      15,776 (15,776 trained)",
+            "GFLOP per step",
+            "ops before -> after",
+        ],
+    );
+    has(&words, &["infer", "autodiff", "plan_memory", "graphs", "model.loss.step", "peak memory", "KiB"]);
+    assert!(!words.contains("stage sft"));
+}
+
+#[test]
+fn the_planned_program_is_a_program() {
+    let place = Workplace::new();
+    let text = place.out(&["compile", "pipeline.yaml", "--stage", "sft", "--emit", "ir"]);
+    let program = dsgc_ir::parse(&text).unwrap_or_else(|e| panic!("{e}"));
+    dsgc_ir::verify::verify(&program).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(program.to_string().trim_end(), text.trim_end());
+    assert_eq!(program.stage.name, "sft");
+}
+
+#[test]
+fn the_plan_says_what_is_called_when() {
+    let place = Workplace::new();
+    let words = place.out(&["compile", "pipeline.yaml", "--emit", "plan"]);
+    has(
+        &words,
+        &[
+            "stage sft",
+            "role model: opt (trained)",
+            "2 x micro-batches of 4",
+            "evaluate on",
+            "for batch in",
+            "update model",
+        ],
+    );
+    has(&words, &["call model.loss.grad per micro-batch", "call model.apply", "save model", "stage more", "runs/sft"]);
+    let plan = json(&place, &["--emit", "plan"]);
+    assert_eq!((&plan[0]["max_steps"], &plan[1]["num_epochs"]), (&Value::from(3), &Value::from(0.5)));
+}
+
+#[test]
+fn the_table_of_memory_fills_the_regions_of_the_report() {
+    let place = Workplace::new();
+    let report = json(&place, &["--stage", "more"]).remove(0);
+    let table = json(&place, &["--stage", "more", "--emit", "memory"]).remove(0);
+    let rows = table.as_array().expect("rows");
+    let number = |row: &Value, key: &str| row[key].as_u64().unwrap_or_else(|| panic!("{key} of {row}"));
+    let end = |row: &Value| number(row, "offset") + number(row, "bytes");
+    for region in ["persistent", "values"] {
+        let last = rows.iter().filter(|r| r["region"] == region).map(end).max().expect("a value");
+        // Regions end at a whole cache line.
+        assert!((last..last + 64).contains(&number(&report["memory"], region)), "{region}: {last}");
+    }
+    let mut states: Vec<&Value> = rows.iter().filter(|r| r["region"] == "persistent").collect();
+    assert!(states.len() >= 3 * 36, "parameters and two moments of each: {}", states.len());
+    states.sort_by_key(|r| number(r, "offset"));
+    for pair in states.windows(2) {
+        assert!(end(pair[0]) <= number(pair[1], "offset"), "{}\n{}", pair[0], pair[1]);
+    }
+    for row in rows.iter().filter(|r| r["region"] == "values") {
+        assert!(number(row, "from") <= number(row, "to"), "{row}");
+    }
+    has(
+        &place.out(&["compile", "pipeline.yaml", "--emit", "memory"]),
+        &["parameters and state", "@model/", "graph @model.loss", "f32["],
+    );
+}
+
+#[test]
+fn an_unknown_stage_is_told() {
+    let place = Workplace::new();
+    has(&place.refused(&["compile", "pipeline.yaml", "--stage", "stf"]), &["error: unknown stage `stf`", "`sft`"]);
+}
