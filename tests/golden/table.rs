@@ -13,8 +13,15 @@ fn main() -> ExitCode {
         eprintln!("usage: scripts/golden DIR [FAMILY...]");
         return ExitCode::from(1);
     };
-    let folder = Path::new(&folder);
-    let named: Vec<String> = args.collect();
+    let mut folder = Path::new(&folder);
+    let mut named: Vec<String> = args.collect();
+    // The folder of one family is as good a name for it.
+    if let (true, Some(parent), Some(family)) =
+        (folder.join("config.json").is_file(), folder.parent(), folder.file_name())
+    {
+        named.push(family.to_string_lossy().into_owned());
+        folder = parent;
+    }
     let families = if named.is_empty() { families(folder) } else { named };
     if families.is_empty() {
         eprintln!("error: found no folder FAMILY with FAMILY.json and FAMILY.safetensors beside it in {folder:?}");

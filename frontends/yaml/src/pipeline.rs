@@ -82,8 +82,8 @@ pub struct Stage {
     pub recipe: Option<Word>,
     /// Source of the recipe (`None`: its only one) -> entry of `data`.
     pub data: Vec<(Option<Word>, Word)>,
-    /// What is written at the end.
-    pub save: Vec<Word>,
+    /// Roles whose models are written at the end; every trained one unless given.
+    pub save: Option<Vec<Word>>,
     /// Settings, options, roles and judges. Those that [`RUN`] or [`TRAINING`] know are checked; the others depend on
     /// the recipe.
     pub settings: Vec<Setting>,
@@ -358,7 +358,7 @@ impl Reader {
             let name = self.name(name, false);
             let Some(fields) = self.open_fields(node, &STAGE) else { continue };
             let recipe = fields.get("recipe").and_then(|n| self.word(n, "the name of a recipe or a file"));
-            let save = fields.get("save").map_or_else(Vec::new, |n| self.words(n, "a list of names"));
+            let save = fields.get("save").map(|n| self.words(n, "a list of names"));
             let mut data = Vec::new();
             match fields.get("data") {
                 Some(Node { value: Value::Map(entries), .. }) => {

@@ -328,3 +328,10 @@ fn functions_come_from_files_and_plans_are_decided_at_load() {
     let [Statement::Repeat { times: 2, body }] = &twice[..] else { panic!("{twice:?}") };
     assert!(matches!(&body[..], [Statement::Update(u)] if u.args[0].1 == "batch.text.tokens"));
 }
+
+#[test]
+fn a_stage_saves_what_it_says_and_nothing_if_it_says_so() {
+    assert_eq!(stage(SFT, &[]).save, ["model"], "every trained role");
+    assert!(stage(&format!("{SFT}    save: []\n"), &[]).save.is_empty());
+    assert_round_trip(&format!("{SFT}    save: []\n"), &[]);
+}

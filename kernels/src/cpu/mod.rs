@@ -78,7 +78,24 @@ pub struct Cpu {
 
 impl Cpu {
     /// Takes a program that was planned for [`CpuTarget`] with this many threads. All states are zero.
+    ///
+    /// # Panics
+    /// If the plan has less workspace than the kernels use: it was made for another device or for fewer threads.
     pub fn new(program: Planned, threads: usize) -> Cpu {
+        let target = CpuTarget { threads };
+        for graph in &program.graphs {
+            let bounds = graph.upper_bounds();
+            for (id, op) in graph.ops() {
+                let types: Vec<Type> = op.args.iter().map(|&a| graph.ty(a).clone()).collect();
+                let (needed, planned) = (target.workspace(&op.op, &types, &bounds), graph.scratch[id.0 as usize]);
+                assert!(
+                    needed <= planned,
+                    "bug: `{}` in @{} needs {needed} bytes of workspace, and {planned} are planned",
+                    op.op.name(),
+                    graph.name
+                );
+            }
+        }
         let memory = Memory::new(program.arena);
         Cpu { memory, threads: Threads::new(threads), dead: None, program: Arc::new(program) }
     }

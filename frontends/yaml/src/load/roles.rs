@@ -212,10 +212,11 @@ fn find_model(
     } else if around.stage_names.iter().any(|s| s == name) {
         // A stage that failed is in nobody's list, but its own messages say enough.
         let at = |n: &str| around.stage_names.iter().position(|s| s == n);
-        if at(name) < at(&stage.name.text) {
-            return None;
+        match at(name) < at(&stage.name.text) {
+            true if documents.errors.is_empty() => diag.help(format!("stage `{name}` saves no model: see its `save`")),
+            true => return None,
+            false => diag.help(format!("stage `{name}` comes later: move it before `{}`", stage.name.text)),
         }
-        diag.help(format!("stage `{name}` comes later: move it before `{}`", stage.name.text))
     } else if let Some(near) = nearest(name, names.iter().map(String::as_str)) {
         diag.help(format!("write `{near}`"))
     } else if looks_like_path(name) {

@@ -318,10 +318,9 @@ fn save(
     roles: &[BoundRole],
 ) -> Option<Vec<String>> {
     let trained = || roles.iter().filter(|r| r.trained).map(|r| r.name.clone()).collect();
-    let names = match (stage.save.is_empty(), &recipe.recipe.save) {
-        (false, _) => &stage.save,
-        (true, Some(names)) => names,
-        (true, None) => return Some(trained()),
+    let names = match (&stage.save, &recipe.recipe.save) {
+        (Some(names), _) | (None, Some(names)) => names,
+        (None, None) => return Some(trained()),
     };
     let mut save = Vec::new();
     for name in names {
