@@ -306,6 +306,7 @@ fn grouped(n: u64) -> String {
     text
 }
 
-fn size(bytes: usize) -> String {
+/// `1.25 KiB`.
+pub fn size(bytes: usize) -> String {
     indicatif::BinaryBytes(bytes as u64).to_string()
 }

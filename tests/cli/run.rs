@@ -167,6 +167,15 @@ fn a_folder_that_cannot_be_written_is_told_before_training() {
     assert!(!ended.out.contains("step"), "{}", ended.out);
 }
 
+#[test]
+fn a_model_beyond_the_memory_is_told() {
+    let place = Workplace::new();
+    let sizes = ["--set", "models.base.config.hidden=4000000", "--set", "models.base.config.ffn=4000000"];
+    let err = place.refused(&[&["run", "pipeline.yaml", "--stage", "sft"][..], &sizes].concat());
+    has(&err, &["error: stage `sft` needs", "PiB of memory", "help", "micro_batch_size"]);
+    assert!(!place.path("runs").exists());
+}
+
 /// Trains a model from a folder, with this change of its `config.json`.
 fn from_folder(change: impl Fn(&mut Map<String, Value>)) -> (Workplace, super::Ended) {
     let place = Workplace::new();

@@ -73,7 +73,7 @@ pub fn run(args: &Args) -> Done {
     let target = args.device.target();
     let context = PassContext { target: target.as_ref() };
     let planned = dsgc_passes::compile(program, &context, &mut |_, _, _| {})?;
-    let mut scorer = Scorer::open(planned.clone(), args.device.open(planned), &args.model)?;
+    let mut scorer = Scorer::open(planned.clone(), args.device.open(planned)?, &args.model)?;
     let wrong: Vec<Diag> = texts.iter().filter_map(|t| Some(scorer.check(&t.tokens).err()?.label(t.at, ""))).collect();
     if !wrong.is_empty() {
         return Err(fail(wrong));
