@@ -143,7 +143,8 @@ fn collect_updates(program: &Program, plan: &[Statement], calls: u64, found: &mu
                 let total = match update.steps.as_ref().expect("the passes filled it in") {
                     UpdateSteps::Whole { step } => flops(step),
                     UpdateSteps::Split { count, grad, finish, apply } => {
-                        calls * (count.as_ref().map_or(0, flops) + flops(grad)) + flops(finish) + flops(apply)
+                        let part = count.as_ref().map_or(0, flops) + flops(grad);
+                        calls.saturating_mul(part).saturating_add(flops(finish) + flops(apply))
                     }
                 };
                 found.push((update.role.clone(), update.graph.clone(), total));

@@ -170,9 +170,9 @@ fn a_folder_that_cannot_be_written_is_told_before_training() {
 #[test]
 fn a_model_beyond_the_memory_is_told() {
     let place = Workplace::new();
-    let sizes = ["--set", "models.base.config.hidden=4000000", "--set", "models.base.config.ffn=4000000"];
+    let sizes = ["--set", "models.base.config.hidden=1000000", "--set", "models.base.config.layers=4"];
     let err = place.refused(&[&["run", "pipeline.yaml", "--stage", "sft"][..], &sizes].concat());
-    has(&err, &["error: stage `sft` needs", "PiB of memory", "help", "micro_batch_size"]);
+    has(&err, &["error: stage `sft` needs", "TiB of memory", "help", "micro_batch_size"]);
     assert!(!place.path("runs").exists());
 }
 
