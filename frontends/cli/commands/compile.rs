@@ -1,35 +1,23 @@
 //! `dsgc compile`: what the passes make of a pipeline.
 
-use std::path::PathBuf;
-
 use clap::ValueEnum;
 use dsgc_ir::diag::Diag;
 
-use super::{Done, open, plan};
+use super::{Done, PipelineArgs, plan};
 use crate::console::say;
-use crate::device::DeviceName;
 use crate::report::{StageReport, memory_table};
 
 /// Arguments of `dsgc compile`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A pipeline.
-    file: PathBuf,
+    #[command(flatten)]
+    pipeline: PipelineArgs,
     /// Print this instead of the report.
     #[arg(long)]
     emit: Option<Emit>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// Only this stage.
-    #[arg(long)]
-    stage: Option<String>,
-    /// The device to compile for, instead of the pipeline's.
-    #[arg(long)]
-    device: Option<DeviceName>,
-    /// Another value for a setting: `stages.sft.learning_rate=1e-4`.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    sets: Vec<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -47,8 +35,7 @@ pub fn run(args: &Args) -> Done {
     if args.json && args.emit == Some(Emit::Ir) {
         return Err(Diag::error("found `--json` with `--emit ir`, which has a text form only").into());
     }
-    let loaded = open(&args.file, &args.sets, args.stage.as_deref())?;
-    let device = args.device.unwrap_or(loaded.device.into());
+    let (loaded, device) = args.pipeline.open()?;
     let mut all = Vec::new();
     for program in &loaded.stages {
         let mut passes = Vec::new();

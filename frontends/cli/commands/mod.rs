@@ -7,7 +7,7 @@ pub mod opt;
 pub mod run;
 pub mod score;
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use dsgc_ir::{Planned, Program};
 use dsgc_passes::{Pass, PassContext};
@@ -20,12 +20,31 @@ use crate::host::Disk;
 /// How a command ends.
 pub type Done = Result<(), Failure>;
 
-/// Loads a pipeline and shows its warnings.
-fn open(file: &Path, sets: &[String], stage: Option<&str>) -> Result<Loaded, Failure> {
-    let options = Options { sets: sets.to_vec(), stage: stage.map(String::from) };
-    let loaded = load(file, &options, &Disk)?;
-    show(&loaded.warnings, &loaded.sources);
-    Ok(loaded)
+/// A pipeline, and what the command line says of it.
+#[derive(clap::Args)]
+struct PipelineArgs {
+    /// A pipeline.
+    file: PathBuf,
+    /// Only this stage; what it needs of earlier ones must be there to run it.
+    #[arg(long)]
+    stage: Option<String>,
+    /// The device, instead of the pipeline's.
+    #[arg(long)]
+    device: Option<DeviceName>,
+    /// Another value for a setting: `stages.sft.learning_rate=1e-4`.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+impl PipelineArgs {
+    /// Loads the pipeline and shows its warnings.
+    fn open(&self) -> Result<(Loaded, DeviceName), Failure> {
+        let options = Options { sets: self.sets.clone(), stage: self.stage.clone() };
+        let loaded = load(&self.file, &options, &Disk)?;
+        show(&loaded.warnings, &loaded.sources);
+        let device = self.device.unwrap_or(loaded.device.into());
+        Ok((loaded, device))
+    }
 }
 
 /// Runs all passes on a stage's program.

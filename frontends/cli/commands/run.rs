@@ -1,34 +1,23 @@
 //! `dsgc run`: trains.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use dsgc_runtime::{MetricsFile, Session};
 
-use super::{Done, open, plan};
+use super::{Done, PipelineArgs, plan};
 use crate::console::Failure;
-use crate::device::DeviceName;
 use crate::progress::Progress;
 
 /// Arguments of `dsgc run`.
 #[derive(clap::Args)]
 pub struct Args {
-    /// A pipeline.
-    file: PathBuf,
-    /// Only this stage; what it needs of earlier ones must be there.
-    #[arg(long)]
-    stage: Option<String>,
-    /// The device to run on, instead of the pipeline's.
-    #[arg(long)]
-    device: Option<DeviceName>,
-    /// Another value for a setting: `stages.sft.learning_rate=1e-4`.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    sets: Vec<String>,
+    #[command(flatten)]
+    pipeline: PipelineArgs,
 }
 
 /// Runs the command.
 pub fn run(args: &Args) -> Done {
-    let loaded = open(&args.file, &args.sets, args.stage.as_deref())?;
-    let device = args.device.unwrap_or(loaded.device.into());
+    let (loaded, device) = args.pipeline.open()?;
     // All stages are compiled before the first one runs: an error of the last must not cost the time of the others.
     let mut stages = Vec::new();
     for program in &loaded.stages {
