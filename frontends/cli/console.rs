@@ -64,6 +64,12 @@ pub fn say(line: impl std::fmt::Display) {
     }
 }
 
+/// Writes a line to standard output of work that goes on whether anybody reads it or not.
+pub fn say_on(line: impl std::fmt::Display) {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).ok();
+}
+
 /// Writes a line to standard error. Where nobody reads it, there is nobody left to tell.
 fn tell(line: impl std::fmt::Display) {
     writeln!(io::stderr().lock(), "{line}").ok();

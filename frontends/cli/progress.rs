@@ -8,7 +8,7 @@ use dsgc_runtime::data::DataReport;
 use dsgc_runtime::{Event, Metrics};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
-use crate::console::say;
+use crate::console::say_on;
 
 /// Shows the events of one stage.
 pub struct Progress {
@@ -98,8 +98,8 @@ impl Progress {
     fn line(&self, text: String) {
         let line = format!("{} {text}", self.stage);
         match &self.bar {
-            Some(bar) => bar.suspend(|| say(line)),
-            None => say(line),
+            Some(bar) => bar.suspend(|| say_on(line)),
+            None => say_on(line),
         }
     }
 }

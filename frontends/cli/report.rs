@@ -143,7 +143,8 @@ fn collect_updates(program: &Program, plan: &[Statement], calls: u64, found: &mu
                 let total = match update.steps.as_ref().expect("the passes filled it in") {
                     UpdateSteps::Whole { step } => flops(step),
                     UpdateSteps::Split { count, grad, finish, apply } => {
-                        calls * (count.as_ref().map_or(0, flops) + flops(grad)) + flops(finish) + flops(apply)
+                        let part = count.as_ref().map_or(0, flops) + flops(grad);
+                        calls.saturating_mul(part).saturating_add(flops(finish) + flops(apply))
                     }
                 };
                 found.push((update.role.clone(), update.graph.clone(), total));
@@ -306,6 +307,7 @@ fn grouped(n: u64) -> String {
     text
 }
 
-fn size(bytes: usize) -> String {
+/// `1.25 KiB`.
+pub fn size(bytes: usize) -> String {
     indicatif::BinaryBytes(bytes as u64).to_string()
 }

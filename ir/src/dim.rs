@@ -72,15 +72,15 @@ impl Dim {
         all
     }
 
-    /// The value under bindings; the unbound symbol otherwise.
+    /// The value under bindings, held at the ends of `i64` where it lies beyond; the unbound symbol otherwise.
     pub fn eval(&self, bindings: &Bindings) -> Result<i64, Symbol> {
-        let mut sum = 0;
+        let mut sum = 0i64;
         for (product, c) in &self.terms {
             let mut term = *c;
             for symbol in product {
-                term *= bindings.get(symbol).ok_or_else(|| symbol.clone())?;
+                term = term.saturating_mul(*bindings.get(symbol).ok_or_else(|| symbol.clone())?);
             }
-            sum += term;
+            sum = sum.saturating_add(term);
         }
         Ok(sum)
     }

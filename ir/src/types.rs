@@ -98,9 +98,14 @@ impl Type {
         self.dims.iter().map(|d| d.eval(bindings).map(|n| n.max(0) as usize)).collect()
     }
 
-    /// Bytes in memory under bindings; an unbound symbol otherwise.
+    /// Bytes in memory under bindings, `usize::MAX` where they cannot be counted; an unbound symbol otherwise.
     pub fn bytes(&self, bindings: &Bindings) -> Result<usize, Symbol> {
-        Ok(self.shape(bindings)?.iter().product::<usize>() * self.dtype.bytes())
+        let shape = self.shape(bindings)?;
+        // A dim of 0 makes everything nothing, however large the others are.
+        if shape.contains(&0) {
+            return Ok(0);
+        }
+        Ok(shape.into_iter().fold(self.dtype.bytes(), usize::saturating_mul))
     }
 }
 

@@ -33,6 +33,10 @@ pub const PASS: Pass = Pass {
 /// Runs the pass. Errors are limits: a missing kernel, or more memory than the device has.
 pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
     let target = context.target;
+    let large: Vec<Diag> = program.graphs.iter().filter_map(too_large).collect();
+    if !large.is_empty() {
+        return Err(large);
+    }
     let missing: Vec<Diag> = program.graphs.iter().flat_map(|g| missing_kernels(g, target)).collect();
     if !missing.is_empty() {
         return Err(missing);
@@ -72,6 +76,21 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
 
 fn types(graph: &Graph, values: &[Value]) -> Vec<Type> {
     values.iter().map(|&v| graph.ty(v).clone()).collect()
+}
+
+/// Bytes of the largest value that a plan can have: with more, offsets and costs could not be counted any more.
+const LARGEST: usize = 1 << 42;
+
+/// The first value of a graph that is larger than any plan can have it.
+fn too_large(graph: &Graph) -> Option<Diag> {
+    let bounds = graph.upper_bounds();
+    let bytes = |v: Value| graph.ty(v).bytes(&bounds).expect("the verifier saw that every dim is declared");
+    let value = graph.values().find(|&v| bytes(v) > LARGEST)?;
+    let span = graph.def(value).map_or(Span::NONE, |d| graph.op(d).site.loc.span);
+    let message = format!("found a value of type {} in graph @{}, which no memory holds", graph.ty(value), graph.name);
+    let bounds: Vec<String> = bounds.iter().map(|(symbol, max)| format!("`{symbol}` up to {max}")).collect();
+    let diag = Diag::error(message).label(span, "made here");
+    Some(if bounds.is_empty() { diag } else { diag.help(format!("it has {}", bounds.join(", "))) })
 }
 
 /// One message per op and operand types for which the device has no kernel.

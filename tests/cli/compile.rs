@@ -129,3 +129,27 @@ fn an_unknown_stage_is_told() {
     let place = Workplace::new();
     has(&place.refused(&["compile", "pipeline.yaml", "--stage", "stf"]), &["error: unknown stage `stf`", "`sft`"]);
 }
+
+#[test]
+fn values_that_no_memory_holds_are_told() {
+    let place = Workplace::new();
+    let refused = |set: &str| place.refused(&["compile", "pipeline.yaml", "--stage", "more", "--set", set]);
+    for rows in ["1000000000000", "1000000000000000000"] {
+        let err = refused(&format!("stages.more.batch_size={rows}"));
+        has(
+            &err,
+            &["error: found a value of type", "[B, T", "which no memory holds", "help", &format!("`B` up to {rows}")],
+        );
+    }
+    has(&refused("models.base.config.hidden=10000000"), &["error: found a value of type", "which no memory holds"]);
+}
+
+#[test]
+fn a_batch_of_any_size_can_be_taken_in_parts() {
+    let place = Workplace::new();
+    let memory = |batch: &str| {
+        let report = json(&place, &["--stage", "sft", "--set", batch]).remove(0);
+        report["memory"]["peak"].as_u64().expect("bytes")
+    };
+    assert_eq!(memory("stages.sft.batch_size=1000000000000000000"), memory("stages.sft.batch_size=8"));
+}

@@ -40,6 +40,12 @@ fn a_reader_that_stops_ends_the_program_quietly() {
     child.stderr.take().expect("a pipe").read_to_string(&mut err).expect("text");
     assert_eq!((child.wait().expect("it ends").code(), err.as_str()), (Some(0), ""));
 
+    // The same holds for messages.
+    let mut child =
+        place.command(&["check", "absent.yaml"]).stderr(Stdio::piped()).spawn().expect("the program starts");
+    drop(child.stderr.take());
+    assert_eq!(child.wait().expect("it ends").code(), Some(1));
+
     let mut child = place.command(&["std", "list"]).stdout(Stdio::piped()).spawn().expect("the program starts");
     let mut line = String::new();
     BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut line).expect("text");

@@ -1,6 +1,7 @@
 //! `run`: what is trained, written and told.
 
 use std::fs;
+use std::process::Stdio;
 
 use serde_json::{Map, Value};
 
@@ -165,6 +166,26 @@ fn a_folder_that_cannot_be_written_is_told_before_training() {
     assert_eq!(ended.code, Some(1));
     has(&ended.err, &["error: cannot write", "rows.jsonl"]);
     assert!(!ended.out.contains("step"), "{}", ended.out);
+}
+
+#[test]
+fn training_goes_on_when_nobody_reads_what_it_says() {
+    let place = Workplace::new();
+    let mut command = place.command(&["run", "pipeline.yaml", "--stage", "sft"]);
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("the program starts");
+    drop(child.stdout.take());
+    assert_eq!(child.wait().expect("it ends").code(), Some(0));
+    assert_eq!(numbers(&metrics(&place, "runs/sft/metrics.jsonl"), "eval/loss").len(), 2);
+    assert!(place.path("runs/sft/model.safetensors").exists());
+}
+
+#[test]
+fn a_model_beyond_the_memory_is_told() {
+    let place = Workplace::new();
+    let sizes = ["--set", "models.base.config.hidden=1000000", "--set", "models.base.config.layers=4"];
+    let err = place.refused(&[&["run", "pipeline.yaml", "--stage", "sft"][..], &sizes].concat());
+    has(&err, &["error: stage `sft` needs", "TiB of memory", "help", "micro_batch_size"]);
+    assert!(!place.path("runs").exists());
 }
 
 /// Trains a model from a folder, with this change of its `config.json`.

@@ -57,6 +57,9 @@ fn a_text_is_scored_as_its_tokens() {
     let found = logp(&place.out(&["score", "runs/sft", "--input", "rows.in"]));
     assert_eq!(found[0].len(), tokens.len() - 1);
     assert_eq!(found[0], found[1]);
+    // A byte order mark and the line ends of Windows change nothing.
+    place.write("windows.in", &format!("\u{feff}{}", place.read("rows.in").replace('\n', "\r\n")));
+    assert_eq!(logp(&place.out(&["score", "runs/sft", "--input", "windows.in"])), found);
     // The interpreter says the same; in doubles, to the digits of single precision.
     for device in ["interp", "interp-f64"] {
         let other = logp(&place.out(&["score", "runs/sft", "--input", "rows.in", "--device", device]));

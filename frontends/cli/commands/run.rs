@@ -27,7 +27,8 @@ pub fn run(args: &Args) -> Done {
         let stage = planned.stage.clone();
         let fail = |diags| Failure::new(diags, &loaded.sources);
         let mut progress = Progress::new(&stage);
-        let mut session = Session::open(planned.clone(), device.open(planned), &mut |event| {
+        let opened = device.open(planned.clone())?;
+        let mut session = Session::open(planned, opened, &mut |event| {
             progress.show(event);
             Ok(())
         })

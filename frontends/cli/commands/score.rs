@@ -73,7 +73,7 @@ pub fn run(args: &Args) -> Done {
     let target = args.device.target();
     let context = PassContext { target: target.as_ref() };
     let planned = dsgc_passes::compile(program, &context, &mut |_, _, _| {})?;
-    let mut scorer = Scorer::open(planned.clone(), args.device.open(planned), &args.model)?;
+    let mut scorer = Scorer::open(planned.clone(), args.device.open(planned)?, &args.model)?;
     let wrong: Vec<Diag> = texts.iter().filter_map(|t| Some(scorer.check(&t.tokens).err()?.label(t.at, ""))).collect();
     if !wrong.is_empty() {
         return Err(fail(wrong));
@@ -102,6 +102,8 @@ fn shortest(x: f64) -> f64 {
 /// The tokens of all rows of a file; the tokenizer is that of the model. All mistakes come at once.
 fn read(text: &str, source: u32, model: &Path) -> Result<Vec<Text>, Vec<Diag>> {
     let (mut texts, mut errors, mut tokenizer) = (Vec::new(), Vec::new(), None);
+    // Editors of Windows begin files with a byte order mark.
+    let text = text.trim_start_matches('\u{feff}');
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
         let at = |column: usize| Span { source, line: i as u32 + 1, column: column.max(1) as u32, len: 1 };
         let tokens = match serde_json::from_str::<Row>(line) {
