@@ -1,11 +1,7 @@
 //! One optimizer step of supervised fine-tuning: OPT-125m with random weights, f32, a batch of 4 rows of 256 tokens.
 //!
-//! ```text
-//! cargo bench --bench sft                     best and median of 8 steps, tokens per second
-//! cargo bench --bench sft -- ops              and how long each kind of op takes
-//! ```
-//!
-//! The same work as a step of PyTorch's eager mode: forward, backward, clipping, AdamW.
+//! `cargo bench --bench sft` prints best and median of 8 steps, and tokens per second. A step is the same work as one of
+//! PyTorch's eager mode: forward, backward, clipping, AdamW.
 
 use std::io;
 use std::path::Path;
