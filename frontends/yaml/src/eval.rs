@@ -59,8 +59,8 @@ fn binary(op: BinaryOp, a: Constant, b: Constant) -> Option<Constant> {
     Some(match (op, &a, &b) {
         (BinaryOp::Or, Bool(x), Bool(y)) => Bool(*x || *y),
         (BinaryOp::And, Bool(x), Bool(y)) => Bool(*x && *y),
-        (BinaryOp::Eq, ..) => Bool(a == b),
-        (BinaryOp::Ne, ..) => Bool(a != b),
+        (BinaryOp::Eq, ..) => Bool(a.equals(&b)),
+        (BinaryOp::Ne, ..) => Bool(!a.equals(&b)),
         (BinaryOp::Add, Int(x), Int(y)) => Int(x.checked_add(*y)?),
         (BinaryOp::Sub, Int(x), Int(y)) => Int(x.checked_sub(*y)?),
         (BinaryOp::Mul, Int(x), Int(y)) => Int(x.checked_mul(*y)?),
@@ -113,6 +113,18 @@ mod tests {
         check("2 ** 3", "8.0");
         check("1 / 0", "cannot compute `(1 / 0)`");
         check("9223372036854775807 + 1", "cannot compute `(9223372036854775807 + 1)`");
+    }
+
+    #[test]
+    fn equal_values_are_equal_however_they_are_written() {
+        check("heads == 4.0", "true");
+        check("heads != 4.5", "true");
+        check("[1, [heads]] == [1.0, [4]]", "true");
+        check("[1, 2] == [1]", "false");
+        check("9007199254740993 == 9007199254740992", "false");
+        check("kind == 1", "false");
+        check("1 == true", "false");
+        check("none == none", "true");
     }
 
     #[test]

@@ -96,6 +96,21 @@ impl Constant {
             _ => None,
         }
     }
+
+    /// Whether `==` holds of the two: of numbers by value, of lists by their elements, wherever these stand.
+    pub fn equals(&self, other: &Constant) -> bool {
+        match (self, other) {
+            // Not by way of doubles, which large whole numbers share.
+            (Constant::Int(a), Constant::Int(b)) => a == b,
+            (Constant::List(a), Constant::List(b)) => {
+                a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.value.equals(&b.value))
+            }
+            _ => match (self.number(), other.number()) {
+                (Some(a), Some(b)) => a == b,
+                _ => self == other,
+            },
+        }
+    }
 }
 
 /// As it would be written.

@@ -261,7 +261,8 @@ impl<'a> Lowering<'a> {
         if let Val::Record(record) = &value {
             for (field, value) in &record.fields {
                 let name = if name.is_empty() { field.clone() } else { format!("{name}.{field}") };
-                self.flatten(span, name, value.clone(), outputs)?;
+                // Of a called graph's outputs, the first stands for all (D8).
+                self.flatten(span, name, value.clone().single(), outputs)?;
             }
             return Ok(());
         }

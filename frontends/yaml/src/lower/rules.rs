@@ -159,6 +159,16 @@ pub(super) fn sum(low: Low<'_, '_>, call: &Call) -> R<Val> {
     Ok(Val::Tensor(reduced(low, call.span, sum_op, x, &reduction.axes)))
 }
 
+/// How many elements are reduced to one where all of them count.
+fn extent(low: Low<'_, '_>, span: Span, reduction: &Reduction) -> Value {
+    let extents: Vec<Dim> = reduction.axes.iter().map(|&a| low.ty(reduction.x).dims[a].clone()).collect();
+    let dim = Dim::product(&extents);
+    match dim.constant() {
+        Some(n) => low.scalar(span, n as f64, DType::F32),
+        None => low.emit(span, Op::Size { dim, dtype: DType::F32 }, &[]),
+    }
+}
+
 pub(super) fn mean(low: Low<'_, '_>, call: &Call) -> R<Val> {
     let reduction = reduction(low, call, Some(DType::F32))?;
     let span = call.span;
@@ -171,12 +181,7 @@ pub(super) fn mean(low: Low<'_, '_>, call: &Call) -> R<Val> {
             reduced(low, span, sum_op, ones, &reduction.axes)
         }
         None => {
-            let extents: Vec<Dim> = reduction.axes.iter().map(|&a| low.ty(reduction.x).dims[a].clone()).collect();
-            let dim = Dim::product(&extents);
-            let count = match dim.constant() {
-                Some(n) => low.scalar(span, n as f64, DType::F32),
-                None => low.emit(span, Op::Size { dim, dtype: DType::F32 }, &[]),
-            };
+            let count = extent(low, span, &reduction);
             low.stretch(span, count, &dims)
         }
     };
@@ -212,14 +217,19 @@ fn extreme(low: Low<'_, '_>, call: &Call, side: Side) -> R<Val> {
     };
     let x = filled(low, call.span, &reduction, far);
     let found = reduced(low, call.span, op, x, &reduction.axes);
-    let (Some(empty), Some(counts)) = (call.get("empty"), reduction.counts) else {
-        return Ok(Val::Tensor(found));
-    };
+    let Some(empty) = call.get("empty") else { return Ok(Val::Tensor(found)) };
     let place = empty.span;
     let empty = low.as_tensor(empty, dtype)?;
     let dims = low.ty(found).dims.clone();
     let empty = low.fitted(call.span, (empty, place), &dims)?;
-    let left = quantified(low, call.span, counts, &reduction.axes, |axes| Op::ReduceMax { axes });
+    let left = match reduction.counts {
+        Some(counts) => quantified(low, call.span, counts, &reduction.axes, |axes| Op::ReduceMax { axes }),
+        None => {
+            let count = extent(low, call.span, &reduction);
+            let any = low.cast(call.span, count, DType::Bool);
+            low.stretch(call.span, any, &dims)
+        }
+    };
     Ok(Val::Tensor(low.emit(call.span, Op::Where {}, &[left, found, empty])))
 }
 

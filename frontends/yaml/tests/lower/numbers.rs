@@ -94,6 +94,37 @@ fn the_tiny_opt_has_its_golden_logits() {
     }
 }
 
+/// The first output of a called graph stands for the call, also where it is an output itself.
+const CALLS: &str = "\
+recipe: calls
+extends: sft
+graphs:
+  parts:
+    in: {text: \"sequence[B, T]\"}
+    let:
+      - logp: next_logp(model(text), text.tokens)
+    out:
+      nll: mean(-logp, where=text.trained[:, 1:])
+      targets: sum(f32(text.trained[:, 1:]))
+  loss:
+    in: {text: \"sequence[B, T]\"}
+    let:
+      - both: parts(text)
+    out: {loss: both, targets: both.targets}
+";
+
+#[test]
+fn the_first_output_stands_for_a_call() {
+    let mut documents = Documents::default();
+    let Document::Recipe(recipe) = documents.read("calls.yaml", CALLS) else { panic!("no recipe") };
+    let recipe = Recipe { options: documents.std_recipe("sft").options, ..*recipe };
+    let outputs = outputs(&mut documents, &recipe);
+    let names: Vec<&str> = outputs.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["loss", "targets"]);
+    near(outputs[0].1.scalar(), 3.377_144_34);
+    near(outputs[1].1.scalar(), 13.0);
+}
+
 #[test]
 fn first_values_differ_by_parameter_and_by_key() {
     let mut documents = Documents::default();
