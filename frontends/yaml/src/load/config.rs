@@ -257,7 +257,7 @@ fn required(rules: &FromHf, json: &Map<String, Json>, asked: &Asked<'_>, errors:
     for (key, wanted) in &rules.require {
         let Some(found) = lookup(json, &key.text) else { continue };
         let found = from_json_value(found);
-        let equal = found == wanted.value || (found.number().is_some() && found.number() == wanted.value.number());
+        let equal = found.equals(&wanted.value);
         if !equal {
             let folder = asked.folder.unwrap_or_default();
             errors.push(
