@@ -175,6 +175,10 @@ fn products_of_every_layout() {
         ("1, 1", "1, 9", "ab,bc->ac"),
         ("0, 3", "3, 2", "ab,bc->ac"),
         ("2, 0", "0, 3", "ab,bc->ac"),
+        ("3, 0, 5", "4, 5, 0", "acd,bdc->ab"),
+        // Large enough for the GEMM library to use threads.
+        ("2, 90, 128", "200, 128", "btd,vd->btv"),
+        ("2, 90, 200", "2, 90, 128", "btv,btd->vd"),
         ("300, 40", "40", "ab,b->a"),
     ] {
         compare(&format!("%a: f32[{a}], %b: f32[{b}]"), &format!("%y = contract %a, %b spec={spec}"), &[]);

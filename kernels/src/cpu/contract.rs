@@ -50,7 +50,9 @@ pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
     let mut batch = group(&labels.out, &|x| in_left(x) && in_right(x));
     let (m, more_m) = largest(group(&labels.out, &|x| in_left(x) && !in_right(x)));
     let (n, more_n) = largest(group(&labels.out, &|x| !in_left(x) && in_right(x)));
-    let (k, more_k) = largest(group(&labels.lhs, &|x| !in_out(x)));
+    let summed = group(&labels.lhs, &|x| !in_out(x));
+    // A sum over nothing is one product of matrices without inner dim: zeros.
+    let (k, more_k) = if summed.iter().any(|x| x.extent == 0) { Default::default() } else { largest(summed) };
     batch.extend(more_m);
     batch.extend(more_n);
 
@@ -66,7 +68,7 @@ pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
     let sums: usize = more_k.iter().map(|x| x.extent).product();
     let product = |i: usize, parallelism: Parallelism| {
         let at = offsets(&batch, i);
-        for s in 0..sums.max(1) {
+        for s in 0..sums {
             let sum = offsets(&more_k, s);
             // SAFETY: all offsets come from the extents and strides of the operands and the result, which hold their
             // elements; products of different `i` write different elements of the result.
@@ -97,7 +99,7 @@ pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
     };
     // Decided by the number of products alone, so that results do not depend on the number of threads.
     if loops >= MANY {
-        let weight = 2 * m.extent * n.extent * k.extent * sums.max(1);
+        let weight = 2 * m.extent * n.extent * k.extent * sums;
         l.threads.run(loops, weight, |r| r.for_each(|i| product(i, Parallelism::None)));
     } else {
         let count = l.threads.count();
