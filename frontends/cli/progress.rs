@@ -80,8 +80,8 @@ impl Progress {
                 let text = format!("{} {rate:.0} tokens/s", numbers(metrics));
                 if let Some(bar) = &self.bar {
                     bar.set_length(*steps);
-                    bar.set_position(*step);
                     bar.set_message(text);
+                    bar.set_position(*step);
                     if step == steps {
                         bar.finish();
                     }
@@ -98,8 +98,9 @@ impl Progress {
     fn line(&self, text: String) {
         let line = format!("{} {text}", self.stage);
         match &self.bar {
-            Some(bar) => bar.suspend(|| say_on(line)),
-            None => say_on(line),
+            // Before the first step there is no bar on the screen, and a line must not draw an empty one.
+            Some(bar) if self.training.is_some() => bar.suspend(|| say_on(line)),
+            _ => say_on(line),
         }
     }
 }

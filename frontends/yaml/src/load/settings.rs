@@ -56,12 +56,13 @@ pub(super) enum Range {
 
 impl Range {
     fn holds(self, x: f64) -> bool {
-        match self {
-            Range::Any => true,
-            Range::AtLeast(low) => x >= low,
-            Range::Above(low) => x > low,
-            Range::Share => (0.0..1.0).contains(&x),
-        }
+        x.is_finite()
+            && match self {
+                Range::Any => true,
+                Range::AtLeast(low) => x >= low,
+                Range::Above(low) => x > low,
+                Range::Share => (0.0..1.0).contains(&x),
+            }
     }
 
     fn expected(self) -> String {
@@ -80,9 +81,9 @@ impl Range {
             Value::Scalar(text) => {
                 if let Some(x) = constant(text).number().filter(|x| !self.holds(*x)) {
                     let found = if text.text.is_empty() { x.to_string() } else { text.text.clone() };
+                    let expected = if x.is_finite() { self.expected() } else { "a finite number".into() };
                     errors.push(
-                        Diag::error(format!("found {found} for `{key}`, expected {}", self.expected()))
-                            .label(node.span, ""),
+                        Diag::error(format!("found {found} for `{key}`, expected {expected}")).label(node.span, ""),
                     );
                 }
             }

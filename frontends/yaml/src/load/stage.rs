@@ -275,7 +275,7 @@ fn sizes(documents: &mut Documents<'_>, layers: &Layers<'_>, run: &[Decided]) ->
     let batch = find("batch_size")?;
     let rows = batch.count()?;
     match micro.count() {
-        Some(micro_rows) if micro_rows > rows => {
+        Some(micro_rows) if micro_rows > rows && rows > 0 => {
             documents.error(
                 Diag::error(format!("found a micro_batch_size of {micro_rows}, expected {rows} or less"))
                     .label(micro.node.span, "")
