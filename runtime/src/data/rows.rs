@@ -85,7 +85,7 @@ impl Reader<'_> {
                     let text = if number == 1 { text.trim_start_matches('\u{feff}') } else { text };
                     // An empty line holds no row; most files end with one.
                     if !text.trim().is_empty() {
-                        self.row(text, text, number);
+                        self.row(text, text.trim_end(), number);
                     }
                 }
                 Err(e) => self.error((number, e.valid_up_to() + 1), "found bytes that are no UTF-8", None),
