@@ -46,9 +46,15 @@ pub fn cost(graph: &Graph, op: &OpData, bindings: &Bindings) -> Result<Cost, Sym
         }
         // Scores and their product with v: two contractions over all pairs of places; masked ones count too.
         (Op::Attention { .. }, _) => 4 * out * extent(op.args[1], 1)?,
+        (Op::CachedAttention { .. }, _) => 4 * out * extent(op.args[1], 1)?,
         // The scores again, and four gradients.
         (Op::AttentionGrad { .. }, _) => 10 * out * extent(op.args[1], 1)?,
         (Op::LayerNorm { .. }, _) => 8 * out,
+        (Op::RmsNorm { .. }, _) => 5 * out,
+        (Op::RmsNormGrad { .. }, _) => 10 * out,
+        (Op::Rope { .. }, _) => 3 * out,
+        (Op::Recurrence { .. }, _) => 2 * out,
+        (Op::Sample { .. }, _) => 3 * len(op.args[0])?,
         (Op::LayerNormGrad { .. }, _) => 14 * out,
         (Op::TokenLogp {} | Op::TokenLogpGrad {}, _) => 3 * len(op.args[0])?,
         (Op::EmbedGrad { .. }, _) => len(op.args[1])?,

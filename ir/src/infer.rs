@@ -71,6 +71,28 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             }
             one(Type::new(args[0].dtype, dims))
         }
+        Op::SliceAt { axis, len } => {
+            place(op, &args[1])?;
+            let dim = axis_of(&args[0], *axis)?;
+            if (dim - len).constant().is_some_and(|n| n < 0) || len.constant().is_some_and(|n| n < 0) {
+                return Err(format!("{len} places leave dim {axis} of {}", args[0]));
+            }
+            let mut dims = args[0].dims.clone();
+            dims[*axis] = len.clone();
+            one(Type::new(args[0].dtype, dims))
+        }
+        Op::WriteAt { axis } => {
+            place(op, &args[2])?;
+            let mut dims = args[0].dims.clone();
+            let dim = axis_of(&args[0], *axis)?;
+            let len = axis_of(&args[1], *axis)?;
+            if (dim - len).constant().is_some_and(|n| n < 0) {
+                return Err(format!("{} leaves dim {axis} of {}", args[1], args[0]));
+            }
+            dims[*axis] = len.clone();
+            same(&args[1], &Type::new(args[0].dtype, dims))?;
+            one(args[0].clone())
+        }
         Op::Stop {} => one(args[0].clone()),
         Op::Add {} | Op::Sub {} | Op::Mul {} | Op::Div {} | Op::Max {} | Op::Min {} => {
             same(&args[0], &args[1])?;
@@ -127,6 +149,10 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             axis_of(number(op, &args[0])?, *axis)?;
             one(args[0].clone())
         }
+        Op::Recurrence { axis, .. } => {
+            axis_of(float(op, &args[0])?, *axis)?;
+            one(args[0].clone())
+        }
         Op::Embed {} => {
             float(op, &args[0])?;
             typed(op, &args[1], DType::I32)?;
@@ -158,7 +184,42 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             same(&args[2], x)?;
             Ok(vec![x.clone(), row.clone(), row])
         }
+        Op::RmsNorm { .. } | Op::RmsNormGrad { .. } => {
+            let x = float(op, &args[0])?;
+            let width = x.dims.last().ok_or_else(|| format!("`{}` of a scalar", op.name()))?;
+            let row = Type::new(x.dtype, [width.clone()]);
+            same(&args[1], &row)?;
+            match args.get(2) {
+                None => one(x.clone()),
+                Some(grad) => {
+                    same(grad, x)?;
+                    Ok(vec![x.clone(), row])
+                }
+            }
+        }
+        Op::Rope { .. } => {
+            let x = float(op, &args[0])?;
+            rank(op, x, 4)?;
+            same(&args[1], &Type::new(DType::I32, &x.dims[..2]))?;
+            rank(op, float(op, &args[2])?, 1)?;
+            if &args[2].dims[0] + &args[2].dims[0] != x.dims[3] {
+                return Err(format!("{} frequencies for {x}, expected half of its last dim", args[2].dims[0]));
+            }
+            one(x.clone())
+        }
         Op::Attention { .. } => attention(op, args),
+        Op::CachedAttention { .. } => {
+            let (q, k, v) = (float(op, &args[0])?, float(op, &args[1])?, &args[2]);
+            rank(op, q, 4)?;
+            rank(op, k, 4)?;
+            same(k, v)?;
+            same(&args[3], &Type::new(DType::I32, &k.dims[..2]))?;
+            place(op, &args[4])?;
+            if q.dims[0] != k.dims[0] || q.dims[3] != k.dims[3] || !groups(q, k) {
+                return Err(format!("queries {q} and keys {k} do not fit"));
+            }
+            one(q.clone())
+        }
         Op::AttentionGrad { .. } => {
             let forward = attention(op, &args[..4])?;
             same(&args[4], &forward[0])?;
@@ -188,6 +249,15 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             typed(op, &args[0], DType::Key)?;
             rank(op, &args[0], 0)?;
             one(Type::new(DType::F32, shape.clone()))
+        }
+        Op::Sample { .. } => {
+            rank(op, float(op, &args[0])?, 2)?;
+            typed(op, &args[1], DType::Key)?;
+            rank(op, &args[1], 0)?;
+            let rows = Type::new(DType::I32, &args[0].dims[..1]);
+            same(&args[2], &rows)?;
+            place(op, &args[3])?;
+            one(rows)
         }
         Op::Adamw { .. } => {
             for arg in &args[1..4] {
@@ -278,15 +348,24 @@ fn attention(op: &Op, args: &[Type]) -> Result<Vec<Type>, String> {
     rank(op, k, 4)?;
     same(k, v)?;
     same(segment, &Type::new(DType::I32, &q.dims[..2]))?;
-    let groups = match (q.dims[2].constant(), k.dims[2].constant()) {
-        (Some(h), Some(kv)) => kv > 0 && h % kv == 0,
-        _ => q.dims[2] == k.dims[2],
-    };
-    if q.dims[..2] != k.dims[..2] || q.dims[3] != k.dims[3] || !groups {
+    if q.dims[..2] != k.dims[..2] || q.dims[3] != k.dims[3] || !groups(q, k) {
         return Err(format!("queries {q} and keys {k} do not fit"));
     }
     let lse = Type::new(q.dtype, [q.dims[0].clone(), q.dims[2].clone(), q.dims[1].clone()]);
     Ok(vec![q.clone(), lse])
+}
+
+/// Whether every head of the keys serves a whole number of heads of the queries.
+fn groups(q: &Type, k: &Type) -> bool {
+    match (q.dims[2].constant(), k.dims[2].constant()) {
+        (Some(h), Some(kv)) => kv > 0 && h % kv == 0,
+        _ => q.dims[2] == k.dims[2],
+    }
+}
+
+/// A place along a dim that is known when the op runs.
+fn place(op: &Op, ty: &Type) -> Result<(), String> {
+    rank(op, typed(op, ty, DType::I32)?, 0)
 }
 
 fn same(found: &Type, expected: &Type) -> Result<(), String> {

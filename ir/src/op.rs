@@ -241,6 +241,13 @@ ops! {
     /// Operands one after the other along one dim.
     Concat "concat" Structure many { /// The dim.
         axis: usize }
+    /// The `len` places along one dim from a place that is known when it runs: operands x, place `i32[]`.
+    SliceAt "slice_at" Structure 2 { /// The dim.
+        axis: usize, /// How many places.
+        len: Dim }
+    /// An operand with some of its places along one dim replaced: operands x, what replaces them, first place `i32[]`.
+    WriteAt "write_at" Structure 3 { /// The dim.
+        axis: usize }
     /// The operand; no gradient flows through.
     Stop "stop" View 1 { }
 
@@ -321,6 +328,11 @@ ops! {
     Cumsum "cumsum" Composite 1 { /// The dim.
         axis: usize, /// Whether it runs from the end.
         reverse: bool }
+    /// `y[t] = x[t] + decay * y[t - 1]` along a dim; from the end if `reverse`. Generalised advantages are one.
+    Recurrence "recurrence" Composite 1 { /// The dim.
+        axis: usize, /// Factor on the result before.
+        decay: f64, /// Whether it runs from the end.
+        reverse: bool }
 
     // Composites.
     /// Rows of a table: operands table `[V, D]` and indices `i32[..]`; result `[.., D]`.
@@ -334,6 +346,16 @@ ops! {
     /// Gradients of [`Op::LayerNorm`] for x, weight, bias: operands x, weight, result gradient.
     LayerNormGrad "layer_norm_grad" Composite 3 { /// Added to the variance.
         eps: f64 }
+    /// `x / sqrt(mean(x^2) + eps) * weight` over the last dim: operands x, weight (Zhang and Sennrich 2019).
+    RmsNorm "rms_norm" Composite 2 { /// Added to the mean square.
+        eps: f64 }
+    /// Gradients of [`Op::RmsNorm`] for x and weight: operands x, weight, result gradient.
+    RmsNormGrad "rms_norm_grad" Composite 3 { /// Added to the mean square.
+        eps: f64 }
+    /// Rotary positions (Su et al. 2021) in Hugging Face's order: operands x `[B, T, H, D]`, positions `i32[B, T]`,
+    /// frequencies `f32[D/2]`. The pair `(x[i], x[i + D/2])` turns by the angle `position * freq[i]`.
+    Rope "rope" Composite 3 { /// Turns back: the gradient.
+        inverse: bool }
     /// `softmax(scale * q k^T) v`: operands q `[B, T, H, D]`, k and v `[B, T, K, D]` with `H` a multiple of `K`
     /// (grouped queries), segment `i32[B, T]`. A query sees keys of its own segment, not after itself if `causal`;
     /// segment 0 is padding, whose rows are 0. Results: `[B, T, H, D]`, and the log of the softmax's divisor
@@ -344,6 +366,11 @@ ops! {
     /// Gradients of [`Op::Attention`] for q, k, v: operands q, k, v, segment, both results, result gradient.
     AttentionGrad "attention_grad" Composite 7 { /// As in the forward op.
         causal: bool, /// As in the forward op.
+        scale: f64 }
+    /// [`Op::Attention`], causal, of new columns over all columns so far: operands q `[B, Q, H, D]`, k and v
+    /// `[B, C, K, D]`, segment `i32[B, C]`, place `i32[]`. Query `i` stands at column `place + i`; columns after it are
+    /// not read. Result `[B, Q, H, D]`.
+    CachedAttention "cached_attention" Composite 5 { /// Factor on the scores.
         scale: f64 }
     /// Log-probability of a token: operands logits `[.., V]` and tokens `i32[..]`; the softmax is never stored.
     TokenLogp "token_logp" Composite 2 { }
@@ -366,6 +393,12 @@ ops! {
         shape: Vec<Dim>, /// Smallest.
         low: f64, /// Bound never reached.
         high: f64 }
+    /// A token per row by its probability: operands logits `[B, V]`, key, row `i32[B]`, place `i32[]`; result `i32[B]`.
+    /// The number drawn depends on key, row and place only, so it is the same in any batch.
+    Sample "sample" Random 4 { /// Divides the logits; 0 takes the most likely token, of equal ones the first.
+        temperature: f64, /// Only this many most likely tokens; 0 for all.
+        top_k: usize, /// Only the most likely tokens that together have this probability; 1 for all.
+        top_p: f64 }
 
     // Optimizer.
     /// AdamW with bias correction: operands parameter, gradient, both moments, learning rate `f32[]`, step from 1
@@ -405,7 +438,9 @@ impl Op {
     /// The dims among the attributes.
     pub fn dims(&self) -> Vec<&Dim> {
         match self {
-            Op::Size { dim: d, .. } | Op::Iota { len: d } | Op::EmbedGrad { rows: d } => vec![d],
+            Op::Size { dim: d, .. } | Op::Iota { len: d } | Op::EmbedGrad { rows: d } | Op::SliceAt { len: d, .. } => {
+                vec![d]
+            }
             Op::Broadcast { shape }
             | Op::Reshape { shape }
             | Op::RandomNormal { shape, .. }
@@ -422,7 +457,7 @@ impl Op {
         match self {
             Op::TokenLogpGrad {} => vec![(0, 0)],
             Op::Adamw { .. } => vec![(0, 0), (1, 2), (2, 3)],
-            Op::Cast { .. } => vec![(0, 0)],
+            Op::Cast { .. } | Op::WriteAt { .. } | Op::Rope { .. } => vec![(0, 0)],
             _ if self.class() == Class::Elementwise => (0..operands).map(|arg| (0, arg)).collect(),
             _ => vec![],
         }

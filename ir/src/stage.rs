@@ -40,6 +40,14 @@ pub struct Stage {
     pub plan: Vec<Statement>,
     /// What is called on held-out data, before, every `eval_steps` and after.
     pub evaluate: Vec<Evaluate>,
+    /// The graph that gives the recipe's states their first values.
+    pub init: Option<String>,
+    /// What graphs demand of their inputs.
+    pub asserts: Vec<Assert>,
+    /// What the last evaluation must reach, or the stage fails.
+    pub require: Vec<Bounds>,
+    /// Ranges of metrics outside of which the user is warned.
+    pub health: Vec<Bounds>,
     /// Roles whose models are written to `output_dir` at the end.
     pub save: Vec<String>,
 }
@@ -53,6 +61,9 @@ pub struct Role {
     pub model: Model,
     /// Where its weights come from.
     pub origin: Origin,
+    /// The graph that writes initial values to every parameter of the role; its only input is a random key. It runs
+    /// where the origin is random, and where a folder lacks parameters of [`TensorRules::may_be_new`].
+    pub init: String,
     /// Whether an update trains it.
     pub trained: bool,
     /// Folder with its `tokenizer.json`, as the user gave it.
@@ -63,15 +74,14 @@ pub struct Role {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Origin {
-    /// The graph of this name writes initial values to every parameter of the role.
-    Random {
-        /// Name of the graph; its only input is a random key.
-        init: String,
-    },
+    /// The role's graph `init`.
+    Random,
     /// A Hugging Face folder.
     Folder(String),
     /// The result of an earlier stage of the same pipeline: `<output_dir>/<stage>` or a folder in it.
     Stage(String),
+    /// What the parameters of this role are when the stage begins.
+    Snapshot(String),
 }
 
 /// What is known of a model beyond its graph: enough to read and write it as a Hugging Face folder.
@@ -103,6 +113,11 @@ pub struct TensorRules {
     pub may_repeat: BTreeMap<String, String>,
     /// Parameter -> further names under which files may have it; read only.
     pub also_called: BTreeMap<String, Vec<String>>,
+    /// Parameters that files may lack, such as the head of a reward model; they begin as `init` says, and the user is
+    /// told.
+    pub may_be_new: Vec<String>,
+    /// Tensors that files may have and the model does not, such as the head of a language model under another one.
+    pub may_be_left: Vec<String>,
 }
 
 /// A set of rows, and how they become tensors.
@@ -283,15 +298,18 @@ pub enum ScheduleKind {
 }
 
 /// A statement of the plan.
+///
+/// Results have names; a name stands for a record, whose tensors are found by path: `exp.rows.seq.tokens`. The first
+/// dim of a tensor of a batch, a rollout or a table counts rows.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Statement {
-    /// Once for every batch of a source; the outermost one is repeated for `num_epochs`.
+    /// Once for every batch of rows; the outermost one is repeated for `num_epochs`.
     For {
         /// Name of the batch in the body.
         batch: String,
-        /// The source it comes from.
-        source: String,
+        /// Where the batches come from.
+        rows: Rows,
         /// The body.
         body: Vec<Statement>,
     },
@@ -302,65 +320,244 @@ pub enum Statement {
         /// The body.
         body: Vec<Statement>,
     },
+    /// A graph is called; its outputs become a record, and those that are one number are metrics.
+    Call(Call),
+    /// A model continues sequences.
+    Generate(Generate),
+    /// The next batch of a source, which begins again at its end.
+    Next {
+        /// Name of the batch.
+        name: String,
+        /// The source.
+        source: String,
+    },
+    /// Records side by side: one record with the members of all.
+    Join {
+        /// Name of the result.
+        name: String,
+        /// Paths of the records; of a path to a tensor, the last part is the member's name.
+        parts: Vec<String>,
+    },
+    /// The newest rows of a table over all steps so far: a replay buffer.
+    Recent {
+        /// Name of the result.
+        name: String,
+        /// Path of the record whose rows are added.
+        table: String,
+        /// Most rows that are kept.
+        rows: usize,
+    },
     /// One optimizer step of a role on a loss.
     Update(Update),
 }
 
-/// One optimizer step: `update(role, graph(args))`.
+/// Where the batches of a `for` come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rows {
+    /// A source, in batches of its `batch_size`.
+    Source(String),
+    /// A table of this step, cut by rows.
+    Minibatches {
+        /// Path of the record.
+        table: String,
+        /// Rows of a batch; the last one may be smaller.
+        size: usize,
+        /// Path of a `bool[B]`: rows that take part.
+        keep: Option<String>,
+        /// Whether rows are drawn in a random order, another one each time.
+        shuffle: bool,
+    },
+}
+
+/// What a graph's input gets.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Operand {
+    /// A tensor by its path: `batch.text.tokens`.
+    Path(String),
+    /// The state of the recipe with this name: the program's state `state/<name>`.
+    State(String),
+    /// A number, `f32[]`.
+    Number(f64),
+}
+
+/// Graph input -> what it gets, e.g. `text.tokens` -> `batch.text.tokens`.
+pub type Operands = Vec<(String, Operand)>;
+
+/// A call of a graph.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Call {
+    /// Name of its record of outputs.
+    pub name: Option<String>,
+    /// The graph.
+    pub graph: String,
+    /// Its inputs.
+    pub args: Operands,
+    /// Whether the outputs are kept per row of the source's file, and computed once only.
+    pub cached: bool,
+    /// How it is run on a batch that is larger than one call; filled in by the pass `autodiff`.
+    pub steps: Option<CallSteps>,
+}
+
+/// The graphs that `autodiff` derives for one call.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CallSteps {
+    /// The batch is one call of the graph itself.
+    Whole,
+    /// Several micro-batches.
+    Split {
+        /// Totals that rows depend on, called per micro-batch first; `None` when there are none.
+        count: Option<String>,
+        /// Outputs with rows, and the other totals, per micro-batch.
+        rows: String,
+        /// Outputs that are one number, from the totals of all; `None` when there are none.
+        finish: Option<String>,
+    },
+}
+
+/// A model continues sequences by one token after the other.
+///
+/// The record of the result: `tokens: i32[N, P + A]` (the prompt and the answer, padded after its end),
+/// `segment: i32[N, P + A]`, `trained: bool[N, P + A]` (the answer), all three again under `seq`, and `answer: bool[N, A]`
+/// (up to and with the end token). The `samples` answers to a prompt stand together.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Generate {
+    /// Name of the result.
+    pub name: String,
+    /// The role that continues.
+    pub role: String,
+    /// Path of a left-padded sequence, e.g. `batch.prompt`.
+    pub prompt: String,
+    /// Answers per prompt.
+    pub samples: usize,
+    /// `A`.
+    pub max_new_tokens: usize,
+    /// How a token is chosen.
+    pub sampling: Sampling,
+    /// Id of the token that ends an answer.
+    pub stop: Option<i32>,
+    /// Id of the token after an answer's end.
+    pub pad: i32,
+    /// The graph `logits(tokens, segment)` of the role, from which the pass `decode` derives `steps`.
+    pub forward: String,
+    /// Most columns of a prompt.
+    pub prompt_width: usize,
+    /// Rows per call.
+    pub rows: usize,
+    /// The graphs that run; filled in by the pass `decode`.
+    pub steps: Option<GenerateSteps>,
+}
+
+/// How the next token is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Sampling {
+    /// Divides the logits; 0 takes the most likely token.
+    pub temperature: f64,
+    /// Only this many most likely tokens; 0 for all.
+    pub top_k: usize,
+    /// Only the most likely tokens that together have this probability; 1 for all.
+    pub top_p: f64,
+}
+
+/// The graphs that the pass `decode` derives for one [`Generate`]. Both take `tokens: i32[B, Q]` (new columns),
+/// `segment: i32[B, C]` (of all columns, 0 where nothing is yet), `place: i32[]` (column of the first new token),
+/// `key: key[]` and `row: i32[B]` (number of the answer, for sampling), and give `logits: f32[B, V]` of the last new
+/// column and `token: i32[B]`. Keys and values of earlier columns are states of the program.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GenerateSteps {
+    /// Any number of new columns up to the prompt's width.
+    pub prefill: String,
+    /// One new column.
+    pub step: String,
+}
+
+/// One optimizer step: `update(role, graph(args))`, or of a sum of losses.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Update {
     /// The role that is trained.
     pub role: String,
-    /// The loss graph; its output `loss` is differentiated, the other scalars are metrics.
-    pub graph: String,
-    /// Graph input -> where its value comes from, e.g. `text.tokens` -> `batch.text.tokens`.
-    pub args: Vec<(String, String)>,
+    /// The losses that are added.
+    pub terms: Vec<Term>,
     /// How it is run; filled in by the pass `autodiff`.
     pub steps: Option<UpdateSteps>,
+}
+
+/// A loss in a sum of losses.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Term {
+    /// Factor on the loss.
+    pub weight: f64,
+    /// The loss graph; its output `loss` is differentiated, the other scalars are metrics.
+    pub graph: String,
+    /// Its inputs.
+    pub args: Operands,
 }
 
 /// The graphs that `autodiff` derives for one update.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum UpdateSteps {
-    /// The optimizer batch is one call: loss, gradient and optimizer in a single graph.
+    /// The optimizer batch of the only term is one call: loss, gradient and optimizer in a single graph.
     Whole {
         /// That graph.
         step: String,
     },
-    /// Several micro-batches: sums over the batch are accumulated and finished once (D1).
+    /// Several micro-batches or terms: sums over the batch are accumulated and finished once (D1).
     Split {
-        /// Sums that do not depend on parameters, called per micro-batch first; `None` when there are none.
-        count: Option<String>,
-        /// Gradients added to their accumulators, and the sums that depend on parameters, per micro-batch.
-        grad: String,
-        /// Loss and metrics from the totals of all sums.
-        finish: String,
+        /// One per term.
+        terms: Vec<TermSteps>,
         /// Clipping, optimizer, accumulators back to zero.
         apply: String,
     },
 }
 
-/// A graph called on all held-out rows of a source; `B` is the whole set.
+/// The graphs of one term.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Evaluate {
-    /// The graph.
-    pub graph: String,
-    /// The source whose held-out rows are used.
-    pub source: String,
-    /// Graph input -> where its value comes from, e.g. `text.tokens` -> `batch.text.tokens`.
-    pub args: Vec<(String, String)>,
-    /// Graphs derived by `autodiff`: sums per micro-batch, then outputs from their totals.
-    pub steps: Option<EvaluateSteps>,
+pub struct TermSteps {
+    /// Sums that do not depend on parameters, called per micro-batch first; `None` when there are none.
+    pub count: Option<String>,
+    /// Gradients, times the term's weight, added to their accumulators, and the sums that depend on parameters, per
+    /// micro-batch.
+    pub grad: String,
+    /// Loss and metrics from the totals of all sums.
+    pub finish: String,
 }
 
-/// The graphs that `autodiff` derives for one evaluation.
+/// Calls on all held-out rows of a source; `B` is the whole set.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct EvaluateSteps {
-    /// All sums over the batch, per micro-batch.
-    pub sums: String,
-    /// The outputs from the totals of all sums.
-    pub finish: String,
+pub struct Evaluate {
+    /// The source whose held-out rows are used; they are the batch `<source>.eval`.
+    pub source: String,
+    /// Calls and generations.
+    pub body: Vec<Statement>,
+}
+
+/// A condition on inputs that a graph states: its output `assert.<k>` is 1 where it holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Assert {
+    /// The graph.
+    pub graph: String,
+    /// The output, `f32[]`.
+    pub output: String,
+    /// What to say where it does not hold.
+    pub message: String,
+    /// Where it is stated.
+    pub span: Span,
+}
+
+/// A range of a metric.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Bounds {
+    /// The metric.
+    pub metric: String,
+    /// Smallest value.
+    pub low: Option<f64>,
+    /// Largest value.
+    pub high: Option<f64>,
+    /// Where it is stated.
+    pub span: Span,
 }
 
 /// Whether `name` matches `pattern`, in which `*` stands for any run of characters.

@@ -22,6 +22,7 @@ fn stages_and_sources_read_back() {
         name: "model".into(),
         model: Default::default(),
         origin: Origin::Folder("a \"quoted\" folder".into()),
+        init: "model.init".into(),
         trained: true,
         tokenizer: None,
     };
