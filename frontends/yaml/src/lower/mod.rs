@@ -20,7 +20,7 @@ mod params;
 mod rules;
 mod scope;
 mod shape;
-
+mod state;
 mod value;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,7 +29,7 @@ use std::rc::Rc;
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::{DType, Dim, DimRange, Graph, Program, StateId, Symbol, Tag, Type, Value};
 
-use crate::expr::Expr;
+use crate::expr::{Expr, Word};
 use crate::functions::Functions;
 use crate::graph::{Graph as Source, Tree};
 use crate::literal::Constant;
@@ -41,6 +41,8 @@ use value::Val;
 
 pub use builtins::{BUILTINS, Builtin};
 pub use document_test::{DocumentTest, document_tests};
+pub use shape::binders;
+pub use state::{Average, STATE_INIT, Set, average_graph, set_graph, state_name};
 
 /// A model in its role.
 #[derive(Clone, Debug)]
@@ -92,6 +94,12 @@ pub struct Request<'a> {
     pub ids: TokenIds,
     /// The graphs that the plan calls.
     pub entries: Vec<Entry>,
+    /// States of the recipe and how they begin.
+    pub states: Vec<(Word, Expr)>,
+    /// `set` statements.
+    pub sets: Vec<Set>,
+    /// Moving averages.
+    pub averages: Vec<Average>,
 }
 
 /// Name of the graph that gives a role's parameters their first values. No graph of a user can be called so.
