@@ -119,7 +119,7 @@ pub(super) fn program(documents: &mut Documents<'_>, prepared: &Prepared, mut st
     let mut program = lower(documents, &inputs)?;
     stage.plan.iter_mut().for_each(|statement| spread(statement, &program.graphs));
     for evaluate in &mut stage.evaluate {
-        spread_args(&mut evaluate.args, &evaluate.graph, &program.graphs);
+        evaluate.body.iter_mut().for_each(|statement| spread(statement, &program.graphs));
     }
     program.stage = stage;
     Some(program)
@@ -130,12 +130,16 @@ fn spread(statement: &mut Statement, graphs: &[dsgc_ir::Graph]) {
         Statement::For { body, .. } | Statement::Repeat { body, .. } => {
             body.iter_mut().for_each(|statement| spread(statement, graphs));
         }
-        Statement::Update(update) => spread_args(&mut update.args, &update.graph, graphs),
+        Statement::Update(update) => {
+            update.terms.iter_mut().for_each(|t| spread_args(&mut t.args, &t.graph, graphs));
+        }
+        Statement::Call(call) => spread_args(&mut call.args, &call.graph, graphs),
+        _ => {}
     }
 }
 
 /// From `text: batch.text` to an argument for each tensor: `text.tokens: batch.text.tokens`.
-fn spread_args(args: &mut Vec<(String, String)>, graph: &str, graphs: &[dsgc_ir::Graph]) {
+fn spread_args(args: &mut dsgc_ir::stage::Operands, graph: &str, graphs: &[dsgc_ir::Graph]) {
     let Some(graph) = graphs.iter().find(|g| g.name == graph) else {
         panic!("bug: the plan calls graph `{graph}`, which was not lowered");
     };
@@ -145,7 +149,9 @@ fn spread_args(args: &mut Vec<(String, String)>, graph: &str, graphs: &[dsgc_ir:
         let Some((_, path)) = args.iter().find(|(input, _)| input == first) else {
             panic!("bug: nobody gives `{name}` to graph `{}`", graph.name);
         };
-        (name.to_string(), if rest.is_empty() { path.clone() } else { format!("{path}.{rest}") })
+        let dsgc_ir::stage::Operand::Path(path) = path else { panic!("bug: `{first}` is no path") };
+        let whole = if rest.is_empty() { path.clone() } else { format!("{path}.{rest}") };
+        (name.to_string(), dsgc_ir::stage::Operand::Path(whole))
     });
     *args = spread.collect();
 }

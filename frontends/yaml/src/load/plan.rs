@@ -144,7 +144,7 @@ impl Planned {
                     }
                     let inner = [Batch { name: &batch.text, source: shape }];
                     let body = self.steps(scope, body, &inner);
-                    statements.push(Statement::For { batch: batch.text.clone(), source: shape.name.clone(), body });
+                    statements.push(Statement::For { batch: batch.text.clone(), rows: dsgc_ir::stage::Rows::Source(shape.name.clone()), body });
                 }
                 Step::Repeat { times, body, .. } => {
                     let body = self.steps(scope, body, batches);
@@ -233,8 +233,9 @@ impl Planned {
                     .label(graph.name.span, "defined here"),
             );
         }
-        let args = inputs.into_iter().map(|(input, (_, path))| (input, path)).collect();
-        Some(Statement::Update(Update { role: role?, graph: graph.name.text.clone(), args, steps: None }))
+        let args = inputs.into_iter().map(|(input, (_, path))| (input, dsgc_ir::stage::Operand::Path(path))).collect();
+        let term = dsgc_ir::stage::Term { weight: 1.0, graph: graph.name.text.clone(), args };
+        Some(Statement::Update(Update { role: role?, terms: vec![term], steps: None }))
     }
 
     fn trained_role(&mut self, scope: &Scope<'_>, expr: &Expr) -> Option<String> {
@@ -280,8 +281,10 @@ impl Planned {
         }
         // Nothing is held out: nothing to call.
         let source = source.has_eval.then(|| source.name.clone())?;
-        let args = inputs.into_iter().map(|(input, (_, path))| (input, path)).collect();
-        Some(Evaluate { graph: graph.name.text.clone(), source, args, steps: None })
+        let args = inputs.into_iter().map(|(input, (_, path))| (input, dsgc_ir::stage::Operand::Path(path))).collect();
+        let call =
+            dsgc_ir::stage::Call { name: None, graph: graph.name.text.clone(), args, cached: false, steps: None };
+        Some(Evaluate { source, body: vec![Statement::Call(call)] })
     }
 
     /// A call of one graph of the recipe.

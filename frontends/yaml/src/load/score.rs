@@ -57,6 +57,7 @@ fn program(documents: &mut Documents<'_>, folder: &Path, rows: usize, length: us
         name: "model".into(),
         model: config.host,
         origin: Origin::Folder(name),
+        init: crate::lower::init_graph("model"),
         trained: false,
         tokenizer: None,
     };

@@ -355,6 +355,7 @@ pub(super) fn host_side(prepared: &Prepared, output_dir: &str) -> HostStage {
         plan: prepared.planned.plan.clone(),
         evaluate: prepared.planned.evaluate.clone(),
         save: prepared.save.clone(),
+        ..HostStage::default()
     }
 }
 
@@ -363,10 +364,11 @@ fn host_role(role: &BoundRole) -> Role {
         name: role.name.clone(),
         model: role.known.config.host.clone(),
         origin: match &role.known.weights {
-            Weights::Random => Origin::Random { init: crate::lower::init_graph(&role.name) },
+            Weights::Random => Origin::Random,
             Weights::Folder(folder) => Origin::Folder(folder.clone()),
             Weights::Stage(folder) => Origin::Stage(folder.clone()),
         },
+        init: crate::lower::init_graph(&role.name),
         trained: role.trained,
         tokenizer: role.known.tokenizer.as_ref().ok().map(|t| t.folder.clone()),
     }
