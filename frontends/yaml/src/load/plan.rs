@@ -144,7 +144,11 @@ impl Planned {
                     }
                     let inner = [Batch { name: &batch.text, source: shape }];
                     let body = self.steps(scope, body, &inner);
-                    statements.push(Statement::For { batch: batch.text.clone(), rows: dsgc_ir::stage::Rows::Source(shape.name.clone()), body });
+                    statements.push(Statement::For {
+                        batch: batch.text.clone(),
+                        rows: dsgc_ir::stage::Rows::Source(shape.name.clone()),
+                        body,
+                    });
                 }
                 Step::Repeat { times, body, .. } => {
                     let body = self.steps(scope, body, batches);

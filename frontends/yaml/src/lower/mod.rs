@@ -16,6 +16,7 @@ mod call;
 mod document_test;
 mod emit;
 mod eval;
+mod layers;
 mod params;
 mod rules;
 mod scope;
