@@ -36,6 +36,7 @@ impl<'a> Part<'a> {
             functions: self.document.functions.iter().map(|f| &**f).collect(),
             config: self.config.entries.iter().map(|e| (e.name.clone(), e.value.clone())).collect(),
             trained: self.trained,
+            trunk: None,
         }
     }
 }
@@ -62,9 +63,12 @@ pub(super) fn lower(documents: &mut Documents<'_>, inputs: &Inputs<'_>) -> Optio
         options: inputs.values.clone(),
         ids: inputs.ids,
         entries: inputs.entries.iter().map(|entry| self::entry(entry, inputs.rows)).collect(),
+        states: &[],
+        sets: Vec::new(),
+        averages: Vec::new(),
     };
     match lower::program(&request) {
-        Ok(program) => Some(program),
+        Ok(lowered) => Some(lowered.program),
         Err(diags) => {
             for diag in diags {
                 report(documents, diag, inputs.at);

@@ -21,16 +21,18 @@ mod params;
 mod rules;
 mod scope;
 mod shape;
-
+mod state;
+mod sweep;
 mod value;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use dsgc_ir::diag::{Diag, Span};
+use dsgc_ir::stage::Assert;
 use dsgc_ir::{DType, Dim, DimRange, Graph, Program, StateId, Symbol, Tag, Type, Value};
 
-use crate::expr::Expr;
+use crate::expr::{Expr, Word};
 use crate::functions::Functions;
 use crate::graph::{Graph as Source, Tree};
 use crate::literal::Constant;
@@ -38,6 +40,7 @@ use crate::model::Model;
 use crate::recipe::Recipe;
 
 use scope::{Home, Scope, Static};
+use sweep::Sweep;
 use value::Val;
 
 pub use builtins::{BUILTINS, Builtin};
@@ -56,6 +59,44 @@ pub struct Role<'a> {
     pub config: BTreeMap<String, Constant>,
     /// Whether an update trains it.
     pub trained: bool,
+    /// The model that it is built upon, if its document has `models`.
+    pub trunk: Option<Trunk<'a>>,
+}
+
+/// The model that another is built upon. Its parameters are parameters of the same role, as far as anything reads
+/// them.
+#[derive(Clone, Debug)]
+pub struct Trunk<'a> {
+    /// What the other's document calls it.
+    pub name: &'a str,
+    /// The model document.
+    pub model: &'a Model,
+    /// The functions in its scope: an earlier document wins.
+    pub functions: Vec<&'a Functions>,
+    /// A value for every entry of the model's `config`.
+    pub config: BTreeMap<String, Constant>,
+}
+
+/// New values of states of the recipe, all computed from the old ones: the graph `set.<k>`.
+#[derive(Clone, Debug)]
+pub struct Set<'a> {
+    /// States and their new values.
+    pub values: &'a [(Word, Expr)],
+    /// The types of names in these values that are neither states nor options nor ids of tokens, such as `exp.kl`,
+    /// where they are no `f32[]`. They are inputs of the graph under these names; whether the plan has such results is
+    /// the caller's to check.
+    pub inputs: BTreeMap<String, Type>,
+}
+
+/// A role that follows another slowly: the graph `<role>.average`.
+#[derive(Clone, Debug)]
+pub struct Average<'a> {
+    /// The role that follows.
+    pub role: &'a str,
+    /// The role that it follows, with the same model and config.
+    pub of: &'a str,
+    /// How much of the old value stays: from 0 to 1.
+    pub decay: &'a Expr,
 }
 
 /// Ids of the tokenizer's special tokens, as far as it has them; they are names in every recipe and function.
@@ -93,6 +134,41 @@ pub struct Request<'a> {
     pub ids: TokenIds,
     /// The graphs that the plan calls.
     pub entries: Vec<Entry>,
+    /// States of the recipe and their first values: a number that is known, or a tensor such as `zeros([8])`.
+    pub states: &'a [(Word, Expr)],
+    /// The plan's `set` statements.
+    pub sets: Vec<Set<'a>>,
+    /// The plan's `average` statements.
+    pub averages: Vec<Average<'a>>,
+}
+
+/// What a stage's graphs have become.
+#[derive(Clone, Debug)]
+pub struct Lowered {
+    /// States and graphs. Of the host side only what graphs demand of their inputs.
+    pub program: Program,
+    /// By role, the parameters of the model it is built upon that nothing reads: they have no state, and files may
+    /// have them all the same.
+    pub left: BTreeMap<String, Vec<String>>,
+}
+
+/// Name of the state of a recipe's state.
+pub fn state_name(name: &str) -> String {
+    format!("state/{name}")
+}
+
+/// The graph that gives the recipe's states their first values; it has no inputs, and is there if the recipe has
+/// states.
+pub const STATE_INIT: &str = "state.init";
+
+/// Name of the graph of a `set` statement by its number in the request.
+pub fn set_graph(number: usize) -> String {
+    format!("set.{number}")
+}
+
+/// Name of the graph by which a role follows another.
+pub fn average_graph(role: &str) -> String {
+    format!("{role}.average")
 }
 
 /// Name of the graph that gives a role's parameters their first values. No graph of a user can be called so.
@@ -100,9 +176,9 @@ pub fn init_graph(role: &str) -> String {
     format!("{role}.init")
 }
 
-/// Lowers the graphs of a stage: its states, the graphs that the plan calls, and a graph `<role>.init` per role. The
-/// stage itself is left empty. All errors come at once.
-pub fn program(request: &Request<'_>) -> Result<Program, Vec<Diag>> {
+/// Lowers the graphs of a stage: its states, the graphs that the plan calls, a graph `<role>.init` per role, and those
+/// that change states. Graphs hold only what their outputs need. All errors come at once.
+pub fn program(request: &Request<'_>) -> Result<Lowered, Vec<Diag>> {
     let mut lowering = Lowering::new(&request.functions, &request.roles, request.ids);
     lowering.models();
     let options = lowering.statics(&request.recipe.options, &request.options);
@@ -120,7 +196,20 @@ pub fn program(request: &Request<'_>) -> Result<Program, Vec<Diag>> {
         };
         lowering.entry(&home, graph, &entry.graph, &entry.dims);
     }
-    lowering.finish()
+    let home = Home {
+        statics: options,
+        graphs: &request.recipe.graphs,
+        functions: lowering.functions.clone(),
+        first: 0,
+        role: None,
+        calls_models: false,
+    };
+    lowering.recipe_states(&home, request.states);
+    for (number, set) in request.sets.iter().enumerate() {
+        lowering.set(&home, number, set);
+    }
+    let averages = request.averages.iter().map(|average| lowering.average(&home, average)).collect();
+    lowering.finish(averages)
 }
 
 /// An error that has been noted. Whoever gets it goes on with what does not depend on it.
@@ -140,8 +229,54 @@ struct RoleState<'a> {
     broken: bool,
     /// Every declared parameter; those whose `when` is false have no state.
     params: BTreeMap<String, params::Declared<'a>>,
-    /// Parameters with a state, in the order of declaration, and how they begin.
-    inits: Vec<(StateId, params::Init)>,
+    /// Parameters with a state, in the order of declaration.
+    own: Vec<params::Own>,
+    /// The model it is built upon: what its document calls that one, and its number among the roles.
+    trunk: Option<(&'a str, usize)>,
+    /// Whether it is such a model, which nobody but the other one calls.
+    is_trunk: bool,
+    /// The outputs of its graph, once that has been checked.
+    outputs: Vec<(String, Type)>,
+    /// The states that its graph needs, once that has been checked.
+    needs: BTreeSet<StateId>,
+}
+
+impl<'a> RoleState<'a> {
+    fn new(
+        name: &str,
+        trained: bool,
+        model: &'a Model,
+        functions: &[&'a Functions],
+        config: &BTreeMap<String, Constant>,
+    ) -> RoleState<'a> {
+        let statics = model.config.iter().map(|d| Static {
+            name: d.name.text.clone(),
+            span: d.name.span,
+            value: config.get(&d.name.text).cloned(),
+        });
+        RoleState {
+            name: name.into(),
+            model,
+            functions: functions.into(),
+            statics: statics.collect(),
+            trained,
+            broken: false,
+            params: BTreeMap::new(),
+            own: Vec::new(),
+            trunk: None,
+            is_trunk: false,
+            outputs: Vec::new(),
+            needs: BTreeSet::new(),
+        }
+    }
+}
+
+/// A condition that is known when the graph runs.
+struct Asserted {
+    /// 1 where it holds, `f32[]`.
+    holds: Value,
+    message: String,
+    span: Span,
 }
 
 /// What graphs are lowered into.
@@ -155,6 +290,8 @@ struct Lowering<'a> {
     graph: Graph,
     /// Parameters that it has read.
     reads: BTreeMap<StateId, Value>,
+    /// What it demands.
+    asserted: Vec<Asserted>,
     /// The layer in hand.
     tag: Option<Tag>,
     /// The calls in hand, to tell those that never end.
@@ -178,26 +315,20 @@ impl<'a> Lowering<'a> {
             errors: Vec::new(),
             graph: Graph::default(),
             reads: BTreeMap::new(),
+            asserted: Vec::new(),
             tag: None,
             calls: Vec::new(),
             exhausted: false,
         };
         for role in roles {
-            let statics = role.model.config.iter().map(|d| Static {
-                name: d.name.text.clone(),
-                span: d.name.span,
-                value: role.config.get(&d.name.text).cloned(),
-            });
-            lowering.roles.push(RoleState {
-                name: role.name.into(),
-                model: role.model,
-                functions: role.functions.as_slice().into(),
-                statics: statics.collect(),
-                trained: role.trained,
-                broken: false,
-                params: BTreeMap::new(),
-                inits: Vec::new(),
-            });
+            let mut own = RoleState::new(role.name, role.trained, role.model, &role.functions, &role.config);
+            // A trunk stands before what is built upon it, and is checked before it.
+            if let Some(trunk) = &role.trunk {
+                own.trunk = Some((trunk.name, lowering.roles.len()));
+                let state = RoleState::new(role.name, role.trained, trunk.model, &trunk.functions, &trunk.config);
+                lowering.roles.push(RoleState { is_trunk: true, ..state });
+            }
+            lowering.roles.push(own);
         }
         lowering
     }
@@ -226,6 +357,7 @@ impl<'a> Lowering<'a> {
         self.graph = Graph::new(name);
         self.graph.dims = dims.to_vec();
         self.reads.clear();
+        self.asserted.clear();
     }
 
     /// Lowers a graph that is called from outside.
@@ -241,6 +373,12 @@ impl<'a> Lowering<'a> {
             && self.outputs(source, out).is_ok()
             && self.errors.len() == before
         {
+            for (k, assert) in std::mem::take(&mut self.asserted).into_iter().enumerate() {
+                let output = format!("assert.{k}");
+                self.graph.outputs.push((output.clone(), assert.holds));
+                let Asserted { message, span, .. } = assert;
+                self.program.stage.asserts.push(Assert { graph: name.into(), output, message, span });
+            }
             self.graph.batch = batch(source, dims);
             self.program.graphs.push(std::mem::take(&mut self.graph));
         }
@@ -273,14 +411,43 @@ impl<'a> Lowering<'a> {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<Program, Vec<Diag>> {
+    fn finish(mut self, averages: Vec<R<state::Averaged>>) -> Result<Lowered, Vec<Diag>> {
         if !self.errors.is_empty() {
             return Err(self.errors);
         }
-        for role in 0..self.roles.len() {
+        let (gone, left) = self.unneeded();
+        let sweep = Sweep { gone };
+        self.program = sweep.program(std::mem::take(&mut self.program));
+        for role in &mut self.roles {
+            role.own.retain(|own| !sweep.gone.contains(&own.state));
+            role.own.iter_mut().for_each(|own| own.state = sweep.number(own.state));
+        }
+        for role in (0..self.roles.len()).filter(|&role| !self.roles[role].is_trunk).collect::<Vec<_>>() {
             self.init(role);
         }
-        Ok(self.program)
+        for average in averages.into_iter().flatten() {
+            self.averaged(&average);
+        }
+        Ok(Lowered { program: self.program, left })
+    }
+
+    /// Parameters of trunks that the models upon them do not need, and their names by role.
+    fn unneeded(&self) -> (BTreeSet<StateId>, BTreeMap<String, Vec<String>>) {
+        let (mut gone, mut left) = (BTreeSet::new(), BTreeMap::new());
+        for role in &self.roles {
+            let Some((_, trunk)) = role.trunk else { continue };
+            let mut names = Vec::new();
+            for (name, declared) in &self.roles[trunk].params {
+                if let Ok(Some(state)) = declared.state
+                    && !role.needs.contains(&state)
+                {
+                    gone.insert(state);
+                    names.push(name.clone());
+                }
+            }
+            left.insert(role.name.clone(), names);
+        }
+        (gone, left)
     }
 }
 
