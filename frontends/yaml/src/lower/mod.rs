@@ -45,6 +45,8 @@ use value::Val;
 
 pub use builtins::{BUILTINS, Builtin};
 pub use document_test::{DocumentTest, document_tests};
+pub use shape::binders;
+pub use state::{Average, STATE_INIT, Set, average_graph, set_graph, state_name};
 
 /// A model in its role.
 #[derive(Clone, Debug)]
@@ -75,28 +77,6 @@ pub struct Trunk<'a> {
     pub functions: Vec<&'a Functions>,
     /// A value for every entry of the model's `config`.
     pub config: BTreeMap<String, Constant>,
-}
-
-/// New values of states of the recipe, all computed from the old ones: the graph `set.<k>`.
-#[derive(Clone, Debug)]
-pub struct Set<'a> {
-    /// States and their new values.
-    pub values: &'a [(Word, Expr)],
-    /// The types of names in these values that are neither states nor options nor ids of tokens, such as `exp.kl`,
-    /// where they are no `f32[]`. They are inputs of the graph under these names; whether the plan has such results is
-    /// the caller's to check.
-    pub inputs: BTreeMap<String, Type>,
-}
-
-/// A role that follows another slowly: the graph `<role>.average`.
-#[derive(Clone, Debug)]
-pub struct Average<'a> {
-    /// The role that follows.
-    pub role: &'a str,
-    /// The role that it follows, with the same model and config.
-    pub of: &'a str,
-    /// How much of the old value stays: from 0 to 1.
-    pub decay: &'a Expr,
 }
 
 /// Ids of the tokenizer's special tokens, as far as it has them; they are names in every recipe and function.
@@ -134,12 +114,12 @@ pub struct Request<'a> {
     pub ids: TokenIds,
     /// The graphs that the plan calls.
     pub entries: Vec<Entry>,
-    /// States of the recipe and their first values: a number that is known, or a tensor such as `zeros([8])`.
-    pub states: &'a [(Word, Expr)],
-    /// The plan's `set` statements.
-    pub sets: Vec<Set<'a>>,
-    /// The plan's `average` statements.
-    pub averages: Vec<Average<'a>>,
+    /// States of the recipe and how they begin: a number that is known, or a tensor such as `zeros([8])`.
+    pub states: Vec<(Word, Expr)>,
+    /// `set` statements.
+    pub sets: Vec<Set>,
+    /// Moving averages.
+    pub averages: Vec<Average>,
 }
 
 /// What a stage's graphs have become.
@@ -150,25 +130,6 @@ pub struct Lowered {
     /// By role, the parameters of the model it is built upon that nothing reads: they have no state, and files may
     /// have them all the same.
     pub left: BTreeMap<String, Vec<String>>,
-}
-
-/// Name of the state of a recipe's state.
-pub fn state_name(name: &str) -> String {
-    format!("state/{name}")
-}
-
-/// The graph that gives the recipe's states their first values; it has no inputs, and is there if the recipe has
-/// states.
-pub const STATE_INIT: &str = "state.init";
-
-/// Name of the graph of a `set` statement by its number in the request.
-pub fn set_graph(number: usize) -> String {
-    format!("set.{number}")
-}
-
-/// Name of the graph by which a role follows another.
-pub fn average_graph(role: &str) -> String {
-    format!("{role}.average")
 }
 
 /// Name of the graph that gives a role's parameters their first values. No graph of a user can be called so.
@@ -204,12 +165,11 @@ pub fn program(request: &Request<'_>) -> Result<Lowered, Vec<Diag>> {
         role: None,
         calls_models: false,
     };
-    lowering.recipe_states(&home, request.states);
+    lowering.recipe_states(&home, &request.states);
     for (number, set) in request.sets.iter().enumerate() {
         lowering.set(&home, number, set);
     }
-    let averages = request.averages.iter().map(|average| lowering.average(&home, average)).collect();
-    lowering.finish(averages)
+    lowering.finish(&request.averages)
 }
 
 /// An error that has been noted. Whoever gets it goes on with what does not depend on it.
@@ -411,7 +371,7 @@ impl<'a> Lowering<'a> {
         Ok(())
     }
 
-    fn finish(mut self, averages: Vec<R<state::Averaged>>) -> Result<Lowered, Vec<Diag>> {
+    fn finish(mut self, averages: &[Average]) -> Result<Lowered, Vec<Diag>> {
         if !self.errors.is_empty() {
             return Err(self.errors);
         }
@@ -425,8 +385,8 @@ impl<'a> Lowering<'a> {
         for role in (0..self.roles.len()).filter(|&role| !self.roles[role].is_trunk).collect::<Vec<_>>() {
             self.init(role);
         }
-        for average in averages.into_iter().flatten() {
-            self.averaged(&average);
+        for average in averages {
+            self.average(average);
         }
         Ok(Lowered { program: self.program, left })
     }

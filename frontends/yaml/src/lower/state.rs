@@ -1,7 +1,5 @@
 //! What changes states outside of updates: first values of the recipe's states, `set`, and averages of models.
 
-use std::collections::BTreeMap;
-
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::{DType, Op, StateId, StateKind, Type};
 
@@ -9,16 +7,44 @@ use crate::expr::{Expr, Word};
 
 use super::scope::{Home, Scope};
 use super::value::{Arg, Val};
-use super::{Average, Lowering, R, STATE_INIT, Set, average_graph, set_graph, state_name};
+use super::{Lowering, R};
 
-/// An average of which both roles are known.
-pub(super) struct Averaged {
-    span: Span,
-    /// The average, by number.
-    role: usize,
-    /// What it follows.
-    of: usize,
-    decay: f64,
+/// New values of states, all computed from the old ones.
+#[derive(Clone, Debug)]
+pub struct Set {
+    /// State and its new value.
+    pub values: Vec<(Word, Expr)>,
+    /// Names of the plan in those values, such as `exp.kl`, with their types.
+    pub inputs: Vec<(String, Type)>,
+}
+
+/// A model that follows another: `average = decay * average + (1 - decay) * of`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Average {
+    /// The role that follows.
+    pub role: String,
+    /// The role that it follows; both have the same model and config.
+    pub of: String,
+    /// Share of the old value.
+    pub decay: f64,
+}
+
+/// Name of the program's state for a state of the recipe.
+pub fn state_name(name: &str) -> String {
+    format!("state/{name}")
+}
+
+/// Name of the graph that gives all states their first values. It has no inputs, and is there if there are states.
+pub const STATE_INIT: &str = "state.init";
+
+/// Name of the graph of the n-th `set` statement. Its inputs are the names of the plan in its values.
+pub fn set_graph(n: usize) -> String {
+    format!("set.{n}")
+}
+
+/// Name of the graph that moves a role's average on.
+pub fn average_graph(role: &str) -> String {
+    format!("{role}.average")
 }
 
 impl<'a> Lowering<'a> {
@@ -48,31 +74,24 @@ impl<'a> Lowering<'a> {
     }
 
     /// Makes the graph of a `set` statement. All values are computed from the states as they were before.
-    pub fn set(&mut self, home: &Home<'a>, number: usize, set: &Set<'_>) {
+    pub fn set(&mut self, home: &Home<'a>, number: usize, set: &Set) {
         let before = self.errors.len();
         self.begin(&set_graph(number), &[]);
         let mut scope = Scope::new(home.clone());
-        let mut used: BTreeMap<&str, Span> = BTreeMap::new();
-        for (name, span) in set.values.iter().flat_map(|(_, value)| value.names()) {
-            used.entry(name).or_insert(span);
-        }
+        let used: Vec<(&str, Span)> = set.values.iter().flat_map(|(_, value)| value.names()).collect();
         // Inputs come before all ops, so before states are read.
-        for (&name, &span) in &used {
-            let first = name.split('.').next().unwrap_or(name);
-            let known = home.statics.iter().any(|s| s.name == first) || name == "pi";
-            if !known && self.recipe_state(first).is_none() {
-                let ty = set.inputs.get(name).cloned().unwrap_or_else(|| Type::scalar(DType::F32));
-                let input = Val::Tensor(self.graph.input(name, ty));
-                self.bind(&mut scope, &Word { span, text: name.into() }, input);
-            }
+        for (name, ty) in &set.inputs {
+            let span = used.iter().find(|(n, _)| n == name).map_or(Span::NONE, |(_, span)| *span);
+            let input = Val::Tensor(self.graph.input(name, ty.clone()));
+            self.bind(&mut scope, &Word { span, text: name.clone() }, input);
         }
-        for (&name, &span) in &used {
-            if let Some(state) = self.recipe_state(name) {
+        for (name, span) in used {
+            if let (None, Some(state)) = (scope.value(name), self.recipe_state(name)) {
                 let value = Val::Tensor(self.read_state(span, state));
                 self.bind(&mut scope, &Word { span, text: name.into() }, value);
             }
         }
-        for (name, value) in set.values {
+        for (name, value) in &set.values {
             let Some(state) = self.recipe_state(&name.text) else {
                 let diag = Diag::error(format!("found `{}`, expected a state of this recipe", name.text));
                 let _: R<()> =
@@ -90,40 +109,22 @@ impl<'a> Lowering<'a> {
         }
     }
 
-    /// Finds the roles and the number of an average.
-    pub fn average(&mut self, home: &Home<'a>, average: &Average<'_>) -> R<Averaged> {
-        let role = |name: &str| match self.roles.iter().position(|r| !r.is_trunk && r.name == name) {
-            Some(role) => role,
-            None => panic!("bug: an average of role `{name}`, which the stage lacks"),
-        };
-        let (role, of) = (role(average.role), role(average.of));
-        let span = average.decay.span;
-        self.begin(&average_graph(average.role), &[]);
-        let value = self.eval(&mut Scope::new(home.clone()), average.decay)?;
-        match &value {
-            Val::Static(c) if c.number().is_some_and(|x| (0.0..=1.0).contains(&x)) => {
-                Ok(Averaged { span, role, of, decay: c.number().unwrap_or_default() })
-            }
-            other => {
-                let found = self.describe(other);
-                let diag = Diag::error(format!("found {found}, expected a number from 0 to 1")).label(span, "");
-                self.fail(diag.help("it says how much of the old value stays"))
-            }
-        }
-    }
-
     /// The graph of an average: `role = decay * role + (1 - decay) * of` for every parameter.
-    pub fn averaged(&mut self, average: &Averaged) {
-        let span = average.span;
-        let name = average_graph(&self.roles[average.role].name);
+    pub fn average(&mut self, average: &Average) {
+        let name = average_graph(&average.role);
+        let role = |role: &str| {
+            let found = self.roles.iter().position(|r| !r.is_trunk && r.name == role);
+            found.unwrap_or_else(|| panic!("bug: {name} is of role `{role}`, which the stage lacks"))
+        };
+        let (mine, theirs) = (role(&average.role), role(&average.of));
+        let (mine, theirs) = (self.all_params(mine), self.all_params(theirs));
         self.begin(&name, &[]);
-        let (mine, theirs) = (self.all_params(average.role), self.all_params(average.of));
         let short = |role: &str, whole: &str| whole[role.len()..].to_string();
         for own in mine {
-            let ty = self.program.state(own.state).ty.clone();
-            let param = short(&self.roles[average.role].name, &self.program.state(own.state).name);
-            let of = &self.roles[average.of].name;
-            let other = theirs.iter().find(|o| short(of, &self.program.state(o.state).name) == param);
+            let state = self.program.state(own.state);
+            let (ty, span) = (state.ty.clone(), state.span);
+            let param = short(&average.role, &state.name);
+            let other = theirs.iter().find(|o| short(&average.of, &self.program.state(o.state).name) == param);
             let Some(other) = other.filter(|o| self.program.state(o.state).ty == ty) else {
                 panic!("bug: in {name}, the models do not have the same parameter `{param}`");
             };
