@@ -39,6 +39,7 @@ impl<'a> Part<'a> {
             functions: self.document.functions.iter().map(|f| &**f).collect(),
             config: self.config.entries.iter().map(|e| (e.name.clone(), e.value.clone())).collect(),
             trained: self.trained,
+            trunk: None,
         }
     }
 }
@@ -70,7 +71,8 @@ pub(super) fn lower(documents: &mut Documents<'_>, inputs: &Inputs<'_>) -> Optio
         averages: inputs.averages.clone(),
     };
     match lower::program(&request) {
-        Ok(mut program) => {
+        Ok(lowered) => {
+            let mut program = lowered.program;
             for entry in &inputs.entries {
                 if let Some(graph) = program.graphs.iter_mut().find(|g| g.name == entry.graph) {
                     graph.batch = entry.batch.clone();
