@@ -17,8 +17,9 @@ use crate::recipe::Recipe;
 
 use super::config::Config;
 use super::documents::{Documents, ScopedModel, ScopedRecipe};
+use super::plan::called::Called;
 use super::plan::types::{Entry, unknown};
-use super::plan::{Called, Planned, Planning, forward_graph};
+use super::plan::{Planned, Planning, forward_graph};
 use super::roles::BoundRole;
 use super::stage::Prepared;
 
