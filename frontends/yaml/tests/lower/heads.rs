@@ -14,7 +14,8 @@ use dsgc_yaml::render::{Look, render};
 
 use crate::setup::{Documents, request, role, role_over, tiny};
 
-const SCORES: &str = "\
+/// A recipe with a critic.
+pub const SCORES: &str = "\
 recipe: scores
 extends: sft
 models: {critic: {type: value, trained: true}}
@@ -120,7 +121,8 @@ fn told(documents: &Documents, lowered: Result<Lowered, Vec<Diag>>) -> String {
     }
 }
 
-const HEAD: &str = "\
+/// A head like the library's.
+pub const HEAD: &str = "\
 model: head
 models: {trunk: any}
 params:
