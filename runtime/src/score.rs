@@ -7,7 +7,7 @@ use dsgc_ir::stage::TensorRules;
 use dsgc_ir::{Planned, Tensor};
 use dsgc_kernels::Device;
 
-use crate::session::load_params;
+use crate::roles::load_params;
 
 /// What a model says of one text.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,7 +37,7 @@ impl Scorer {
             .expect("the last dim of logits is the model's vocabulary");
         let role = program.stage.roles.first().cloned();
         let (name, rules) = role.map_or(("model".into(), TensorRules::default()), |r| (r.name, r.model.tensors));
-        load_params(&program, device.as_mut(), &name, &rules, folder)?;
+        load_params(&program, device.as_mut(), &name, &rules, folder, &[])?;
         Ok(Scorer { device, vocab })
     }
 
