@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::{Call, Operand, Operands, Rows, Stage, Statement, Update, UpdateSteps};
-use dsgc_ir::{Data, Tensor, Type};
-use dsgc_kernels::Device;
+use dsgc_ir::stage::{Call, Operand, Operands, Rows, Statement, Update, UpdateSteps};
+use dsgc_ir::{DType, Data, Tensor};
 
 use crate::calls::{self, Named, Parts};
 use crate::data::order;
@@ -299,7 +298,7 @@ impl Session {
 
     /// Outputs that are one number are metrics.
     pub(crate) fn tell(&self, outputs: &Named, prefix: &str, told: &mut Told) {
-        let number = |(_, t): &(&String, &Tensor)| t.shape.is_empty() && t.dtype() == dsgc_ir::DType::F32;
+        let number = |(_, t): &(&String, &Tensor)| t.shape.is_empty() && t.dtype() == DType::F32;
         let numbers = outputs.iter().filter(number);
         told.metrics.extend(numbers.map(|(name, t)| (format!("{prefix}{name}"), t.scalar())));
     }
