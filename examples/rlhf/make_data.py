@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Writes data/prefs.jsonl: questions, each with a good answer (`chosen`) and a bad one (`rejected`).
+"""Writes data/prefs.jsonl and data/eval.jsonl: questions, each with a good answer (`chosen`), a bad one (`rejected`),
+and one as somebody may have given it (`demo`): half of these are good.
 
-Everything is made from the tables below with a fixed seed, so the file is the same wherever this runs. Good answers
-are right, short and say so when a thing cannot be known; bad ones are wrong, evasive or rude. Standard library only.
+Everything is made from the tables below with a fixed seed, so the files are the same wherever this runs. Good answers
+are right, and say so when a thing cannot be known; bad ones are evasive, rude or wrong, and as long as good ones. So
+a model that learns from demonstrations answers either way, and a reward that looks at length or at single words of
+the question would not tell them apart. Standard library only.
 """
 
 import json
@@ -38,17 +41,23 @@ UNKNOWABLE = [
     "what I had for breakfast", "which card I am holding", "what the weather will be in ten years", "who is at my door",
     "what I am thinking of", "which number will win tomorrow", "where I left my keys", "how my neighbour feels",
 ]
-RUDE = ["That is a silly question.", "Who cares.", "Find out yourself.", "I do not feel like it.", "Because I say so."]
+BAD = [
+    "That is a silly question.", "Who cares about {}?", "Find out about {} yourself.", "I do not feel like it today.",
+    "Because I say so.", "Ask somebody else.", "Everybody knows about {}.", "Why do you bother me with {}?",
+    "I will not talk about {}.", "Maybe, maybe not.", "Go away and read a book about {}.", "You would not understand {}.",
+]
 
 
 def other(values, right):
     return rng.choice([v for v in values if v != right])
 
 
-def row(prompt, chosen, rejected):
-    if rng.random() < 0.15:
-        rejected = rng.choice(RUDE)
-    return {"prompt": f"Question: {prompt}\nAnswer:", "chosen": chosen, "rejected": rejected}
+def row(prompt, chosen, wrong):
+    # Three of four bad answers are bad in their manner, the others in what they say.
+    about = prompt.rstrip("?.").split()[-1]
+    rejected = wrong if rng.random() < 0.25 else rng.choice(BAD).format(about)
+    demo = chosen if rng.random() < 0.5 else rng.choice(BAD).format(about)
+    return {"prompt": f"Question: {prompt}\nAnswer:", "chosen": chosen, "rejected": rejected, "demo": demo}
 
 
 def rows():
@@ -105,12 +114,15 @@ def rows():
 def main():
     all_rows = list(rows())
     rng.shuffle(all_rows)
-    path = pathlib.Path(__file__).parent / "data" / "prefs.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for item in all_rows:
-            file.write(json.dumps(item, ensure_ascii=False) + "\n")
-    print(f"{path}: {len(all_rows)} rows")
+    folder = pathlib.Path(__file__).parent / "data"
+    folder.mkdir(exist_ok=True)
+    held = len(all_rows) // 8
+    for name, part in (("prefs", all_rows[held:]), ("eval", all_rows[:held])):
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            for item in part:
+                file.write(json.dumps(item, ensure_ascii=False) + "\n")
+        words = {key: sum(len(item[key].split()) for item in part) / len(part) for key in ("chosen", "rejected")}
+        print(f"{name}: {len(part)} rows, words {words}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 here = pathlib.Path(__file__).parent
 rows = [json.loads(line) for line in (here / "data" / "prefs.jsonl").read_text(encoding="utf-8").splitlines()]
-texts = [f"{row['prompt']} {row[answer]}" for row in rows for answer in ("chosen", "rejected")]
+texts = [f"{row['prompt']} {row[answer]}" for row in rows for answer in ("chosen", "rejected", "demo")]
 
 tokenizer = Tokenizer(models.BPE())
 tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -10,6 +10,7 @@ use dsgc_ir::{Bindings, Graph, StateId, Tensor};
 pub mod cpu;
 pub mod interp;
 pub mod random;
+pub mod sample;
 
 /// A planned program with its state, ready to run.
 pub trait Device {

@@ -308,6 +308,7 @@ fn load_weights(program: &Planned, device: &mut dyn Device, folder: &Path) {
     let read = Folder::open(folder).map_err(|e| vec![e]).and_then(|f| read_params(&f, &role.model.tensors, &wanted));
     let tensors = read.unwrap_or_else(|e| panic!("{}", e.iter().map(|d| d.to_string()).collect::<String>()));
     for (id, tensor) in ids.into_iter().zip(tensors) {
+        let tensor = tensor.expect("no parameter may be new");
         device.set_state(id, &tensor);
     }
 }

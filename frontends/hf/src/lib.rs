@@ -4,7 +4,7 @@
 //! [`dsgc_ir::stage::TensorRules`]. It never downloads anything and never runs Python or pickles.
 //!
 //! ```text
-//! Folder::open(path) -> Folder -- read_params(folder, rules, wanted) --> tensors in the order asked for
+//! Folder::open(path) -> Folder -- read_params(folder, rules, wanted) --> tensors in the order asked for, as far as there are
 //! Tokenizer::load(path) -> Tokenizer -- encode(text) --> ids, and where in the text each begins
 //! save(path, model, params, tokenizer_from) --> a folder that transformers opens
 //! ```

@@ -1,13 +1,17 @@
 //! Reading parameters from `model.safetensors` or its shards.
 //!
-//! Every tensor of the files must find its place and every parameter its tensor. A name in a file is taken through
-//! these steps, and the first name that is known decides:
+//! Every tensor of the files must find its place (unless it is one of `may_be_left`) and every parameter its tensor
+//! (unless it is one of `may_be_new`). A name in a file is taken through these steps, and the first name that is known
+//! decides:
 //!
 //! 1. each of `strip_prefixes` is taken off, in their order, and last the name is taken as it is (so that what
 //!    [`crate::save`] wrote is always read back);
 //! 2. where `add_prefix` names the folder's architecture, that is put before it; the plain form is tried after it,
 //!    for heads that do not lie inside the base model;
-//! 3. it is then a parameter, another name of one (`also_called`), a repetition (`may_repeat`), or to be left (`skip`).
+//! 3. where a prefix was taken off, any of those in `add_prefix` is tried last: who wraps a base model in another one,
+//!    as DeepSpeed-Chat does in its `rwtransformer`, keeps the architecture of the whole in `config.json`;
+//! 4. it is then a parameter, another name of one (`also_called`), a repetition (`may_repeat`), or to be left (`skip`,
+//!    `may_be_left`).
 //!
 //! Files are mapped into memory, so only what is read is held twice, one tensor at a time.
 
@@ -24,14 +28,15 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::{Folder, file_error, read_object};
 
-/// Reads the parameters `wanted` (name and shape) in that order, as single-precision floats.
+/// Reads the parameters `wanted` (name and shape) in that order, as single-precision floats: `None` for those that the
+/// files lack and `may_be_new` allows to begin otherwise.
 ///
 /// A missing, surplus, mis-shaped or doubled tensor is an error, and all such errors come at once.
 pub fn read_params(
     folder: &Folder,
     rules: &TensorRules,
     wanted: &[(String, Vec<usize>)],
-) -> Result<Vec<Tensor>, Vec<Diag>> {
+) -> Result<Vec<Option<Tensor>>, Vec<Diag>> {
     let files = open_files(folder).map_err(|e| vec![e])?;
     let places = Places::new(folder, rules, wanted);
     let mut found: Vec<Option<Found>> = wanted.iter().map(|_| None).collect();
@@ -60,8 +65,9 @@ pub fn read_params(
         }
     }
 
-    let missing: Vec<&str> =
-        (wanted.iter().zip(&found)).filter(|(_, f)| f.is_none()).map(|(w, _)| w.0.as_str()).collect();
+    let may_be_new = |name: &str| rules.may_be_new.iter().any(|pattern| glob(pattern, name));
+    let lacking = wanted.iter().zip(&found).filter(|(_, f)| f.is_none()).map(|(w, _)| w.0.as_str());
+    let missing: Vec<&str> = lacking.filter(|name| !may_be_new(name)).collect();
     for (name, shape) in wanted.iter().filter(|w| missing.contains(&w.0.as_str())) {
         let diag = Diag::error(format!("found no tensor for parameter `{name}`, expected one of shape {shape:?}"));
         let near = nearest(name, surplus.iter().map(|t| t.name.as_str()));
@@ -78,12 +84,12 @@ pub fn read_params(
         });
     }
 
-    let mut params: Vec<Tensor> = Vec::new();
+    let mut params: Vec<Option<Tensor>> = Vec::new();
     for ((name, shape), tensor) in wanted.iter().zip(&found) {
-        let Some(tensor) = tensor else { continue };
-        match tensor.read(name, shape, is_transposed(rules, name)) {
-            Ok(param) => params.push(param),
-            Err(diag) => errors.push(diag),
+        match tensor.as_ref().map(|tensor| tensor.read(name, shape, is_transposed(rules, name))) {
+            Some(Ok(param)) => params.push(Some(param)),
+            Some(Err(diag)) => errors.push(diag),
+            None => params.push(None),
         }
     }
     for (tensor, of) in repeats {
@@ -103,22 +109,6 @@ pub fn read_params(
         }
     }
     if errors.is_empty() { Ok(params) } else { Err(errors) }
-}
-
-impl Folder {
-    /// Whether a tensor of the folder's files is read as this parameter: whether, say, a reward model's head is there
-    /// or has to be initialised.
-    pub fn holds(&self, rules: &TensorRules, parameter: &str) -> Result<bool, Diag> {
-        let wanted = [(parameter.to_owned(), Vec::new())];
-        let places = Places::new(self, rules, &wanted);
-        for (file, map) in &open_files(self)? {
-            let tensors = parse(self, file, map)?;
-            if tensors.names().into_iter().any(|n| matches!(places.of(n), Some(Place::Param(_)))) {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
 }
 
 /// Whether files have this parameter transposed.
@@ -201,38 +191,52 @@ struct Places<'a> {
     rules: &'a TensorRules,
     add_prefix: Option<&'a str>,
     params: BTreeMap<&'a str, usize>,
+    /// Another name, which may be a glob, and the parameter's.
+    aliases: Vec<(&'a str, &'a str)>,
 }
 
 impl<'a> Places<'a> {
     fn new(folder: &Folder, rules: &'a TensorRules, wanted: &'a [(String, Vec<usize>)]) -> Places<'a> {
-        let mut params: BTreeMap<&str, usize> = BTreeMap::new();
-        for (at, (name, _)) in wanted.iter().enumerate() {
-            for other in rules.also_called.get(name).into_iter().flatten() {
-                params.entry(other).or_insert(at);
-            }
-            params.insert(name, at);
-        }
+        let params = wanted.iter().enumerate().map(|(at, (name, _))| (name.as_str(), at)).collect();
+        let also_called = rules.also_called.iter();
+        let aliases = also_called.flat_map(|(name, others)| others.iter().map(|o| (o.as_str(), name.as_str())));
         let add_prefix = folder.architecture().and_then(|a| rules.add_prefix.get(a)).map(String::as_str);
-        Places { rules, add_prefix, params }
+        Places { rules, add_prefix, params, aliases: aliases.collect() }
     }
 
     fn of(&self, name: &str) -> Option<Place<'a>> {
         let prefixes = self.rules.strip_prefixes.iter().map(String::as_str).chain([""]);
-        let stripped = prefixes.filter_map(|p| name.strip_prefix(p));
-        stripped
-            .flat_map(|n| self.add_prefix.map(|p| format!("{p}{n}")).into_iter().chain([n.to_owned()]))
-            .find_map(|n| self.known(&n))
+        let stripped: Vec<&str> = prefixes.filter_map(|p| name.strip_prefix(p)).collect();
+        let plain = (stripped.iter())
+            .flat_map(|n| self.add_prefix.map(|p| format!("{p}{n}")).into_iter().chain([(*n).to_owned()]));
+        let wrapped = (stripped.iter().filter(|n| **n != name))
+            .flat_map(|n| self.rules.add_prefix.values().map(move |p| format!("{p}{n}")));
+        plain.chain(wrapped).find_map(|n| self.known(&n))
     }
 
     fn known(&self, name: &str) -> Option<Place<'a>> {
         if let Some(&at) = self.params.get(name) {
             return Some(Place::Param(at));
         }
+        let mut called = self.aliases.iter().filter_map(|(other, param)| renamed(name, other, param));
+        if let Some(&at) = called.find_map(|param| self.params.get(param.as_str())) {
+            return Some(Place::Param(at));
+        }
         if let Some(of) = self.rules.may_repeat.get(name) {
             return Some(Place::Repeats(of));
         }
-        self.rules.skip.iter().any(|pattern| glob(pattern, name)).then_some(Place::Skipped)
+        let mut left = self.rules.skip.iter().chain(&self.rules.may_be_left);
+        left.any(|pattern| glob(pattern, name)).then_some(Place::Skipped)
     }
+}
+
+/// The name that `to` makes of one that matches `from`: what each `*` stands for is put in the place of the other's.
+fn renamed(name: &str, from: &str, to: &str) -> Option<String> {
+    let Some((head, rest)) = from.split_once('*') else { return (name == from).then(|| to.to_owned()) };
+    let tail = name.strip_prefix(head)?;
+    let (before, after) = to.split_once('*')?;
+    let ends = tail.char_indices().map(|(i, _)| i).chain([tail.len()]);
+    ends.filter_map(|end| Some(format!("{before}{}{}", &tail[..end], renamed(&tail[end..], rest, after)?))).next()
 }
 
 /// The files that hold the folder's weights, mapped.
@@ -279,10 +283,15 @@ fn no_weights(path: &Path) -> Diag {
     let diag = Diag::error(format!("found no `model.safetensors` in `{}`", path.display()));
     let pickled = ["pytorch_model.bin", "pytorch_model.bin.index.json"].into_iter().find(|f| path.join(f).is_file());
     match pickled {
-        Some(file) => diag.help(format!(
+        Some(file) => diag
+            .help(format!(
             "`{file}` is a pickle, which can run code and is not read: convert it with \
              `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)`"
-        )),
+        ))
+        .help(
+            "a reward model of DeepSpeed-Chat is converted with `safetensors.torch.save_file({k: v.clone() for k, v in \
+             torch.load(file, weights_only=True).items()}, \"model.safetensors\")`",
+        ),
         None => {
             diag.help("give a folder with `model.safetensors`, or with `model.safetensors.index.json` and its shards")
         }

@@ -61,9 +61,90 @@ fn names_are_stripped_prefixed_skipped_and_repeated() {
     };
     let params = wanted(&[("score.weight", &[1]), ("model.embed.weight", &[2])]);
     let read = read_params(&folder, &rules, &params).unwrap();
-    assert_eq!(read, [Tensor::f32(&[1], vec![9.0]), Tensor::f32(&[2], vec![1.0, 2.0])]);
-    assert!(folder.holds(&rules, "score.weight").unwrap());
-    assert!(!folder.holds(&rules, "other.weight").unwrap());
+    assert_eq!(read, [Some(Tensor::f32(&[1], vec![9.0])), Some(Tensor::f32(&[2], vec![1.0, 2.0]))]);
+}
+
+/// DeepSpeed-Chat's reward models of both families: the base model wrapped as `rwtransformer`, beside a head.
+#[test]
+fn reward_models_of_deepspeed_chat_are_read() {
+    let heads = [("score.weight".to_owned(), strings(&["v_head.weight"]))];
+    let prefixes = strings(&["", "base_model.", "rwtransformer."]);
+
+    let dir = tempfile::tempdir().unwrap();
+    let tensors: Tensors = &[
+        ("rwtransformer.decoder.embed.weight", &[2], 1.0),
+        ("rwtransformer.decoder.layers.1.fc1.bias", &[1], 3.0),
+        ("v_head.weight", &[1], 9.0),
+    ];
+    let opt = folder(dir.path(), "OPTForCausalLM", &[("model.safetensors", tensors)]);
+    let also = [("model.decoder.*".to_owned(), strings(&["decoder.*"]))];
+    let rules = TensorRules {
+        strip_prefixes: prefixes.clone(),
+        also_called: heads.clone().into_iter().chain(also).collect(),
+        ..TensorRules::default()
+    };
+    let params: &[(&str, &[usize])] =
+        &[("model.decoder.embed.weight", &[2]), ("model.decoder.layers.1.fc1.bias", &[1]), ("score.weight", &[1])];
+    let read = read_params(&opt, &rules, &wanted(params)).unwrap();
+    assert_eq!(read.into_iter().flatten().map(|t| t.to_f64()[0]).collect::<Vec<_>>(), [1.0, 3.0, 9.0]);
+
+    let dir = tempfile::tempdir().unwrap();
+    let tensors: Tensors = &[
+        ("rwtransformer.layers.0.mlp.weight", &[1], 1.0),
+        ("rwtransformer.norm.weight", &[1], 2.0),
+        ("v_head.weight", &[1], 9.0),
+    ];
+    let llama = folder(dir.path(), "LlamaForCausalLM", &[("model.safetensors", tensors)]);
+    let rules = TensorRules {
+        strip_prefixes: prefixes,
+        add_prefix: [("LlamaModel".to_owned(), "model.".to_owned())].into(),
+        also_called: heads.into(),
+        ..TensorRules::default()
+    };
+    let params: &[(&str, &[usize])] =
+        &[("model.layers.0.mlp.weight", &[1]), ("model.norm.weight", &[1]), ("score.weight", &[1])];
+    let read = read_params(&llama, &rules, &wanted(params)).unwrap();
+    assert_eq!(read.into_iter().flatten().map(|t| t.to_f64()[0]).collect::<Vec<_>>(), [1.0, 2.0, 9.0]);
+}
+
+#[test]
+fn parts_that_are_not_taken_off_get_no_prefix() {
+    let rules = TensorRules { add_prefix: [("Base".to_owned(), "model.".to_owned())].into(), ..TensorRules::default() };
+    let errors = errors(&rules, &[("norm.weight", &[1], 0.0)], &[("model.norm.weight", &[1])]);
+    assert!(errors[1].contains("tensor `norm.weight` in `model.safetensors` belongs to no parameter"), "{errors:?}");
+}
+
+#[test]
+fn a_head_may_be_new_and_another_one_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let tensors: Tensors = &[("body", &[1], 1.0), ("lm_head.weight", &[3], 0.0), ("lm_head.bias", &[3], 0.0)];
+    let folder = folder(dir.path(), "X", &[("model.safetensors", tensors)]);
+    let params = wanted(&[("score.weight", &[1]), ("body", &[1])]);
+    let mut rules = TensorRules {
+        may_be_new: strings(&["score.*"]),
+        may_be_left: strings(&["lm_head.*"]),
+        ..TensorRules::default()
+    };
+    let read = read_params(&folder, &rules, &params).unwrap();
+    assert_eq!(read, [None, Some(Tensor::f32(&[1], vec![1.0]))]);
+
+    rules.may_be_left.clear();
+    let errors = read_params(&folder, &rules, &params).unwrap_err();
+    assert_eq!(errors.len(), 2, "{errors:?}");
+    rules = TensorRules { may_be_left: strings(&["lm_head.*"]), ..TensorRules::default() };
+    let errors = read_params(&folder, &rules, &params).unwrap_err();
+    assert!(errors[0].message.contains("found no tensor for parameter `score.weight`"), "{errors:?}");
+}
+
+#[test]
+fn other_names_keep_what_stars_stand_for() {
+    assert_eq!(
+        renamed("decoder.layers.3.w", "decoder.*", "model.decoder.*").as_deref(),
+        Some("model.decoder.layers.3.w")
+    );
+    assert_eq!(renamed("h.3.attn.w", "h.*.attn.*", "layers.*.self.*").as_deref(), Some("layers.3.self.w"));
+    assert_eq!(renamed("v_head.weight", "v_head.weight", "score.weight").as_deref(), Some("score.weight"));
+    assert_eq!(renamed("v_head.bias", "v_head.weight", "score.weight"), None);
 }
 
 #[test]
@@ -75,7 +156,7 @@ fn shards_are_read_together() {
     std::fs::write(&index, r#"{"weight_map": {"p": "a.safetensors", "q": "b.safetensors"}}"#).unwrap();
     let params = wanted(&[("q", &[1]), ("p", &[1])]);
     let read = read_params(&folder, &TensorRules::default(), &params).unwrap();
-    assert_eq!(read, [Tensor::f32(&[1], vec![2.0]), Tensor::f32(&[1], vec![1.0])]);
+    assert_eq!(read, [Some(Tensor::f32(&[1], vec![2.0])), Some(Tensor::f32(&[1], vec![1.0]))]);
 
     std::fs::write(&index, r#"{"weight_map": {"p": "../a.safetensors"}}"#).unwrap();
     let error = &read_params(&folder, &TensorRules::default(), &params).unwrap_err()[0];
@@ -94,7 +175,7 @@ fn narrow_and_wide_floats_become_single() {
     safetensors::serialize_to_file(views, None, &dir.path().join("model.safetensors")).unwrap();
     let params = wanted(&[("h", &[1]), ("b", &[1]), ("d", &[1])]);
     let read = read_params(&Folder::open(dir.path()).unwrap(), &TensorRules::default(), &params).unwrap();
-    assert_eq!(read.iter().map(Tensor::scalar).collect::<Vec<_>>(), [-1.5, 3.0, 0.25]);
+    assert_eq!(read.into_iter().flatten().map(|t| t.scalar()).collect::<Vec<_>>(), [-1.5, 3.0, 0.25]);
 }
 
 #[test]

@@ -170,6 +170,39 @@ impl Expr {
             _ => None,
         }
     }
+
+    /// The names in it, with their dots and places; not those of functions and arguments.
+    pub fn names(&self) -> Vec<(&str, Span)> {
+        let mut names = Vec::new();
+        self.add_names(&mut names);
+        names
+    }
+
+    fn add_names<'e>(&'e self, names: &mut Vec<(&'e str, Span)>) {
+        match &self.kind {
+            ExprKind::Name(name) => names.push((name, self.span)),
+            ExprKind::Member(base, _) | ExprKind::Unary(_, base) => base.add_names(names),
+            ExprKind::Call { args, .. } => args.iter().for_each(|arg| arg.value.add_names(names)),
+            ExprKind::Index { base, items } => {
+                base.add_names(names);
+                for item in items {
+                    match item {
+                        Item::At(x) => x.add_names(names),
+                        Item::Slice { start, stop, .. } => {
+                            start.iter().chain(stop).for_each(|x| x.add_names(names));
+                        }
+                        Item::New(_) | Item::Rest(_) => {}
+                    }
+                }
+            }
+            ExprKind::Binary(_, a, b) => [a, b].into_iter().for_each(|x| x.add_names(names)),
+            ExprKind::If { condition, then, otherwise } => {
+                [condition, then, otherwise].into_iter().for_each(|x| x.add_names(names));
+            }
+            ExprKind::List(items) => items.iter().for_each(|x| x.add_names(names)),
+            ExprKind::Int(_) | ExprKind::Float(_) | ExprKind::Str(_) | ExprKind::Bool(_) | ExprKind::None => {}
+        }
+    }
 }
 
 /// With all parentheses, so that a test shows what binds to what.

@@ -290,7 +290,7 @@ impl Reader {
                 also_called.insert(name.text.clone(), names);
             }
         }
-        TensorRules { strip_prefixes, add_prefix, transpose, skip, may_repeat, also_called }
+        TensorRules { strip_prefixes, add_prefix, transpose, skip, may_repeat, also_called, ..TensorRules::default() }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use dsgc_ir::Tensor;
 
-use super::eval::{floats, ints, tensor};
+use super::eval::{floats, ints, place, tensor};
 use super::real::Real;
 
 type Results = Result<Vec<Tensor>, String>;
@@ -81,6 +81,91 @@ pub(super) fn layer_norm_grad<F: Real>(x: &Tensor, weight: &Tensor, grad: &Tenso
         }
     }
     Ok(vec![tensor(&x.shape, dx), tensor(shape, dw), tensor(shape, db)])
+}
+
+/// `1 / sqrt(mean(x^2) + eps)` of a row.
+fn inverse_rms<F: Real>(row: &[F], eps: f64) -> F {
+    let n = F::of(row.len() as f64);
+    F::of(1.0) / (sum(row.iter().map(|&x| x * x)) / n + F::of(eps)).sqrt()
+}
+
+pub(super) fn rms_norm<F: Real>(x: &Tensor, weight: &Tensor, eps: f64) -> Results {
+    let weight = floats::<F>(weight);
+    let mut out = Vec::with_capacity(x.len());
+    for row in floats::<F>(x).chunks(weight.len().max(1)) {
+        let inverse = inverse_rms(row, eps);
+        out.extend(row.iter().zip(weight).map(|(&x, &w)| x * inverse * w));
+    }
+    Ok(vec![tensor(&x.shape, out)])
+}
+
+/// With `n = x * inverse` and `h = grad * weight`: `dx = inverse * (h - n * mean(h * n))`, `dw = sum grad * n`.
+pub(super) fn rms_norm_grad<F: Real>(x: &Tensor, weight: &Tensor, grad: &Tensor, eps: f64) -> Results {
+    let shape = &weight.shape;
+    let weight = floats::<F>(weight);
+    let (width, n) = (weight.len(), F::of(weight.len() as f64));
+    let (mut dx, mut dw) = (Vec::new(), vec![F::zero(); width]);
+    for (row, grad) in floats::<F>(x).chunks(width.max(1)).zip(floats::<F>(grad).chunks(width.max(1))) {
+        let inverse = inverse_rms(row, eps);
+        let mean = sum((0..width).map(|i| grad[i] * weight[i] * row[i] * inverse)) / n;
+        for i in 0..width {
+            let normal = row[i] * inverse;
+            dx.push(inverse * (grad[i] * weight[i] - normal * mean));
+            dw[i] = dw[i] + grad[i] * normal;
+        }
+    }
+    Ok(vec![tensor(&x.shape, dx), tensor(shape, dw)])
+}
+
+/// Pairs `(x[i], x[i + D/2])` turned by `position * freq[i]`; back if `inverse`. Angles are taken in double precision.
+pub(super) fn rope<F: Real>(x: &Tensor, positions: &Tensor, freq: &Tensor, inverse: bool) -> Results {
+    let (heads, width) = (x.shape[2], x.shape[3]);
+    let half = width / 2;
+    let (all, freq) = (floats::<F>(x), floats::<F>(freq));
+    let mut out = vec![F::zero(); all.len()];
+    for (t, &position) in ints(positions).iter().enumerate() {
+        for h in 0..heads {
+            let at = (t * heads + h) * width;
+            for i in 0..half {
+                let angle = f64::from(position) * freq[i].wide();
+                let (sin, cos) = if inverse { (-angle).sin_cos() } else { angle.sin_cos() };
+                let (sin, cos) = (F::of(sin), F::of(cos));
+                let (a, b) = (all[at + i], all[at + half + i]);
+                out[at + i] = a * cos - b * sin;
+                out[at + half + i] = b * cos + a * sin;
+            }
+        }
+    }
+    Ok(vec![tensor(&x.shape, out)])
+}
+
+/// `q, k, v, segment, place -> result`: causal attention of the columns from `place` on.
+pub(super) fn cached_attention<F: Real>(args: &[&Tensor], scale: f64) -> Results {
+    let (q, k, v, segment) = (floats::<F>(args[0]), floats::<F>(args[1]), floats::<F>(args[2]), ints(args[3]));
+    let [rows, new, heads, width] = [0, 1, 2, 3].map(|i| args[0].shape[i]);
+    let (columns, groups) = (args[1].shape[1], args[1].shape[2]);
+    let first = place(args[4], new, columns)?;
+    let mut out = vec![F::zero(); q.len()];
+    for (b, t, h) in (0..rows).flat_map(|b| (0..new).flat_map(move |t| (0..heads).map(move |h| (b, t, h)))) {
+        let query = ((b * new + t) * heads + h) * width;
+        let own = segment[b * columns + first + t];
+        let seen: Vec<usize> = (0..=first + t).filter(|&s| own != 0 && segment[b * columns + s] == own).collect();
+        if seen.is_empty() {
+            continue;
+        }
+        let key = |s: usize| ((b * columns + s) * groups + h / (heads / groups)) * width;
+        let score = |s: usize| F::of(scale) * sum((0..width).map(|i| q[query + i] * k[key(s) + i]));
+        let scores: Vec<F> = seen.iter().map(|&s| score(s)).collect();
+        let most = scores.iter().fold(F::of(f64::NEG_INFINITY), |a, &b| a.larger(b));
+        let divisor = sum(scores.iter().map(|&s| (s - most).exp()));
+        for (&s, &score) in seen.iter().zip(&scores) {
+            let (p, value) = ((score - most).exp() / divisor, key(s));
+            for i in 0..width {
+                out[query + i] = out[query + i] + p * v[value + i];
+            }
+        }
+    }
+    Ok(vec![tensor(&args[0].shape, out)])
 }
 
 /// What attention and its gradient have in common: which query sees which key, and where their rows begin.

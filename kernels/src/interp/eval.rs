@@ -7,12 +7,16 @@
 use std::cmp::Ordering;
 
 use dsgc_ir::infer::Contraction;
+use dsgc_ir::stage::Sampling;
 use dsgc_ir::{Bindings, DType, Data, Dim, Op, Tensor};
 
 use super::composite;
 use super::real::Real;
-use super::structure::{around, broadcast, choose, concat, offsets, reshape, strides, transpose, window, zeros};
+use super::structure::{
+    around, broadcast, choose, concat, offsets, replaced, reshape, strides, transpose, window, zeros,
+};
 use crate::random;
+use crate::sample::choose as choose_token;
 
 /// The results of an op from its operands, or what is wrong with their values.
 ///
@@ -46,6 +50,14 @@ pub(crate) fn eval<F: Real>(
             one(window(args[0], &shapes[0], *axis, -(extent(before, dims)? as i64)))
         }
         Op::Concat { axis } => one(concat::<F>(args, &shapes[0], *axis)),
+        Op::SliceAt { axis, len } => {
+            let first = place(args[1], extent(len, dims)?, args[0].shape[*axis])?;
+            one(window(args[0], &shapes[0], *axis, first as i64))
+        }
+        Op::WriteAt { axis } => {
+            let first = place(args[2], args[1].shape[*axis], args[0].shape[*axis])?;
+            one(replaced(args[0], args[1], *axis, first))
+        }
         Op::Stop {} => one(args[0].clone()),
 
         Op::Add {} => arithmetic::<F>(args, |a, b| a + b, |a, b| Some(a.wrapping_add(b))),
@@ -96,11 +108,20 @@ pub(crate) fn eval<F: Real>(
                 tensor(&args[0].shape, running(floats::<F>(args[0]), &args[0].shape, *axis, *reverse, |a, b| a + b))
             }
         }),
+        Op::Recurrence { axis, decay, reverse } => {
+            let shape = &args[0].shape;
+            let decay = F::of(*decay);
+            one(tensor(shape, running(floats::<F>(args[0]), shape, *axis, *reverse, |before, x| x + decay * before)))
+        }
 
         Op::Embed {} => composite::embed::<F>(args[0], args[1], &shapes[0]),
         Op::EmbedGrad { .. } => composite::embed_grad::<F>(args[0], args[1], &shapes[0]),
         Op::LayerNorm { eps } => composite::layer_norm::<F>(args[0], args[1], args[2], *eps),
         Op::LayerNormGrad { eps } => composite::layer_norm_grad::<F>(args[0], args[1], args[2], *eps),
+        Op::RmsNorm { eps } => composite::rms_norm::<F>(args[0], args[1], *eps),
+        Op::RmsNormGrad { eps } => composite::rms_norm_grad::<F>(args[0], args[1], args[2], *eps),
+        Op::Rope { inverse } => composite::rope::<F>(args[0], args[1], args[2], *inverse),
+        Op::CachedAttention { scale } => composite::cached_attention::<F>(args, *scale),
         Op::Attention { causal, scale } => {
             composite::Heads::new(args[0], args[1], args[3], *causal, *scale).forward::<F>(args)
         }
@@ -121,12 +142,31 @@ pub(crate) fn eval<F: Real>(
         Op::RandomUniform { low, high, .. } => {
             one(draw::<F>(args[0], &shapes[0], |words| F::uniform(words, *low, *high)))
         }
+        Op::Sample { temperature, top_k, top_p } => {
+            let how = Sampling { temperature: *temperature, top_k: *top_k, top_p: *top_p };
+            let (key, place) = (keys(args[1])[0], ints(args[3])[0]);
+            let width = args[0].shape[1];
+            let rows = ints(args[2]).iter().enumerate().map(|(i, &row)| {
+                let logits = floats::<F>(args[0])[i * width..(i + 1) * width].iter().map(|x| x.wide());
+                choose_token(logits, &how, key, row, place)
+            });
+            one(Tensor::i32(&shapes[0], rows.collect::<Result<_, _>>()?))
+        }
         Op::Adamw { beta1, beta2, eps, decay } => {
             composite::adamw::<F>(args, composite::Adam { beta1: *beta1, beta2: *beta2, eps: *eps, decay: *decay })
         }
         Op::Read { .. } => one(args[0].clone()),
         Op::Write { .. } => Ok(vec![]),
     }
+}
+
+/// A place that an operand gives, where `len` places of `extent` begin.
+pub(crate) fn place(at: &Tensor, len: usize, extent: usize) -> Result<usize, String> {
+    let first = ints(at)[0];
+    usize::try_from(first)
+        .ok()
+        .filter(|first| first + len <= extent)
+        .ok_or_else(|| format!("found place {first} for {len} of {extent} places"))
 }
 
 /// The value of a dim at launch.
@@ -271,7 +311,7 @@ fn reduce<F: Real>(
     }
 }
 
-fn running<T: Copy>(all: &[T], shape: &[usize], axis: usize, reverse: bool, add: fn(T, T) -> T) -> Vec<T> {
+fn running<T: Copy>(all: &[T], shape: &[usize], axis: usize, reverse: bool, add: impl Fn(T, T) -> T) -> Vec<T> {
     let (outer, inner) = around(shape, axis);
     let extent = shape[axis];
     let mut out = all.to_vec();

@@ -88,6 +88,29 @@ pub(crate) fn window(x: &Tensor, shape: &[usize], axis: usize, start: i64) -> Te
     pick(x, shape, &from)
 }
 
+/// `x` with the places from `first` along `axis` replaced by all of `new`.
+pub(crate) fn replaced(x: &Tensor, new: &Tensor, axis: usize, first: usize) -> Tensor {
+    fn each<T: Copy>(x: &[T], new: &[T], (extent, len, first, inner): (usize, usize, usize, usize)) -> Vec<T> {
+        let mut out = x.to_vec();
+        for (i, block) in new.chunks((len * inner).max(1)).enumerate() {
+            let at = (i * extent + first) * inner;
+            out[at..at + block.len()].copy_from_slice(block);
+        }
+        out
+    }
+    let (_, inner) = around(&x.shape, axis);
+    let sizes = (x.shape[axis], new.shape[axis], first, inner);
+    let data = match (&x.data, &new.data) {
+        (Data::F32(x), Data::F32(new)) => Data::F32(each(x, new, sizes)),
+        (Data::F64(x), Data::F64(new)) => Data::F64(each(x, new, sizes)),
+        (Data::I32(x), Data::I32(new)) => Data::I32(each(x, new, sizes)),
+        (Data::Bool(x), Data::Bool(new)) => Data::Bool(each(x, new, sizes)),
+        (Data::Key(x), Data::Key(new)) => Data::Key(each(x, new, sizes)),
+        _ => panic!("bug: `write_at` of operands of two types"),
+    };
+    Tensor::new(&x.shape, data)
+}
+
 pub(crate) fn concat<F: Real>(args: &[&Tensor], shape: &[usize], axis: usize) -> Tensor {
     let (outer, inner) = around(shape, axis);
     // All operands in one row, of which each outer place then takes its part.

@@ -5,22 +5,26 @@ use std::path::Path;
 use std::rc::Rc;
 
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::stage::{Stage, Statement};
-use dsgc_ir::{DimRange, Program};
+use dsgc_ir::stage::{Operands, Stage, Statement};
+use dsgc_ir::{DimRange, Op, Program, Type};
 
 use crate::expr::{Arg, Expr, ExprKind, Item, Word};
 use crate::functions::Functions;
 use crate::graph::{Graph, Tree};
 use crate::literal::Constant;
-use crate::lower::{self, DocumentTest, Request, Role, TokenIds};
+use crate::lower::{self, Average, DocumentTest, Request, Role, Set, TokenIds};
 use crate::recipe::Recipe;
 
 use super::config::Config;
 use super::documents::{Documents, ScopedModel, ScopedRecipe};
-use super::plan::Entry;
+use super::plan::called::Called;
+use super::plan::types::{Entry, unknown};
+use super::plan::{Planned, Planning, forward_graph};
+use super::roles::BoundRole;
 use super::stage::Prepared;
 
 /// A role as graphs see it.
+#[derive(Clone)]
 pub(super) struct Part<'a> {
     pub name: &'a str,
     pub document: &'a ScopedModel,
@@ -36,6 +40,7 @@ impl<'a> Part<'a> {
             functions: self.document.functions.iter().map(|f| &**f).collect(),
             config: self.config.entries.iter().map(|e| (e.name.clone(), e.value.clone())).collect(),
             trained: self.trained,
+            trunk: None,
         }
     }
 }
@@ -46,9 +51,9 @@ pub(super) struct Inputs<'a> {
     pub values: &'a BTreeMap<String, Constant>,
     pub parts: Vec<Part<'a>>,
     pub ids: TokenIds,
-    pub entries: &'a [Entry],
-    /// Most rows of a call.
-    pub rows: u64,
+    pub entries: Vec<Entry>,
+    pub sets: Vec<Set>,
+    pub averages: Vec<Average>,
     /// The stage that all this is for, if there is one.
     pub at: Option<Span>,
 }
@@ -61,10 +66,21 @@ pub(super) fn lower(documents: &mut Documents<'_>, inputs: &Inputs<'_>) -> Optio
         roles: inputs.parts.iter().map(Part::role).collect(),
         options: inputs.values.clone(),
         ids: inputs.ids,
-        entries: inputs.entries.iter().map(|entry| self::entry(entry, inputs.rows)).collect(),
+        entries: inputs.entries.iter().map(entry).collect(),
+        states: inputs.recipe.recipe.state.clone(),
+        sets: inputs.sets.clone(),
+        averages: inputs.averages.clone(),
     };
     match lower::program(&request) {
-        Ok(program) => Some(program),
+        Ok(lowered) => {
+            let mut program = lowered.program;
+            for entry in &inputs.entries {
+                if let Some(graph) = program.graphs.iter_mut().find(|g| g.name == entry.graph) {
+                    graph.batch = entry.batch.clone();
+                }
+            }
+            Some(program)
+        }
         Err(diags) => {
             for diag in diags {
                 report(documents, diag, inputs.at);
@@ -89,65 +105,190 @@ fn report(documents: &mut Documents<'_>, diag: Diag, at: Option<Span>) {
     });
 }
 
-fn entry(entry: &Entry, rows: u64) -> lower::Entry {
-    let batch = entry.batch.iter().map(|dim| (dim.as_str(), 1, rows as i64));
-    let lengths = entry.lengths.iter().map(|(dim, min, max)| (dim.as_str(), *min, *max));
-    let dims = batch.chain(lengths).map(|(dim, min, max)| DimRange { symbol: dim.into(), min, max });
-    lower::Entry { graph: entry.graph.clone(), dims: dims.collect() }
+fn entry(entry: &Entry) -> lower::Entry {
+    let batch = entry.batch.iter().map(|symbol| DimRange { symbol: symbol.clone(), min: 1, max: entry.rows as i64 });
+    lower::Entry { graph: entry.graph.clone(), dims: batch.chain(entry.ranges.iter().cloned()).collect() }
+}
+
+pub(super) fn parts(roles: &[BoundRole]) -> Vec<Part<'_>> {
+    let mut parts = Vec::new();
+    for role in roles {
+        let BoundRole { name, known, trained, .. } = role;
+        parts.push(Part { name, document: &known.document, config: &known.config, trained: *trained });
+    }
+    parts
+}
+
+/// The tokens that graphs and plans know by name.
+pub(super) fn token_ids(roles: &[BoundRole]) -> TokenIds {
+    let facts = roles.iter().find_map(|role| role.known.tokenizer.as_ref().ok()).map(|t| &t.facts);
+    // Where the tokenizer names no padding, the rows are padded with its end: graphs must mean the same token.
+    facts.map_or(TokenIds::default(), |f| TokenIds { pad: f.pad.or(f.eos), eos: f.eos, bos: f.bos })
+}
+
+/// The recipe, with a graph `<role>.forward` for each of these roles that calls its model and does nothing else.
+fn with_forwards(recipe: &Rc<ScopedRecipe>, roles: &[String]) -> Rc<ScopedRecipe> {
+    if roles.is_empty() {
+        return Rc::clone(recipe);
+    }
+    let nowhere = |text: &str| Word { span: Span::NONE, text: text.into() };
+    let name = |text: &str| Expr { span: Span::NONE, kind: ExprKind::Name(text.into()) };
+    let ty = |text: &str| {
+        let dims = ["B", "T"].map(|dim| Item::At(name(dim)));
+        Expr { span: Span::NONE, kind: ExprKind::Index { base: Box::new(name(text)), items: dims.into() } }
+    };
+    let forward = |role: &String| {
+        let args = ["tokens", "segment"].map(|input| Arg { name: None, value: name(input) });
+        let call = Expr { span: Span::NONE, kind: ExprKind::Call { function: nowhere(role), args: args.into() } };
+        Graph {
+            name: nowhere(&forward_graph(role)),
+            doc: None,
+            inputs: vec![(nowhere("tokens"), ty("i32")), (nowhere("segment"), ty("i32"))],
+            dims: Vec::new(),
+            lets: Vec::new(),
+            asserts: Vec::new(),
+            out: Tree::Record(Span::NONE, vec![(nowhere("logits"), Tree::Expr(call))]),
+        }
+    };
+    let graphs = recipe.recipe.graphs.iter().cloned().chain(roles.iter().map(forward)).collect();
+    Rc::new(ScopedRecipe {
+        recipe: Recipe { graphs, ..recipe.recipe.clone() },
+        functions: recipe.functions.clone(),
+        name: recipe.name.clone(),
+    })
+}
+
+/// The graphs that a plan calls, lowered before their sizes are known: what they take, and what they give.
+pub(super) fn signatures(documents: &mut Documents<'_>, planning: &Planning<'_>, called: &Called) -> Option<Program> {
+    let Planning { recipe, values, .. } = *planning;
+    let entries = recipe.recipe.graphs.iter().filter(|g| called.graphs.contains(&g.name.text));
+    let entries = entries.map(|g| Entry { graph: g.name.text.clone(), batch: None, rows: 1, ranges: unknown(g) });
+    let inputs = Inputs {
+        recipe,
+        values,
+        parts: planning.parts.clone(),
+        ids: planning.ids,
+        entries: entries.collect(),
+        sets: Vec::new(),
+        averages: Vec::new(),
+        at: planning.at,
+    };
+    lower(documents, &inputs)
+}
+
+/// Everything that a plan calls, with the sizes that it has there.
+pub(super) fn final_graphs(
+    documents: &mut Documents<'_>,
+    recipe: &Rc<ScopedRecipe>,
+    values: &BTreeMap<String, Constant>,
+    parts: Vec<Part<'_>>,
+    ids: TokenIds,
+    planned: &Planned,
+    at: Option<Span>,
+) -> Option<Program> {
+    let mut generates = Vec::new();
+    for body in planned.evaluate.iter().map(|e| &e.body).chain([&planned.plan]) {
+        each(body, &mut |statement| {
+            if let Statement::Generate(generate) = statement
+                && !generates.contains(&generate.role)
+            {
+                generates.push(generate.role.clone());
+            }
+        });
+    }
+    let inputs = Inputs {
+        recipe: &with_forwards(recipe, &generates),
+        values,
+        parts,
+        ids,
+        entries: planned.entries.clone(),
+        sets: planned.sets.clone(),
+        averages: planned.averages.clone(),
+        at,
+    };
+    lower(documents, &inputs)
 }
 
 /// The program of a stage.
 pub(super) fn program(documents: &mut Documents<'_>, prepared: &Prepared, mut stage: Stage) -> Option<Program> {
-    let parts = prepared.roles.iter().map(|role| Part {
-        name: &role.name,
-        document: &role.known.document,
-        config: &role.known.config,
-        trained: role.trained,
-    });
-    let facts = prepared.roles.iter().find_map(|role| role.known.tokenizer.as_ref().ok()).map(|t| &t.facts);
-    // Where the tokenizer names no padding, the rows are padded with its end: graphs must mean the same token.
-    let ids = facts.map_or(TokenIds::default(), |f| TokenIds { pad: f.pad.or(f.eos), eos: f.eos, bos: f.bos });
-    let inputs = Inputs {
-        recipe: &prepared.recipe,
-        values: &prepared.values,
-        parts: parts.collect(),
-        ids,
-        entries: &prepared.planned.entries,
-        rows: prepared.micro_batch_size,
-        at: Some(prepared.span),
-    };
-    let mut program = lower(documents, &inputs)?;
-    stage.plan.iter_mut().for_each(|statement| spread(statement, &program.graphs));
-    for evaluate in &mut stage.evaluate {
-        spread_args(&mut evaluate.args, &evaluate.graph, &program.graphs);
-    }
+    let planned = &prepared.planned;
+    let parts = parts(&prepared.roles);
+    let ids = token_ids(&prepared.roles);
+    let mut program =
+        final_graphs(documents, &prepared.recipe, &prepared.values, parts, ids, planned, Some(prepared.span))?;
+    stage.asserts = std::mem::take(&mut program.stage.asserts);
+    drop_unused(&mut program, &mut stage);
     program.stage = stage;
     Some(program)
 }
 
-fn spread(statement: &mut Statement, graphs: &[dsgc_ir::Graph]) {
-    match statement {
-        Statement::For { body, .. } | Statement::Repeat { body, .. } => {
-            body.iter_mut().for_each(|statement| spread(statement, graphs));
+/// Visits all statements.
+fn each(body: &[Statement], visit: &mut dyn FnMut(&Statement)) {
+    for statement in body {
+        visit(statement);
+        if let Statement::For { body, .. } | Statement::Repeat { body, .. } = statement {
+            each(body, visit);
         }
-        Statement::Update(update) => spread_args(&mut update.args, &update.graph, graphs),
     }
 }
 
-/// From `text: batch.text` to an argument for each tensor: `text.tokens: batch.text.tokens`.
-fn spread_args(args: &mut Vec<(String, String)>, graph: &str, graphs: &[dsgc_ir::Graph]) {
-    let Some(graph) = graphs.iter().find(|g| g.name == graph) else {
-        panic!("bug: the plan calls graph `{graph}`, which was not lowered");
+fn each_operands(body: &mut [Statement], visit: &mut dyn FnMut(&str, &mut Operands)) {
+    for statement in body {
+        match statement {
+            Statement::For { body, .. } | Statement::Repeat { body, .. } => each_operands(body, visit),
+            Statement::Call(call) => visit(&call.graph, &mut call.args),
+            Statement::Update(update) => update.terms.iter_mut().for_each(|t| visit(&t.graph, &mut t.args)),
+            Statement::Generate(_) | Statement::Next { .. } | Statement::Join { .. } | Statement::Recent { .. } => {}
+        }
+    }
+}
+
+/// A sequence brings tensors that not every graph reads. Those that some call does not have are taken from the graph;
+/// the plan has seen that nothing reads them.
+fn drop_unused(program: &mut Program, stage: &mut Stage) {
+    let bodies = |stage: &mut Stage, visit: &mut dyn FnMut(&str, &mut Operands)| {
+        each_operands(&mut stage.plan, visit);
+        stage.evaluate.iter_mut().for_each(|e| each_operands(&mut e.body, visit));
     };
-    let spread = graph.inputs().map(|input| {
-        let name = graph.name_of(input);
-        let (first, rest) = name.split_once('.').unwrap_or((name, ""));
-        let Some((_, path)) = args.iter().find(|(input, _)| input == first) else {
-            panic!("bug: nobody gives `{name}` to graph `{}`", graph.name);
-        };
-        (name.to_string(), if rest.is_empty() { path.clone() } else { format!("{path}.{rest}") })
+    let mut dropped: BTreeSet<(String, String)> = BTreeSet::new();
+    bodies(stage, &mut |graph, args| {
+        let Some(graph) = program.graph(graph) else { return };
+        let names = graph.inputs().map(|input| graph.name_of(input));
+        let absent = names.filter(|name| !args.iter().any(|(input, _)| input == name));
+        dropped.extend(absent.map(|name| (graph.name.clone(), name.to_string())));
     });
-    *args = spread.collect();
+    bodies(stage, &mut |graph, args| args.retain(|(input, _)| !dropped.contains(&(graph.into(), input.clone()))));
+    let states: Vec<Type> = program.states.iter().map(|s| s.ty.clone()).collect();
+    for graph in &mut program.graphs {
+        if dropped.iter().any(|(name, _)| *name == graph.name) {
+            *graph = without_inputs(graph, |name| dropped.contains(&(graph.name.clone(), name.into())), &states);
+        }
+    }
+}
+
+/// The graph without some of its inputs, which nothing reads.
+fn without_inputs(old: &dsgc_ir::Graph, drop: impl Fn(&str) -> bool, states: &[Type]) -> dsgc_ir::Graph {
+    let mut new = dsgc_ir::Graph::like(old, old.name.clone());
+    let mut map: BTreeMap<dsgc_ir::Value, dsgc_ir::Value> = BTreeMap::new();
+    for input in old.inputs().filter(|&input| !drop(old.name_of(input))) {
+        map.insert(input, new.input(old.name_of(input), old.ty(input).clone()));
+    }
+    for (_, op) in old.ops() {
+        let args: Vec<dsgc_ir::Value> = op.args.iter().map(|a| map[a]).collect();
+        let state = match op.op {
+            Op::Read { state } | Op::Write { state } => Some(&states[state.0 as usize]),
+            _ => None,
+        };
+        let id = new.try_push(op.op.clone(), &args, state, op.site.clone());
+        let id = id.unwrap_or_else(|why| panic!("bug: a copy of graph `{}` is wrong: {why}", old.name));
+        let results: Vec<dsgc_ir::Value> = new.op(id).results().collect();
+        for (from, to) in op.results().zip(results) {
+            new.set_name(to, old.name_of(from));
+            map.insert(from, to);
+        }
+    }
+    new.outputs = old.outputs.iter().map(|(name, v)| (name.clone(), map[v])).collect();
+    new
 }
 
 /// Lowers a model alone: a graph with the model's own inputs that does nothing but call it.
@@ -172,8 +313,9 @@ pub(super) fn lower_model(documents: &mut Documents<'_>, part: Part<'_>, rows: u
     };
     let dims: BTreeSet<&str> = graph.inputs.iter().flat_map(|(_, ty)| dims_of(ty)).collect();
     let batch = graph.inputs.first().and_then(|(_, ty)| dims_of(ty).first().copied());
-    let lengths = dims.iter().filter(|dim| Some(**dim) != batch).map(|dim| (dim.to_string(), 1, length));
-    let entry = Entry { graph: "forward".into(), batch: batch.map(String::from), lengths: lengths.collect() };
+    let lengths = dims.iter().filter(|dim| Some(**dim) != batch);
+    let ranges = lengths.map(|dim| DimRange { symbol: (*dim).into(), min: 1, max: length }).collect();
+    let entry = Entry { graph: "forward".into(), batch: batch.map(Into::into), rows: rows as usize, ranges };
     let recipe = ScopedRecipe {
         recipe: Recipe { graphs: vec![forward], tests: Vec::new(), ..score.recipe.clone() },
         functions: score.functions.clone(),
@@ -184,8 +326,9 @@ pub(super) fn lower_model(documents: &mut Documents<'_>, part: Part<'_>, rows: u
         values: &BTreeMap::new(),
         parts: vec![part],
         ids: TokenIds::default(),
-        entries: &[entry],
-        rows,
+        entries: vec![entry],
+        sets: Vec::new(),
+        averages: Vec::new(),
         at: None,
     };
     lower(documents, &inputs);

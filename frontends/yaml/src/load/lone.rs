@@ -16,8 +16,8 @@ use crate::schema::words;
 use super::config::{self, Asked, Config};
 use super::declared::typed;
 use super::documents::{Documents, Found, ScopedModel, ScopedRecipe};
-use super::graphs::{self, Inputs, Part};
-use super::plan::{Planned, Scope, SourceShape};
+use super::graphs::{self, Part};
+use super::plan::{Planning, SourceShape};
 use super::{Device, Loaded, stage};
 
 /// Rows of a batch, and their length, where no pipeline says them: any would do.
@@ -36,7 +36,7 @@ pub(super) fn check(documents: &mut Documents<'_>, document: Document, folder: P
             Vec::new()
         }
         Document::Recipe(recipe) => {
-            let scoped = documents.scoped_recipe(&name(&recipe.name), &found)?;
+            let scoped = Rc::new(documents.scoped_recipe(&name(&recipe.name), &found)?);
             self::recipe(documents, &scoped);
             graphs::tests_of_recipe(documents, &scoped)
         }
@@ -86,46 +86,44 @@ fn scratch(documents: &mut Documents<'_>, scoped: &ScopedModel, given: &[(Word, 
 
 /// A recipe with the defaults of its options, rows of the first form of each source, and a small model of the library
 /// in each role.
-fn recipe(documents: &mut Documents<'_>, scoped: &ScopedRecipe) {
+fn recipe(documents: &mut Documents<'_>, scoped: &Rc<ScopedRecipe>) {
     stage::unsupported(documents, scoped);
     documents.warn_of_shadows(&scoped.recipe.graphs, &scoped.functions);
     let values = defaults(documents, &scoped.recipe);
-    let sources = scoped.recipe.data.iter().map(|decl| SourceShape {
-        name: decl.name.text.clone(),
-        sequences: decl.forms.first().map_or_else(Vec::new, |f| f.sequences.iter().map(|s| s.0.text.clone()).collect()),
-        has_eval: true,
-        length: (1, LENGTH),
+    let sources = scoped.recipe.data.iter().map(|decl| {
+        let width = decl.width.as_ref().and_then(|width| crate::eval::constant_in(width, &values).ok());
+        SourceShape {
+            name: decl.name.text.clone(),
+            sequences: decl
+                .forms
+                .first()
+                .map_or_else(Vec::new, |f| f.sequences.iter().map(|s| s.0.text.clone()).collect()),
+            has_eval: true,
+            length: match width {
+                Some(Constant::Int(n)) if (1..=LENGTH).contains(&n) => (n, n),
+                _ => (1, LENGTH),
+            },
+            batch_size: ROWS as usize,
+        }
     });
-    let scope = Scope {
-        values: &values,
-        graphs: &scoped.recipe.graphs,
-        roles: scoped.recipe.models.iter().map(|r| (r.name.text.clone(), r.trained)).collect(),
-        sources: sources.collect(),
-    };
-    let plan = scoped.recipe.plan.as_deref().unwrap_or_default();
-    let mut planned = Planned::read(&scope, plan, &scoped.recipe.evaluate);
-    documents.errors.append(&mut planned.errors);
-    let language_models = scoped.recipe.models.iter().all(|r| r.ty.as_ref().is_none_or(|ty| ty.text == "causal_lm"));
-    if !documents.errors.is_empty() || !language_models {
-        return;
-    }
     let Some((document, config)) = stand_in(documents) else { return };
-    let parts = scoped.recipe.models.iter().map(|role| Part {
-        name: &role.name.text,
-        document: &document,
-        config: &config,
-        trained: role.trained,
-    });
-    let inputs = Inputs {
+    let mut parts = Vec::new();
+    for role in &scoped.recipe.models {
+        parts.push(Part { name: &role.name.text, document: &document, config: &config, trained: role.trained });
+    }
+    let ids = TokenIds { pad: Some(1), eos: Some(2), bos: Some(2) };
+    let planning = Planning {
         recipe: scoped,
         values: &values,
-        parts: parts.collect(),
-        ids: TokenIds { pad: Some(1), eos: Some(2), bos: Some(2) },
-        entries: &planned.entries,
-        rows: ROWS,
+        parts: parts.clone(),
+        ids,
+        sources: sources.collect(),
+        micro_batch_size: ROWS as usize,
         at: None,
     };
-    graphs::lower(documents, &inputs);
+    if let Some(planned) = planning.plan(documents) {
+        graphs::final_graphs(documents, scoped, &values, parts, ids, &planned, None);
+    }
 }
 
 /// A language model that a recipe can be checked with.

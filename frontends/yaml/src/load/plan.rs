@@ -1,29 +1,109 @@
 //! From the plan of a recipe to the statements of a stage.
 //!
-//! Calls bind by D8: a record without a name fills the inputs that are named like its members; a sequence without a
-//! name is the next input; anything may be given by name.
+//! Values of a plan have shapes (`types`): batches of sources, rollouts, results of graphs. A call binds them to the
+//! inputs of a graph (`bind`), which says how large the graph's dims can be and what its results are.
+
+mod bind;
+pub(super) mod called;
+mod results;
+mod rows;
+pub(super) mod types;
+mod updates;
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
+use dsgc_ir::Program;
 use dsgc_ir::diag::{Diag, Span, nearest};
-use dsgc_ir::stage::{Evaluate, Statement, Update};
+use dsgc_ir::stage::{Evaluate, Statement};
 
-use crate::expr::{Arg, Expr, ExprKind, Item, Word};
+use crate::expr::{Arg, Expr, ExprKind};
 use crate::graph::Graph;
 use crate::literal::Constant;
+use crate::lower::TokenIds;
 use crate::plan::Step;
 use crate::schema::words;
 
+use super::documents::{Documents, ScopedRecipe};
+use super::graphs::{self, Part};
+use called::{Called, known, mentions};
+use types::{Entry, Table, Value};
+
 /// What a plan may speak of.
-pub(super) struct Scope<'a> {
+struct Scope<'a> {
     /// Options and other values that are known.
     pub values: &'a BTreeMap<String, Constant>,
     /// Graphs of the recipe.
     pub graphs: &'a [Graph],
+    /// Those that are called, lowered: their inputs and outputs.
+    pub lowered: &'a Program,
     /// Roles, and whether an update trains them.
     pub roles: Vec<(String, bool)>,
-    /// Sources, their sequences, and whether rows are held out.
+    /// Sources that have rows.
     pub sources: Vec<SourceShape>,
+    /// Sources of the recipe without rows.
+    pub missing: Vec<String>,
+    /// Names of the recipe's states.
+    pub states: Vec<String>,
+    pub ids: TokenIds,
+    /// Rows per call of a graph.
+    pub micro_batch_size: usize,
+}
+
+/// What a plan is read with.
+pub(super) struct Planning<'a> {
+    pub recipe: &'a Rc<ScopedRecipe>,
+    /// Options and other values that are known.
+    pub values: &'a BTreeMap<String, Constant>,
+    pub parts: Vec<Part<'a>>,
+    pub ids: TokenIds,
+    /// Sources that have rows.
+    pub sources: Vec<SourceShape>,
+    /// Rows per call of a graph.
+    pub micro_batch_size: usize,
+    /// The stage that all this is for, if there is one.
+    pub at: Option<Span>,
+}
+
+impl Planning<'_> {
+    /// The plan, or nothing if something is wrong with it. Its graphs are lowered once without sizes before: what
+    /// a call gives follows from theirs.
+    pub fn plan(self, documents: &mut Documents<'_>) -> Option<Planned> {
+        let recipe = &self.recipe.recipe;
+        let steps = recipe.plan.as_deref().unwrap_or_default();
+        let declared = recipe.data.iter().map(|d| d.name.text.clone());
+        let missing: Vec<String> = declared.filter(|d| !self.sources.iter().any(|s| s.name == *d)).collect();
+        let given = |name: &str| given(&self.sources, &missing, name);
+        let decide = |condition: &Expr| match known(condition, self.values, &given) {
+            Ok(Constant::Bool(yes)) => Some(yes),
+            _ => None,
+        };
+        let called = Called::by(steps, &recipe.evaluate, &decide);
+        let lowered = graphs::signatures(documents, &self, &called)?;
+        let scope = Scope {
+            values: self.values,
+            graphs: &recipe.graphs,
+            lowered: &lowered,
+            roles: self.parts.iter().map(|part| (part.name.to_string(), part.trained)).collect(),
+            states: recipe.state.iter().map(|s| s.0.text.clone()).collect(),
+            ids: self.ids,
+            micro_batch_size: self.micro_batch_size,
+            sources: self.sources,
+            missing,
+        };
+        let mut planned = Planned::read(&scope, steps, &recipe.evaluate);
+        let right = planned.errors.is_empty();
+        documents.errors.append(&mut planned.errors);
+        right.then_some(planned)
+    }
+}
+
+/// Whether a source of the recipe has rows.
+fn given(sources: &[SourceShape], missing: &[String], name: &str) -> Option<bool> {
+    match sources.iter().any(|s| s.name == name) {
+        true => Some(true),
+        false => missing.iter().any(|s| s == name).then_some(false),
+    }
 }
 
 /// What is known of a source.
@@ -33,16 +113,7 @@ pub(super) struct SourceShape {
     pub has_eval: bool,
     /// Shortest and longest rows of a batch, in tokens.
     pub length: (i64, i64),
-}
-
-/// A graph that is called from outside, with the ranges of its dims.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Entry {
-    pub graph: String,
-    /// The dim that counts rows.
-    pub batch: Option<String>,
-    /// Dims of lengths: smallest and largest.
-    pub lengths: Vec<(String, i64, i64)>,
+    pub batch_size: usize,
 }
 
 /// Statements, and the graphs they call.
@@ -51,38 +122,41 @@ pub(super) struct Planned {
     pub plan: Vec<Statement>,
     pub evaluate: Vec<Evaluate>,
     pub entries: Vec<Entry>,
+    /// Rows of a batch, where the plan says so: source -> rows.
+    pub batch_sizes: BTreeMap<String, usize>,
+    /// New values of states, in the order of their statements; `set.<n>` is the graph of each.
+    pub sets: Vec<crate::lower::Set>,
+    /// Moving averages, in the order of their statements.
+    pub averages: Vec<crate::lower::Average>,
     pub errors: Vec<Diag>,
+    tables: usize,
+    /// Results that the user gave no name.
+    unnamed: usize,
 }
 
-/// A name in the body of a `for`.
-struct Batch<'a> {
-    name: &'a str,
-    source: &'a SourceShape,
+/// The name of the graph that runs a role alone.
+pub(super) fn forward_graph(role: &str) -> String {
+    format!("{role}.forward")
 }
 
-/// A value in an argument of a call.
-enum Bound<'a> {
-    /// All sequences of a batch.
-    Batch(&'a SourceShape, String),
-    /// One sequence.
-    Sequence(&'a SourceShape, String),
-}
-
-/// Where the value of an input comes from: input -> source and path.
-type Inputs<'a> = Vec<(String, (&'a SourceShape, String))>;
+/// Names that are bound, the innermost last.
+type Env = Vec<(String, Value)>;
 
 impl Planned {
     /// Reads the whole plan.
-    pub fn read(scope: &Scope<'_>, plan: &[Step], evaluate: &[Expr]) -> Planned {
+    fn read(scope: &Scope<'_>, plan: &[Step], evaluate: &[Expr]) -> Planned {
         let mut planned = Planned::default();
-        planned.plan = planned.steps(scope, plan, &[]);
         planned.top(plan);
+        planned.plan = planned.steps(scope, plan, &mut Env::new(), true);
         for call in evaluate {
-            if let Some(statement) = planned.evaluation(scope, call) {
-                planned.evaluate.push(statement);
-            }
+            planned.evaluation(scope, call);
         }
         planned
+    }
+
+    fn error<T>(&mut self, diag: Diag) -> Option<T> {
+        self.errors.push(diag);
+        None
     }
 
     /// What runs is one loop over rows: epochs and steps are counted by it.
@@ -92,377 +166,221 @@ impl Planned {
             _ => None,
         });
         if let (Some(first), Some(second)) = (loops.next(), loops.next()) {
-            let diag = Diag::error("found a second loop over rows; more than one is not part of this version");
-            self.errors.push(diag.label(second, "").label(first, "the first"));
+            let diag = Diag::error("found a second loop over rows, expected one with everything in it");
+            self.errors
+                .push(diag.label(second, "").label(first, "the first").help("take more rows with `next(source)`"));
         }
         for step in plan {
             let (what, span) = match step {
                 Step::Repeat { span, .. } => ("`repeat`", *span),
-                Step::Call { call, name: None } => ("a call", call.span),
+                Step::Set { span, .. } => ("`set`", *span),
+                Step::Call { call, .. } => ("a call", call.span),
                 Step::If { then, otherwise, .. } => {
                     self.top(then);
                     self.top(otherwise);
                     continue;
                 }
-                // These have messages of their own.
-                Step::For { .. } | Step::Set { .. } | Step::Call { .. } => continue,
+                Step::For { .. } => continue,
             };
             let diag = Diag::error(format!("found {what} outside of a loop over rows")).label(span, "");
             self.errors.push(diag.help("write `for: batch`, `in: <source>`, and this under `do:`"));
         }
     }
 
-    fn not_yet(&mut self, what: &str, span: Span) {
-        self.errors.push(Diag::error(format!("{what} is not part of this version")).label(span, ""));
+    fn table(&mut self, name: &str, rows: usize) -> Table {
+        self.tables += 1;
+        Table { id: self.tables, rows, name: name.into() }
     }
 
-    fn constant(&mut self, scope: &Scope<'_>, expr: &Expr) -> Option<Constant> {
-        match crate::eval::constant_in(expr, scope.values) {
-            Ok(value) => Some(value),
-            Err(diag) => {
-                self.errors.push(diag);
-                None
-            }
-        }
-    }
-
-    fn steps(&mut self, scope: &Scope<'_>, steps: &[Step], batches: &[Batch<'_>]) -> Vec<Statement> {
-        let mut statements = Vec::new();
+    fn steps(&mut self, scope: &Scope<'_>, steps: &[Step], env: &mut Env, outermost: bool) -> Vec<Statement> {
+        let (mut statements, bound) = (Vec::new(), env.len());
         for step in steps {
-            match step {
-                Step::For { batch, source, body, .. } => {
-                    let Some(shape) = self.source(scope, source) else { continue };
-                    if let Some(outer) = batches.first() {
-                        let diag = Diag::error(format!(
-                            "found a loop over `{}` inside of one over `{}`",
-                            shape.name, outer.source.name
-                        ));
-                        self.errors.push(
-                            diag.label(source.span, "").help("loops over minibatches are not part of this version"),
-                        );
-                        continue;
-                    }
-                    let inner = [Batch { name: &batch.text, source: shape }];
-                    let body = self.steps(scope, body, &inner);
-                    statements.push(Statement::For { batch: batch.text.clone(), source: shape.name.clone(), body });
-                }
-                Step::Repeat { times, body, .. } => {
-                    let body = self.steps(scope, body, batches);
-                    match self.constant(scope, times) {
-                        Some(Constant::Int(n)) if n >= 0 => {
-                            statements.push(Statement::Repeat { times: n as u64, body });
-                        }
-                        Some(found) => self.errors.push(
-                            Diag::error(format!("found `{found}` times, expected a whole number from 0"))
-                                .label(times.span, ""),
-                        ),
-                        None => {}
-                    }
-                }
-                // Decided when the file is read (D3), like `when:`.
-                Step::If { condition, then, otherwise, .. } => match self.constant(scope, condition) {
-                    Some(Constant::Bool(yes)) => {
-                        statements.extend(self.steps(scope, if yes { then } else { otherwise }, batches));
-                    }
-                    Some(found) => self
-                        .errors
-                        .push(Diag::error(format!("found `{found}`, expected a condition")).label(condition.span, "")),
-                    None => {}
-                },
-                Step::Set { span, .. } => self.not_yet("`set` in a plan", *span),
-                Step::Call { name: Some(name), .. } => {
-                    self.not_yet("a plan that keeps the result of a call", name.span)
-                }
-                Step::Call { name: None, call } => statements.extend(self.call(scope, call, batches)),
-            }
+            self.step(scope, step, env, outermost, &mut statements);
         }
+        env.truncate(bound);
         statements
     }
 
-    /// What a `for` runs over.
-    fn source<'a>(&mut self, scope: &'a Scope<'_>, expr: &Expr) -> Option<&'a SourceShape> {
-        match &expr.kind {
-            ExprKind::Name(name) => {
-                let found = scope.sources.iter().find(|s| s.name == *name);
-                if found.is_none() {
-                    let known: Vec<&str> = scope.sources.iter().map(|s| s.name.as_str()).collect();
-                    let diag = Diag::error(format!("found `{name}`, expected a source of rows")).label(expr.span, "");
-                    self.errors.push(diag.help(match nearest(name, known.iter().copied()) {
-                        Some(near) => format!("write `{near}`"),
-                        None => format!("this recipe has {}", words(&known)),
-                    }));
-                }
-                found
+    fn step(&mut self, scope: &Scope<'_>, step: &Step, env: &mut Env, outermost: bool, out: &mut Vec<Statement>) {
+        match step {
+            Step::For { batch, source, body, .. } => {
+                let Some((rows, value)) = self.rows(scope, source, batch, env, outermost, out) else { return };
+                env.push((batch.text.clone(), value));
+                let body = self.steps(scope, body, env, false);
+                env.pop();
+                out.push(Statement::For { batch: batch.text.clone(), rows, body });
             }
-            ExprKind::Call { function, .. } => {
-                self.not_yet(&format!("a loop over `{}(...)`", function.text), expr.span);
-                None
-            }
-            _ => {
-                self.errors
-                    .push(Diag::error(format!("found `{expr}`, expected a source of rows")).label(expr.span, ""));
-                None
-            }
-        }
-    }
-
-    fn call(&mut self, scope: &Scope<'_>, call: &Expr, batches: &[Batch<'_>]) -> Option<Statement> {
-        let ExprKind::Call { function, args } = &call.kind else { return None };
-        if function.text != "update" {
-            let known = ["average", "cached", "generate", "given", "join", "minibatches", "next"];
-            if known.contains(&function.text.as_str()) || scope.graphs.iter().any(|g| g.name.text == function.text) {
-                self.not_yet(&format!("`{}(...)` as a statement of a plan", function.text), call.span);
-            } else {
-                let diag =
-                    Diag::error(format!("unknown function `{}` in a plan", function.text)).label(function.span, "");
-                self.errors.push(diag.help("write `update(role, loss(batch))`"));
-            }
-            return None;
-        }
-        let [role, loss] = &args[..] else {
-            let diag = Diag::error(format!("found {} arguments of `update`, expected a role and a loss", args.len()));
-            self.errors.push(diag.label(call.span, "").help("write `update(role, loss(batch))`"));
-            return None;
-        };
-        let role = self.trained_role(scope, &role.value);
-        let (graph, inputs) = self.graph_call(scope, &loss.value, batches)?;
-        if !has_output(graph, "loss") {
-            self.errors.push(
-                Diag::error(format!("graph `{}` has no output `loss`", graph.name.text))
-                    .label(loss.value.span, "`update` needs it")
-                    .label(graph.name.span, "defined here"),
-            );
-        }
-        let args = inputs.into_iter().map(|(input, (_, path))| (input, path)).collect();
-        Some(Statement::Update(Update { role: role?, graph: graph.name.text.clone(), args, steps: None }))
-    }
-
-    fn trained_role(&mut self, scope: &Scope<'_>, expr: &Expr) -> Option<String> {
-        let Some(name) = expr.name() else {
-            match &expr.kind {
-                ExprKind::List(_) => self.not_yet("`update` of several models at once", expr.span),
-                _ => self.errors.push(Diag::error(format!("found `{expr}`, expected a role")).label(expr.span, "")),
-            }
-            return None;
-        };
-        let diag = match scope.roles.iter().find(|r| r.0 == name) {
-            Some((_, true)) => return Some(name.to_string()),
-            Some((_, false)) => Diag::error(format!("found an update of `{name}`, which is not trained"))
-                .label(expr.span, "")
-                .help(format!("write `{name}: {{..., trained: true}}` under `models`")),
-            None => {
-                let known: Vec<&str> = scope.roles.iter().map(|r| r.0.as_str()).collect();
-                let diag = Diag::error(format!("unknown role `{name}`")).label(expr.span, "");
-                match nearest(name, known.iter().copied()) {
-                    Some(near) => diag.help(format!("write `{near}`")),
-                    None => diag.help(format!("this recipe has {}", words(&known))),
+            Step::Repeat { times, body, .. } => {
+                let body = self.steps(scope, body, env, outermost);
+                if let Some(times) = self.count(scope, times, "times", 0) {
+                    out.push(Statement::Repeat { times: times as u64, body });
                 }
             }
-        };
-        self.errors.push(diag);
-        None
-    }
-
-    fn evaluation(&mut self, scope: &Scope<'_>, call: &Expr) -> Option<Evaluate> {
-        let (graph, inputs) = self.graph_call(scope, call, &[])?;
-        let Some((_, (source, _))) = inputs.first() else {
-            self.errors.push(
-                Diag::error(format!("found `{call}`, expected a call on held-out rows"))
-                    .label(call.span, "")
-                    .help("write `loss(text.eval)`"),
-            );
-            return None;
-        };
-        if let Some((_, (other, _))) = inputs.iter().find(|(_, (other, _))| other.name != source.name) {
-            let (a, b) = (source.name.clone(), other.name.clone());
-            self.not_yet(&format!("an evaluation on both `{a}` and `{b}`"), call.span);
-            return None;
-        }
-        // Nothing is held out: nothing to call.
-        let source = source.has_eval.then(|| source.name.clone())?;
-        let args = inputs.into_iter().map(|(input, (_, path))| (input, path)).collect();
-        Some(Evaluate { graph: graph.name.text.clone(), source, args, steps: None })
-    }
-
-    /// A call of one graph of the recipe.
-    fn graph_call<'a>(
-        &mut self,
-        scope: &'a Scope<'_>,
-        call: &Expr,
-        batches: &[Batch<'a>],
-    ) -> Option<(&'a Graph, Inputs<'a>)> {
-        let ExprKind::Call { function, args } = &call.kind else {
-            match &call.kind {
-                ExprKind::Binary(..) | ExprKind::Unary(..) => self.not_yet("a sum of losses", call.span),
-                _ => self
-                    .errors
-                    .push(Diag::error(format!("found `{call}`, expected a call of a graph")).label(call.span, "")),
-            }
-            return None;
-        };
-        let Some(graph) = scope.graphs.iter().find(|g| g.name.text == function.text) else {
-            let known: Vec<&str> = scope.graphs.iter().map(|g| g.name.text.as_str()).collect();
-            let diag = Diag::error(format!("unknown graph `{}`", function.text)).label(function.span, "");
-            self.errors.push(diag.help(match nearest(&function.text, known.iter().copied()) {
-                Some(near) => format!("write `{near}`"),
-                None => format!("this recipe has {}", words(&known)),
-            }));
-            return None;
-        };
-        let before = self.errors.len();
-        let inputs = self.bind(scope, graph, function, args, batches);
-        (self.errors.len() == before).then_some((graph, inputs))
-    }
-
-    fn bind<'a>(
-        &mut self,
-        scope: &'a Scope<'_>,
-        graph: &Graph,
-        function: &Word,
-        args: &[Arg],
-        batches: &[Batch<'a>],
-    ) -> Inputs<'a> {
-        let before = self.errors.len();
-        let mut inputs: Inputs<'a> = Vec::new();
-        let mut next = 0;
-        for arg in args {
-            let Some(bound) = self.argument(scope, &arg.value, batches) else { continue };
-            match (&arg.name, bound) {
-                (Some(name), Bound::Sequence(source, path)) => {
-                    if graph.inputs.iter().any(|i| i.0.text == name.text) {
-                        inputs.push((name.text.clone(), (source, path)));
-                    } else {
-                        let known: Vec<&str> = graph.inputs.iter().map(|i| i.0.text.as_str()).collect();
-                        self.errors.push(
-                            Diag::error(format!("graph `{}` has no input `{}`", graph.name.text, name.text))
-                                .label(name.span, "")
-                                .help(format!("its inputs are {}", words(&known))),
-                        );
+            // Decided when the file is read (D3), like `when:`. What is bound in it is bound after it too.
+            Step::If { condition, then, otherwise, .. } => match self.constant(scope, condition) {
+                Some(Constant::Bool(yes)) => {
+                    for step in if yes { then } else { otherwise } {
+                        self.step(scope, step, env, outermost, out);
                     }
                 }
-                (Some(name), Bound::Batch(source, _)) => {
-                    let members: Vec<String> = source.sequences.iter().map(|s| format!("{}.{s}", arg.value)).collect();
-                    self.errors.push(
-                        Diag::error(format!(
-                            "found all of `{}` for the input `{}`, expected one sequence",
-                            arg.value, name.text
-                        ))
-                        .label(arg.value.span, "")
-                        .help(format!("it holds {}", words(&members))),
-                    );
+                Some(found) => {
+                    let diag = Diag::error(format!("found `{found}`, expected a condition"));
+                    self.errors.push(diag.label(condition.span, ""));
                 }
-                (None, Bound::Sequence(source, path)) => {
-                    if let Some((name, _)) = graph.inputs.get(next) {
-                        inputs.push((name.text.clone(), (source, path)));
-                    } else {
-                        self.errors.push(
-                            Diag::error(format!("graph `{}` has only {} inputs", graph.name.text, graph.inputs.len()))
-                                .label(arg.value.span, "")
-                                .label(graph.name.span, "defined here"),
-                        );
-                    }
-                    next += 1;
-                }
-                (None, Bound::Batch(source, path)) => {
-                    let members = source.sequences.iter().filter(|s| graph.inputs.iter().any(|i| i.0.text == **s));
-                    inputs.extend(members.map(|s| (s.clone(), (source, format!("{path}.{s}")))));
-                }
-            }
+                None => {}
+            },
+            Step::Set { values, .. } => out.extend(self.set(scope, values, env)),
+            Step::Call { name, call } => self.call(scope, name.as_ref(), call, env, out),
         }
-        let (mut batch, mut lengths) = (None, Vec::new());
-        // An argument that is wrong has its message; what it would have filled needs no other.
-        let inputs_of = if self.errors.len() == before { &graph.inputs[..] } else { &[] };
-        for (name, ty) in inputs_of {
-            let Some((_, (source, _))) = inputs.iter().find(|i| i.0 == name.text) else {
-                let given: Vec<String> = args.iter().map(|a| a.value.to_string()).collect();
-                self.errors.push(
-                    Diag::error(format!("`{}` gets no value for its input `{}`", function.text, name.text))
-                        .label(function.span, format!("it is called with {}", words(&given)))
-                        .label(name.span, "the input"),
-                );
-                continue;
-            };
-            match sequence_dims(ty) {
-                Some((rows, length)) => {
-                    batch = Some(rows.to_string());
-                    widen(&mut lengths, (length.to_string(), source.length.0, source.length.1));
-                }
-                None => self.errors.push(
-                    Diag::error(format!("found a sequence for the input `{}` of type `{ty}`", name.text))
-                        .label(function.span, "")
-                        .label(ty.span, "expected `sequence[B, T]`"),
-                ),
-            }
-        }
-        self.enter(Entry { graph: graph.name.text.clone(), batch, lengths });
-        inputs
     }
 
-    /// Notes that a graph is called; of several calls, the widest ranges.
-    fn enter(&mut self, new: Entry) {
-        let Some(known) = self.entries.iter_mut().find(|e| e.graph == new.graph) else {
-            self.entries.push(new);
+    fn evaluation(&mut self, scope: &Scope<'_>, call: &Expr) {
+        // The held-out rows of every source, `text.eval`.
+        let mut env = Env::new();
+        for source in &scope.sources {
+            let name = format!("{}.eval", source.name);
+            let table = self.table(&name, scope.micro_batch_size);
+            env.push((name.clone(), source.batch(name, &table)));
+        }
+        let before = self.errors.len();
+        let mut body = Vec::new();
+        self.result(scope, call, None, &env, &mut body);
+        if self.errors.len() > before {
             return;
-        };
-        new.lengths.into_iter().for_each(|length| widen(&mut known.lengths, length));
-    }
-
-    /// `batch`, `batch.text`, `text.eval`, `text.eval.text`.
-    fn argument<'a>(&mut self, scope: &'a Scope<'_>, expr: &Expr, batches: &[Batch<'a>]) -> Option<Bound<'a>> {
-        let Some(name) = expr.name() else {
-            self.not_yet(&format!("`{expr}` as an argument in a plan"), expr.span);
-            return None;
-        };
-        let (first, rest) = name.split_once('.').map_or((name, ""), |(a, b)| (a, b));
-        let (source, path, rest) = if let Some(batch) = batches.iter().find(|b| b.name == first) {
-            (batch.source, batch.name.to_string(), rest)
-        } else if let Some(source) = scope.sources.iter().find(|s| s.name == first)
-            && (rest == "eval" || rest.starts_with("eval."))
-        {
-            (source, "batch".to_string(), rest.trim_start_matches("eval").trim_start_matches('.'))
-        } else {
-            let known = batches.iter().map(|b| b.name.to_string());
-            let known: Vec<String> = known.chain(scope.sources.iter().map(|s| format!("{}.eval", s.name))).collect();
-            let diag = Diag::error(format!("found `{name}`, expected rows of a source")).label(expr.span, "");
-            self.errors.push(diag.help(format!("here there are {}", words(&known))));
-            return None;
-        };
-        if rest.is_empty() {
-            return Some(Bound::Batch(source, path));
         }
-        if source.sequences.iter().any(|s| s == rest) {
-            return Some(Bound::Sequence(source, format!("{path}.{rest}")));
+        let mentioned = |source: &&SourceShape| mentions(call, &format!("{}.eval", source.name));
+        let sources: Vec<&SourceShape> = scope.sources.iter().filter(mentioned).collect();
+        match sources[..] {
+            [source] => {
+                // Nothing is held out: nothing to call.
+                if source.has_eval {
+                    self.evaluate.push(Evaluate { source: source.name.clone(), body });
+                }
+            }
+            [] => {
+                let diag = Diag::error(format!("found `{call}`, expected a call on held-out rows"));
+                self.errors.push(diag.label(call.span, "").help("write `loss(text.eval)`"));
+            }
+            [a, b, ..] => {
+                let diag = Diag::error(format!("found rows of both `{}` and `{}` in one evaluation", a.name, b.name));
+                self.errors.push(diag.label(call.span, "").help("write one call for each"));
+            }
         }
-        let known: Vec<&str> = source.sequences.iter().map(String::as_str).collect();
-        self.errors.push(
-            Diag::error(format!("rows of `{}` have no sequence `{rest}`", source.name))
-                .label(expr.span, "")
-                .help(format!("they have {}", words(&known))),
-        );
-        None
+    }
+
+    fn constant(&mut self, scope: &Scope<'_>, expr: &Expr) -> Option<Constant> {
+        let given = |name: &str| scope.given(name);
+        known(expr, scope.values, &given).map_err(|diag| self.errors.push(diag)).ok()
+    }
+
+    /// A number of rows, tokens or the like.
+    fn count(&mut self, scope: &Scope<'_>, expr: &Expr, what: &str, least: i64) -> Option<usize> {
+        match self.constant(scope, expr)? {
+            Constant::Int(n) if n >= least => usize::try_from(n).ok(),
+            found => {
+                let diag = Diag::error(format!("found `{found}` {what}, expected a whole number from {least}"));
+                self.error(diag.label(expr.span, ""))
+            }
+        }
+    }
+
+    /// A number in a range.
+    fn number(
+        &mut self,
+        scope: &Scope<'_>,
+        expr: &Expr,
+        what: &str,
+        range: std::ops::RangeInclusive<f64>,
+    ) -> Option<f64> {
+        let found = self.constant(scope, expr)?;
+        match found.number().filter(|n| range.contains(n)) {
+            Some(n) => Some(n),
+            None => {
+                let expected = match *range.end() {
+                    f64::MAX => "0 or more".to_string(),
+                    end => format!("more than 0, at most {end}"),
+                };
+                self.error(Diag::error(format!("found `{found}` as {what}, expected {expected}")).label(expr.span, ""))
+            }
+        }
+    }
+
+    /// Exactly these arguments, without names.
+    fn args<'e, const N: usize>(&mut self, call: &Expr, args: &'e [Arg], names: [&str; N]) -> Option<[&'e Expr; N]> {
+        let plain: Vec<&Expr> = args.iter().filter(|a| a.name.is_none()).map(|a| &a.value).collect();
+        match (<[&Expr; N]>::try_from(plain), args.iter().find(|a| a.name.is_some())) {
+            (Ok(args), None) => Some(args),
+            (_, found) => {
+                let name = if let ExprKind::Call { function, .. } = &call.kind { function.text.as_str() } else { "" };
+                let usage = format!("{name}({})", names.join(", "));
+                match found {
+                    Some(arg) => self.unknown_argument(arg, &usage),
+                    None => {
+                        let diag = Diag::error(format!("found {} arguments, expected {N}", args.len()));
+                        self.error(diag.label(call.span, "").help(format!("it is `{usage}`")))
+                    }
+                }
+            }
+        }
+    }
+
+    fn unknown_argument<T>(&mut self, arg: &Arg, usage: &str) -> Option<T> {
+        let name = arg.name.as_ref().map_or_else(|| arg.value.to_string(), |n| n.text.clone());
+        let span = arg.name.as_ref().map_or(arg.value.span, |n| n.span);
+        self.error(Diag::error(format!("unknown argument `{name}`")).label(span, "").help(format!("it is `{usage}`")))
+    }
+
+    fn source<'a>(&mut self, scope: &'a Scope<'_>, expr: &Expr) -> Option<&'a SourceShape> {
+        let name = expr.name().unwrap_or_default();
+        if let Some(found) = scope.sources.iter().find(|s| s.name == name) {
+            return Some(found);
+        }
+        let diag = Diag::error(format!("found `{expr}`, expected a source of rows")).label(expr.span, "");
+        if scope.missing.iter().any(|s| s == name) {
+            return self.error(diag.help(format!("the stage gives `{name}` no rows: ask with `if: given({name})`")));
+        }
+        let known: Vec<&str> = scope.sources.iter().map(|s| s.name.as_str()).collect();
+        self.error(diag.help(match nearest(name, known.iter().copied()) {
+            Some(near) => format!("write `{near}`"),
+            None => format!("this recipe has {}", words(&known)),
+        }))
+    }
+
+    fn role(&mut self, scope: &Scope<'_>, expr: &Expr) -> Option<String> {
+        let name = expr.name().unwrap_or_default();
+        if scope.roles.iter().any(|r| r.0 == name) {
+            return Some(name.to_string());
+        }
+        let known: Vec<&str> = scope.roles.iter().map(|r| r.0.as_str()).collect();
+        let diag = match expr.name() {
+            Some(name) => Diag::error(format!("unknown role `{name}`")),
+            None => Diag::error(format!("found `{expr}`, expected a role")),
+        };
+        self.error(match nearest(name, known.iter().copied()) {
+            Some(near) => diag.label(expr.span, "").help(format!("write `{near}`")),
+            None => diag.label(expr.span, "").help(format!("this recipe has {}", words(&known))),
+        })
     }
 }
 
-/// Adds the range of a dim, or widens the one that is there.
-fn widen(lengths: &mut Vec<(String, i64, i64)>, (dim, min, max): (String, i64, i64)) {
-    match lengths.iter_mut().find(|l| l.0 == dim) {
-        Some(known) => (known.1, known.2) = (known.1.min(min), known.2.max(max)),
-        None => lengths.push((dim, min, max)),
+impl Scope<'_> {
+    fn graph(&self, name: &str) -> Option<&Graph> {
+        self.graphs.iter().find(|g| g.name.text == name)
+    }
+
+    fn given(&self, name: &str) -> Option<bool> {
+        given(&self.sources, &self.missing, name)
     }
 }
 
-fn has_output(graph: &Graph, name: &str) -> bool {
-    match &graph.out {
-        crate::graph::Tree::Expr(_) => false,
-        crate::graph::Tree::Record(_, entries) => entries.iter().any(|(n, _)| n.text == name),
-    }
-}
-
-/// `B` and `T` of `sequence[B, T]`.
-fn sequence_dims(ty: &Expr) -> Option<(&str, &str)> {
-    let ExprKind::Index { base, items } = &ty.kind else { return None };
-    match (base.name(), &items[..]) {
-        (Some("sequence"), [Item::At(rows), Item::At(length)]) => Some((rows.name()?, length.name()?)),
-        _ => None,
+impl SourceShape {
+    /// A batch of it.
+    fn batch(&self, path: String, table: &Table) -> Value {
+        let mut fields = Vec::new();
+        for name in &self.sequences {
+            let of_sequence = Value::sequence(String::new(), table, self.length).fields;
+            fields.extend(of_sequence.into_iter().map(|(field, shape)| (format!("{name}.{field}"), shape)));
+        }
+        Value { path, fields, table: Some(table.clone()) }
     }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::stage::{Optimizer, Schedule, ScheduleKind, Training};
 
+use crate::expr::Word;
 use crate::graph::RoleDecl;
 use crate::literal::Constant;
 use crate::node::{Node, Value};
@@ -14,7 +15,7 @@ use crate::schema::{unknown_key, words};
 
 use super::declared::shown;
 use super::documents::{Documents, ScopedRecipe};
-use super::models::{Known, Weights, looks_like_path};
+use super::models::{Known, looks_like_path};
 use super::settings::{Decided, Layers, Provenance, TRAINING_RULES};
 use super::stage::{Surroundings, not_yet, role_named};
 
@@ -24,6 +25,8 @@ pub(super) struct BoundRole {
     /// What the stage binds it to.
     pub bound_to: String,
     pub known: Known,
+    /// The role whose parameters it begins with, if it is bound to no model of its own.
+    pub snapshot: Option<String>,
     pub trained: bool,
     /// The settings of its training, if it is trained.
     pub training: Vec<Decided>,
@@ -91,10 +94,6 @@ pub(super) fn roles(
                 }
             }
         }
-        if let Some(average) = &role.average {
-            documents.error(not_yet("`average`", average.span));
-            continue;
-        }
         let setting = stage.settings.iter().find(|s| s.key.text == role.name.text);
         let named: Option<&Node> = match setting.map(|s| &s.value) {
             Some(Node { value: Value::Map(_), .. }) => {
@@ -102,21 +101,25 @@ pub(super) fn roles(
             }
             other => other,
         };
-        let (bound_to, known) = match (named, &role.snapshot) {
+        if let (Some(average), Some(node)) = (&role.average, named) {
+            let message = format!("found a model for `{}`, which is the average of `{}`", role.name.text, average.text);
+            documents.error(Diag::error(message).label(node.span, "").label(role.name.span, "the role"));
+            continue;
+        }
+        let (bound_to, known, snapshot) = match (named, role.snapshot.as_ref().or(role.average.as_ref())) {
             (Some(node), _) => match find_model(documents, around, stage, node, earlier) {
-                Some((name, known)) => (Some(name), known),
+                Some((name, known)) => (name, known, None),
                 None => continue,
             },
             (None, Some(of)) => match bound.iter().find(|b| b.name == of.text) {
-                Some(original) if original.known.weights != Weights::Random => (None, original.known.clone()),
-                Some(_) => {
-                    documents.error(not_yet("a snapshot of a model with random weights", of.span));
-                    continue;
-                }
+                Some(original) => (original.bound_to.clone(), original.known.clone(), Some(of.text.clone())),
                 None => {
                     // Of a role that could not be bound nothing more needs to be said.
                     if role_named(recipe, &of.text).is_none() {
                         documents.error(Diag::error(format!("unknown role `{}`", of.text)).label(of.span, ""));
+                    } else if bound_later(recipe, &role.name, of) {
+                        let message = format!("found `{}` before `{}`, whose copy it is", role.name.text, of.text);
+                        documents.error(Diag::error(message).label(of.span, "").help("name it after that role"));
                     }
                     continue;
                 }
@@ -141,13 +144,20 @@ pub(super) fn roles(
         }
         bound.push(BoundRole {
             name: role.name.text.clone(),
-            bound_to: bound_to.unwrap_or_default(),
+            bound_to,
             known,
+            snapshot,
             trained: role.trained,
             training: Vec::new(),
         });
     }
     bound
+}
+
+/// Whether a role stands before the one that it copies.
+fn bound_later(recipe: &ScopedRecipe, role: &Word, of: &Word) -> bool {
+    let at = |name: &str| recipe.recipe.models.iter().position(|r| r.name.text == name);
+    at(&role.text) <= at(&of.text)
 }
 
 fn has_output(known: &Known, name: &str) -> bool {

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use dsgc_ir::Program;
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::stage::{Origin, Role, Stage};
+use dsgc_ir::{DimRange, Program};
 
 use crate::expr::Word;
 use crate::lower::TokenIds;
@@ -14,7 +14,7 @@ use super::config::{self, Asked};
 use super::documents::Documents;
 use super::graphs::{Inputs, Part, lower};
 use super::models::folder_model;
-use super::plan::Entry;
+use super::plan::types::Entry;
 use super::{Failed, Host, Places};
 
 /// The program that scores tokens with the model of a Hugging Face folder.
@@ -41,14 +41,16 @@ fn program(documents: &mut Documents<'_>, folder: &Path, rows: usize, length: us
         return None;
     }
     let recipe = documents.recipe(&Word { span: Span::NONE, text: "score".into() }, Path::new(""))?;
-    let entry = Entry { graph: "score".into(), batch: Some("B".into()), lengths: vec![("T".into(), 1, length as i64)] };
+    let range = DimRange { symbol: "T".into(), min: 1, max: length as i64 };
+    let entry = Entry { graph: "score".into(), batch: Some("B".into()), rows, ranges: vec![range] };
     let inputs = Inputs {
         recipe: &recipe,
         values: &BTreeMap::new(),
         parts: vec![Part { name: "model", document: &document, config: &config, trained: false }],
         ids: TokenIds::default(),
-        entries: &[entry],
-        rows: rows as u64,
+        entries: vec![entry],
+        sets: Vec::new(),
+        averages: Vec::new(),
         at: None,
     };
     let mut program = lower(documents, &inputs)?;
@@ -57,6 +59,7 @@ fn program(documents: &mut Documents<'_>, folder: &Path, rows: usize, length: us
         name: "model".into(),
         model: config.host,
         origin: Origin::Folder(name),
+        init: crate::lower::init_graph("model"),
         trained: false,
         tokenizer: None,
     };

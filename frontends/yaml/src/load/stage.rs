@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::stage::{Origin, Role, Stage as HostStage};
+use dsgc_ir::stage::{Bounds, Origin, Role, Stage as HostStage};
 
-use crate::expr::Word;
+use crate::expr::{BinaryOp, Expr, ExprKind, Word};
 use crate::graph::{Declaration, RoleDecl};
 use crate::literal::Constant;
 use crate::pipeline::{Pipeline, RUN, STAGE, Stage, TRAINING};
@@ -16,8 +16,9 @@ use super::Places;
 use super::data::BoundSource;
 use super::declared::{missing, typed};
 use super::documents::{Documents, ScopedRecipe};
+use super::graphs;
 use super::models::{Known, Weights};
-use super::plan::{Planned, Scope, SourceShape};
+use super::plan::{Planned, Planning, SourceShape};
 use super::resolved;
 use super::roles::{self, BoundRole};
 use super::settings::{Decided, Layers, Provenance, RUN_RULES, Range, literal, parsed};
@@ -45,8 +46,9 @@ pub(super) struct Prepared {
     pub roles: Vec<BoundRole>,
     pub sources: Vec<BoundSource>,
     pub planned: Planned,
+    pub require: Vec<Bounds>,
+    pub health: Vec<Bounds>,
     pub save: Vec<String>,
-    pub micro_batch_size: u64,
 }
 
 /// The models that a stage leaves to later ones: `stage`, or `stage.role` where it saves several.
@@ -100,29 +102,27 @@ pub(super) fn prepare(
         micro_batch_size,
         length: options.iter().find(|d| d.key == "max_length").map_or(Span::NONE, |d| d.node.span),
     };
-    let sources = sources::sources(documents, around, &named, &asked)?;
+    let mut sources = sources::sources(documents, around, &named, &asked)?;
     let save = save(documents, stage, &recipe, &roles)?;
-    let shape = |bound: &BoundSource| {
-        let max = bound.source.max_length as i64;
-        SourceShape {
-            name: bound.source.name.clone(),
-            sequences: bound.source.sequences.iter().map(|s| s.name.clone()).collect(),
-            has_eval: bound.source.eval.is_some(),
-            length: (if bound.source.pad_to_max { max } else { 1 }, max),
-        }
-    };
-    let scope = Scope {
+    let planning = Planning {
+        recipe: &recipe,
         values: &values,
-        graphs: &recipe.recipe.graphs,
-        roles: roles.iter().map(|r| (r.name.clone(), r.trained)).collect(),
-        sources: sources.iter().map(shape).collect(),
+        parts: graphs::parts(&roles),
+        ids: graphs::token_ids(&roles),
+        sources: sources.iter().map(source_shape).collect(),
+        micro_batch_size: micro_batch_size as usize,
+        at: Some(stage.name.span),
     };
-    let mut planned = Planned::read(&scope, recipe.recipe.plan.as_deref().unwrap_or_default(), &recipe.recipe.evaluate);
+    let planned = planning.plan(documents)?;
     if planned.errors.is_empty() && planned.plan.is_empty() {
         let diag = Diag::error(format!("the plan of recipe `{}` is empty: there is nothing to run", recipe.name));
         documents.error(diag.label(stage.name.span, ""));
     }
-    documents.errors.append(&mut planned.errors);
+    for bound in &mut sources {
+        bound.source.batch_size = planned.batch_sizes.get(&bound.source.name).copied().unwrap_or(batch_size as usize);
+        bound.source.micro_batch_size = bound.source.micro_batch_size.min(bound.source.batch_size);
+    }
+    let (require, health) = bounds(documents, &recipe, &values);
     let evaluates = run.iter().find(|d| d.key == "eval_steps").filter(|d| d.constant() != Constant::None);
     if let (Some(eval_steps), true) = (evaluates, planned.evaluate.is_empty()) {
         documents.warnings.push(
@@ -135,7 +135,7 @@ pub(super) fn prepare(
         return None;
     }
     let Word { text: name, span } = stage.name.clone();
-    Some(Prepared { name, span, recipe, run, options, values, roles, sources, planned, save, micro_batch_size })
+    Some(Prepared { name, span, recipe, run, options, values, roles, sources, planned, require, health, save })
 }
 
 /// The message for what the language has and nothing runs yet.
@@ -146,13 +146,61 @@ pub(super) fn not_yet(what: &str, span: Span) -> Diag {
 /// Parts of the language of recipes that nothing runs yet.
 pub(super) fn unsupported(documents: &mut Documents<'_>, recipe: &ScopedRecipe) {
     let recipe = &recipe.recipe;
-    let parts = [
-        recipe.judges.first().map(|j| ("`judges`", j.name.span)),
-        recipe.state.first().map(|s| ("`state`", s.0.span)),
-        recipe.require.first().map(|r| ("`require`", r.span)),
-        recipe.health.first().map(|h| ("`health`", h.metric.span)),
-    ];
+    let parts = [recipe.judges.first().map(|j| ("`judges`", j.name.span))];
     documents.errors.extend(parts.into_iter().flatten().map(|(what, span)| not_yet(what, span)));
+}
+
+fn source_shape(bound: &BoundSource) -> SourceShape {
+    let max = bound.source.max_length as i64;
+    SourceShape {
+        name: bound.source.name.clone(),
+        sequences: bound.source.sequences.iter().map(|s| s.name.clone()).collect(),
+        has_eval: bound.source.eval.is_some(),
+        length: (if bound.source.pad_to_max { max } else { 1 }, max),
+        batch_size: bound.source.batch_size,
+    }
+}
+
+/// `require` and `health`. A bound that is `none` counts for nothing.
+fn bounds(
+    documents: &mut Documents<'_>,
+    recipe: &ScopedRecipe,
+    values: &BTreeMap<String, Constant>,
+) -> (Vec<Bounds>, Vec<Bounds>) {
+    let mut require = Vec::new();
+    for condition in &recipe.recipe.require {
+        let ExprKind::Binary(op, metric, bound) = &condition.kind else {
+            documents.error(no_condition(condition));
+            continue;
+        };
+        let (Some(metric), Ok(bound)) = (metric.name(), crate::eval::constant_in(bound, values)) else {
+            documents.error(no_condition(condition));
+            continue;
+        };
+        let (low, high) = match (op, bound.number()) {
+            (BinaryOp::Ge, Some(n)) => (Some(n), None),
+            (BinaryOp::Le, Some(n)) => (None, Some(n)),
+            _ if bound == Constant::None && matches!(op, BinaryOp::Ge | BinaryOp::Le) => continue,
+            _ => {
+                documents.error(no_condition(condition));
+                continue;
+            }
+        };
+        require.push(Bounds { metric: metric.to_string(), low, high, span: condition.span });
+    }
+    let health = recipe.recipe.health.iter().map(|h| Bounds {
+        metric: h.metric.text.clone(),
+        low: Some(h.low),
+        high: Some(h.high),
+        span: h.metric.span,
+    });
+    (require, health.collect())
+}
+
+fn no_condition(found: &Expr) -> Diag {
+    Diag::error(format!("found `{found}`, expected a condition on a metric"))
+        .label(found.span, "")
+        .help("write `metric >= number` or `metric <= number`; the number may be an option")
 }
 
 pub(super) fn role_named<'r>(recipe: &'r ScopedRecipe, name: &str) -> Option<&'r RoleDecl> {
@@ -354,6 +402,11 @@ pub(super) fn host_side(prepared: &Prepared, output_dir: &str) -> HostStage {
         logging_steps: count("logging_steps").unwrap_or(1),
         plan: prepared.planned.plan.clone(),
         evaluate: prepared.planned.evaluate.clone(),
+        init: (!prepared.recipe.recipe.state.is_empty()).then(|| crate::lower::STATE_INIT.into()),
+        // Graphs state them: they come with the program.
+        asserts: Vec::new(),
+        require: prepared.require.clone(),
+        health: prepared.health.clone(),
         save: prepared.save.clone(),
     }
 }
@@ -362,11 +415,13 @@ fn host_role(role: &BoundRole) -> Role {
     Role {
         name: role.name.clone(),
         model: role.known.config.host.clone(),
-        origin: match &role.known.weights {
-            Weights::Random => Origin::Random { init: crate::lower::init_graph(&role.name) },
-            Weights::Folder(folder) => Origin::Folder(folder.clone()),
-            Weights::Stage(folder) => Origin::Stage(folder.clone()),
+        origin: match (&role.snapshot, &role.known.weights) {
+            (Some(of), _) => Origin::Snapshot(of.clone()),
+            (None, Weights::Random) => Origin::Random,
+            (None, Weights::Folder(folder)) => Origin::Folder(folder.clone()),
+            (None, Weights::Stage(folder)) => Origin::Stage(folder.clone()),
         },
+        init: crate::lower::init_graph(&role.name),
         trained: role.trained,
         tokenizer: role.known.tokenizer.as_ref().ok().map(|t| t.folder.clone()),
     }

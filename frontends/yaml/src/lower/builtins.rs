@@ -7,7 +7,7 @@ use crate::expr::Word;
 use crate::literal::Constant;
 
 use super::value::{Arg, Val};
-use super::{Lowering, R, rules};
+use super::{Lowering, R, layers, rules};
 
 /// A function of the language.
 #[derive(Clone, Copy, Debug)]
@@ -99,27 +99,37 @@ pub const BUILTINS: &[Builtin] = &[
 
     special("where", &["condition", "a", "b"], rules::choose, "a where the condition holds, else b, element by element"),
     special("clip", &["x", "low", "high"], rules::clip, "x, but at least low and at most high"),
-    special("max", &["x", "b=", "axis=", "where=", "empty="], rules::max, "max(a, b): the larger, element by element; max(x, axis=1): the largest along dims"),
-    special("min", &["x", "b=", "axis=", "where=", "empty="], rules::min, "min(a, b): the smaller, element by element; min(x, axis=1): the smallest along dims"),
+    special("max", &["x", "b=", "axis=", "where=", "empty=", "keep="], rules::max, "max(a, b): the larger, element by element; max(x, axis=1): the largest along dims"),
+    special("min", &["x", "b=", "axis=", "where=", "empty=", "keep="], rules::min, "min(a, b): the smaller, element by element; min(x, axis=1): the smallest along dims"),
 
-    special("sum", &["x", "axis=", "where="], rules::sum, "sum along dims, of all elements without `axis`; `where` leaves elements out"),
-    special("mean", &["x", "axis=", "where=", "empty="], rules::mean, "sum / count; NaN where nothing is left, unless `empty` says otherwise"),
+    special("sum", &["x", "axis=", "where=", "keep="], rules::sum, "sum along dims, of all elements without `axis`; `where` leaves elements out, `keep=true` keeps the dims as 1"),
+    special("mean", &["x", "axis=", "where=", "empty=", "keep="], rules::mean, "sum / count; NaN where nothing is left, unless `empty` says otherwise"),
+    special("var", &["x", "axis=", "where=", "keep="], rules::var, "mean of the squared differences from the mean; NaN where nothing is left"),
+    special("std", &["x", "axis=", "where=", "keep="], rules::std, "square root of `var`"),
     special("any", &["x", "axis=", "where="], rules::any, "whether one is true"),
     special("all", &["x", "axis=", "where="], rules::all, "whether all are true"),
     special("cumsum", &["x", "axis", "reverse="], rules::cumsum, "running sum along a dim; from the end with `reverse=true`"),
 
+    special("recurrence", &["x", "decay", "reverse=", "axis="], rules::recurrence, "y[t] = x[t] + decay * y[t - 1] along a dim, the last one unless given; from the end with `reverse=true`"),
+    special("shift", &["x", "n", "fill=", "axis="], rules::shift, "y[t] = x[t - n] along a dim, the last one unless given, and `fill` (0) where there is no such place: `shift(x, -1)` is the next one"),
+    special("softmax", &["x", "axis="], rules::softmax, "exp(x), divided by its sum along a dim, the last one unless given"),
+    special("log_softmax", &["x", "axis="], rules::log_softmax, "log(softmax(x)), finite for every finite x"),
+
     special("range", &["n"], rules::range, "0, 1, .. up to before n"),
+    special("zeros", &["shape"], rules::zeros, "floats that are 0: `zeros([B, T])`"),
     special("reshape", &["x", "shape"], rules::reshape, "the same elements in the same order in another shape"),
     special("transpose", &["x", "order"], rules::transpose, "dims in another order: `transpose(x, [0, 2, 1])`"),
     special("concat", &["*x", "axis="], rules::concat, "one after the other along a dim; records member by member"),
     special("stop", &["x"], rules::stop, "x, but no gradient flows through"),
 
-    special("embed", &["indices", "table"], rules::embed, "rows of a table by number"),
-    special("linear", &["x", "weight", "bias="], rules::linear, "x times the transposed weight over the last dim, plus the bias; of a group, `.weight` and `.bias` where there is one"),
-    special("layer_norm", &["x", "weight=", "bias=", "eps="], rules::layer_norm, "(x - mean) / sqrt(variance + eps) * weight + bias over the last dim; of a group, those that exist"),
-    special("attention", &["q", "k", "v", "segment", "causal=", "scale="], rules::attention, "softmax(scale * q k^T) v for [B, T, heads, head_dim]; places see their own segment only, 0 is padding; the scale is head_dim ** -0.5 unless given"),
-    special("position_in", &["segment"], rules::position_in, "the place of each token inside its text, from 0"),
-    special("token_logp", &["logits", "tokens"], rules::token_logp, "log-probability of each token under the softmax of its logits"),
+    special("embed", &["indices", "table"], layers::embed, "rows of a table by number"),
+    special("linear", &["x", "weight", "bias="], layers::linear, "x times the transposed weight over the last dim, plus the bias; of a group, `.weight` and `.bias` where there is one"),
+    special("layer_norm", &["x", "weight=", "bias=", "eps="], layers::layer_norm, "(x - mean) / sqrt(variance + eps) * weight + bias over the last dim; of a group, those that exist"),
+    special("rms_norm", &["x", "weight=", "eps="], layers::rms_norm, "x / sqrt(mean(x ** 2) + eps) * weight over the last dim; of a group, `.weight`"),
+    special("rope", &["x", "positions", "freq"], layers::rope, "rotary positions for [B, T, heads, D]: the pair x[i], x[i + D / 2] turns by the angle position * freq[i]"),
+    special("attention", &["q", "k", "v", "segment", "causal=", "scale="], layers::attention, "softmax(scale * q k^T) v for [B, T, heads, head_dim]; places see their own segment only, 0 is padding; the scale is head_dim ** -0.5 unless given"),
+    special("position_in", &["segment"], layers::position_in, "the place of each token inside its text, from 0"),
+    special("token_logp", &["logits", "tokens"], layers::token_logp, "log-probability of each token under the softmax of its logits"),
 ];
 
 impl Lowering<'_> {

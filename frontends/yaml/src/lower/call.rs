@@ -1,37 +1,20 @@
 //! Calls: graphs, models and layers are inlined (D8, D25).
 
-use dsgc_ir::Tag;
 use dsgc_ir::diag::{Diag, Span};
+use dsgc_ir::{DType, Op, Tag, Value};
 
-use crate::expr::{Arg as Written, Expr, ExprKind, Item, Word};
+use crate::expr::{Arg as Written, Expr, Word};
 use crate::graph::{Graph as Source, Tree};
 use crate::literal::Constant;
 
 use super::scope::{Callee, Home, Scope};
 use super::value::{Arg, Val};
-use super::{Lowering, R, Reported};
+use super::{Asserted, Lowering, R, Reported};
 
 /// Whether an expression uses a name.
 pub(super) fn mentions(expr: &Expr, name: &str) -> bool {
-    let go = |x: &Expr| mentions(x, name);
-    match &expr.kind {
-        ExprKind::Name(found) => found == name || found.strip_prefix(name).is_some_and(|rest| rest.starts_with('.')),
-        ExprKind::Member(base, _) => go(base),
-        ExprKind::Call { args, .. } => args.iter().any(|arg| go(&arg.value)),
-        ExprKind::Index { base, items } => {
-            go(base)
-                || items.iter().any(|item| match item {
-                    Item::At(x) => go(x),
-                    Item::Slice { start, stop, .. } => start.iter().chain(stop).any(go),
-                    Item::New(_) | Item::Rest(_) => false,
-                })
-        }
-        ExprKind::Unary(_, x) => go(x),
-        ExprKind::Binary(_, a, b) => go(a) || go(b),
-        ExprKind::If { condition, then, otherwise } => go(condition) || go(then) || go(otherwise),
-        ExprKind::List(items) => items.iter().any(go),
-        ExprKind::Int(_) | ExprKind::Float(_) | ExprKind::Str(_) | ExprKind::Bool(_) | ExprKind::None => false,
-    }
+    let is = |found: &str| found == name || found.strip_prefix(name).is_some_and(|rest| rest.starts_with('.'));
+    expr.names().into_iter().any(|(found, _)| is(found))
 }
 
 /// How deep calls may be nested: each takes a part of our own stack.
@@ -193,7 +176,8 @@ impl<'a> Lowering<'a> {
         self.asserts(scope, source);
     }
 
-    /// What must hold, as far as it is known when the file is read.
+    /// What must hold: told at once where it is known when the file is read, and else an output of the graph that
+    /// the plan calls, wherever the condition stands below it.
     pub fn asserts(&mut self, scope: &mut Scope<'a>, source: &'a Source) {
         for assert in &source.asserts {
             match self.eval(scope, &assert.condition) {
@@ -201,12 +185,25 @@ impl<'a> Lowering<'a> {
                 Ok(Val::Static(Constant::Bool(false))) => {
                     let _: R<()> = self.fail(Diag::error(&assert.message.text).label(assert.condition.span, ""));
                 }
-                Ok(_) => {
-                    let diag = Diag::error("conditions on tensors are not part of this version");
-                    let _: R<()> = self.fail(diag.label(assert.condition.span, ""));
+                Ok(value) => {
+                    let arg = Arg { span: assert.condition.span, value };
+                    if let Ok(test) = self.tensor_of(&arg, DType::Bool) {
+                        self.assert(arg.span, test, &assert.message.text);
+                    }
                 }
             }
         }
+    }
+
+    /// Notes a condition that is known when the graph runs: the smallest of its elements, so that it can be tested on
+    /// a part of the rows at a time.
+    fn assert(&mut self, span: Span, test: Value, message: &str) {
+        let mut holds = self.cast(span, test, DType::F32);
+        let axes: Vec<usize> = (0..self.ty(holds).rank()).collect();
+        if !axes.is_empty() {
+            holds = self.emit(span, Op::ReduceMin { axes }, &[holds]);
+        }
+        self.asserted.push(Asserted { holds, message: message.into(), span });
     }
 
     /// Computes a let and binds it.
@@ -332,8 +329,9 @@ impl<'a> Lowering<'a> {
                 all.push((arg.name.clone(), value));
             }
             let prefix = format!("{name}.{layer}.");
-            let declared = self.declare(role, &found.params, &prefix);
-            self.tag = Some(Tag { block: name.as_str().into(), instance: layer });
+            let tag = Tag { block: name.as_str().into(), instance: layer };
+            let declared = self.declare(role, &found.params, &prefix, Some(&tag));
+            self.tag = Some(tag);
             let result = self.inline(self.home_of(role), prefix, &found.graph, span, all);
             self.tag = outer.clone();
             // The other layers would make the same mistakes.

@@ -195,6 +195,11 @@ impl<'a> Lowering<'a> {
             self.graph.outputs.push((name.text.clone(), values[0]));
             expect.push((name.text.clone(), tensor));
         }
+        for (k, assert) in std::mem::take(&mut self.asserted).into_iter().enumerate() {
+            let name = format!("assert.{k}");
+            self.graph.outputs.push((name.clone(), assert.holds));
+            expect.push((name, Tensor::new(&[], Data::F64(vec![1.0]))));
+        }
         if !self.errors.is_empty() {
             return Err(Reported);
         }

@@ -331,7 +331,7 @@ impl<'a> Lowering<'a> {
     }
 
     /// The part of a tensor from one place to another; both were written at `place`.
-    fn slice(
+    pub fn slice(
         &mut self,
         span: Span,
         base: (Value, Span),

@@ -16,20 +16,23 @@ mod call;
 mod document_test;
 mod emit;
 mod eval;
+mod layers;
 mod params;
 mod rules;
 mod scope;
 mod shape;
-
+mod state;
+mod sweep;
 mod value;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use dsgc_ir::diag::{Diag, Span};
+use dsgc_ir::stage::Assert;
 use dsgc_ir::{DType, Dim, DimRange, Graph, Program, StateId, Symbol, Tag, Type, Value};
 
-use crate::expr::Expr;
+use crate::expr::{Expr, Word};
 use crate::functions::Functions;
 use crate::graph::{Graph as Source, Tree};
 use crate::literal::Constant;
@@ -37,10 +40,13 @@ use crate::model::Model;
 use crate::recipe::Recipe;
 
 use scope::{Home, Scope, Static};
+use sweep::Sweep;
 use value::Val;
 
 pub use builtins::{BUILTINS, Builtin};
 pub use document_test::{DocumentTest, document_tests};
+pub use shape::binders;
+pub use state::{Average, STATE_INIT, Set, average_graph, set_graph, state_name};
 
 /// A model in its role.
 #[derive(Clone, Debug)]
@@ -55,6 +61,22 @@ pub struct Role<'a> {
     pub config: BTreeMap<String, Constant>,
     /// Whether an update trains it.
     pub trained: bool,
+    /// The model that it is built upon, if its document has `models`.
+    pub trunk: Option<Trunk<'a>>,
+}
+
+/// The model that another is built upon. Its parameters are parameters of the same role, as far as anything reads
+/// them.
+#[derive(Clone, Debug)]
+pub struct Trunk<'a> {
+    /// What the other's document calls it.
+    pub name: &'a str,
+    /// The model document.
+    pub model: &'a Model,
+    /// The functions in its scope: an earlier document wins.
+    pub functions: Vec<&'a Functions>,
+    /// A value for every entry of the model's `config`.
+    pub config: BTreeMap<String, Constant>,
 }
 
 /// Ids of the tokenizer's special tokens, as far as it has them; they are names in every recipe and function.
@@ -92,6 +114,22 @@ pub struct Request<'a> {
     pub ids: TokenIds,
     /// The graphs that the plan calls.
     pub entries: Vec<Entry>,
+    /// States of the recipe and how they begin: a number that is known, or a tensor such as `zeros([8])`.
+    pub states: Vec<(Word, Expr)>,
+    /// `set` statements.
+    pub sets: Vec<Set>,
+    /// Moving averages.
+    pub averages: Vec<Average>,
+}
+
+/// What a stage's graphs have become.
+#[derive(Clone, Debug)]
+pub struct Lowered {
+    /// States and graphs. Of the host side only what graphs demand of their inputs.
+    pub program: Program,
+    /// By role, the parameters of the model it is built upon that nothing reads: they have no state, and files may
+    /// have them all the same.
+    pub left: BTreeMap<String, Vec<String>>,
 }
 
 /// Name of the graph that gives a role's parameters their first values. No graph of a user can be called so.
@@ -99,9 +137,9 @@ pub fn init_graph(role: &str) -> String {
     format!("{role}.init")
 }
 
-/// Lowers the graphs of a stage: its states, the graphs that the plan calls, and a graph `<role>.init` per role. The
-/// stage itself is left empty. All errors come at once.
-pub fn program(request: &Request<'_>) -> Result<Program, Vec<Diag>> {
+/// Lowers the graphs of a stage: its states, the graphs that the plan calls, a graph `<role>.init` per role, and those
+/// that change states. Graphs hold only what their outputs need. All errors come at once.
+pub fn program(request: &Request<'_>) -> Result<Lowered, Vec<Diag>> {
     let mut lowering = Lowering::new(&request.functions, &request.roles, request.ids);
     lowering.models();
     let options = lowering.statics(&request.recipe.options, &request.options);
@@ -119,7 +157,19 @@ pub fn program(request: &Request<'_>) -> Result<Program, Vec<Diag>> {
         };
         lowering.entry(&home, graph, &entry.graph, &entry.dims);
     }
-    lowering.finish()
+    let home = Home {
+        statics: options,
+        graphs: &request.recipe.graphs,
+        functions: lowering.functions.clone(),
+        first: 0,
+        role: None,
+        calls_models: false,
+    };
+    lowering.recipe_states(&home, &request.states);
+    for (number, set) in request.sets.iter().enumerate() {
+        lowering.set(&home, number, set);
+    }
+    lowering.finish(&request.averages)
 }
 
 /// An error that has been noted. Whoever gets it goes on with what does not depend on it.
@@ -139,8 +189,54 @@ struct RoleState<'a> {
     broken: bool,
     /// Every declared parameter; those whose `when` is false have no state.
     params: BTreeMap<String, params::Declared<'a>>,
-    /// Parameters with a state, in the order of declaration, and how they begin.
-    inits: Vec<(StateId, params::Init)>,
+    /// Parameters with a state, in the order of declaration.
+    own: Vec<params::Own>,
+    /// The model it is built upon: what its document calls that one, and its number among the roles.
+    trunk: Option<(&'a str, usize)>,
+    /// Whether it is such a model, which nobody but the other one calls.
+    is_trunk: bool,
+    /// The outputs of its graph, once that has been checked.
+    outputs: Vec<(String, Type)>,
+    /// The states that its graph needs, once that has been checked.
+    needs: BTreeSet<StateId>,
+}
+
+impl<'a> RoleState<'a> {
+    fn new(
+        name: &str,
+        trained: bool,
+        model: &'a Model,
+        functions: &[&'a Functions],
+        config: &BTreeMap<String, Constant>,
+    ) -> RoleState<'a> {
+        let statics = model.config.iter().map(|d| Static {
+            name: d.name.text.clone(),
+            span: d.name.span,
+            value: config.get(&d.name.text).cloned(),
+        });
+        RoleState {
+            name: name.into(),
+            model,
+            functions: functions.into(),
+            statics: statics.collect(),
+            trained,
+            broken: false,
+            params: BTreeMap::new(),
+            own: Vec::new(),
+            trunk: None,
+            is_trunk: false,
+            outputs: Vec::new(),
+            needs: BTreeSet::new(),
+        }
+    }
+}
+
+/// A condition that is known when the graph runs.
+struct Asserted {
+    /// 1 where it holds, `f32[]`.
+    holds: Value,
+    message: String,
+    span: Span,
 }
 
 /// What graphs are lowered into.
@@ -154,6 +250,8 @@ struct Lowering<'a> {
     graph: Graph,
     /// Parameters that it has read.
     reads: BTreeMap<StateId, Value>,
+    /// What it demands.
+    asserted: Vec<Asserted>,
     /// The layer in hand.
     tag: Option<Tag>,
     /// The calls in hand, to tell those that never end.
@@ -177,26 +275,20 @@ impl<'a> Lowering<'a> {
             errors: Vec::new(),
             graph: Graph::default(),
             reads: BTreeMap::new(),
+            asserted: Vec::new(),
             tag: None,
             calls: Vec::new(),
             exhausted: false,
         };
         for role in roles {
-            let statics = role.model.config.iter().map(|d| Static {
-                name: d.name.text.clone(),
-                span: d.name.span,
-                value: role.config.get(&d.name.text).cloned(),
-            });
-            lowering.roles.push(RoleState {
-                name: role.name.into(),
-                model: role.model,
-                functions: role.functions.as_slice().into(),
-                statics: statics.collect(),
-                trained: role.trained,
-                broken: false,
-                params: BTreeMap::new(),
-                inits: Vec::new(),
-            });
+            let mut own = RoleState::new(role.name, role.trained, role.model, &role.functions, &role.config);
+            // A trunk stands before what is built upon it, and is checked before it.
+            if let Some(trunk) = &role.trunk {
+                own.trunk = Some((trunk.name, lowering.roles.len()));
+                let state = RoleState::new(role.name, role.trained, trunk.model, &trunk.functions, &trunk.config);
+                lowering.roles.push(RoleState { is_trunk: true, ..state });
+            }
+            lowering.roles.push(own);
         }
         lowering
     }
@@ -225,6 +317,7 @@ impl<'a> Lowering<'a> {
         self.graph = Graph::new(name);
         self.graph.dims = dims.to_vec();
         self.reads.clear();
+        self.asserted.clear();
     }
 
     /// Lowers a graph that is called from outside.
@@ -240,6 +333,12 @@ impl<'a> Lowering<'a> {
             && self.outputs(source, out).is_ok()
             && self.errors.len() == before
         {
+            for (k, assert) in std::mem::take(&mut self.asserted).into_iter().enumerate() {
+                let output = format!("assert.{k}");
+                self.graph.outputs.push((output.clone(), assert.holds));
+                let Asserted { message, span, .. } = assert;
+                self.program.stage.asserts.push(Assert { graph: name.into(), output, message, span });
+            }
             self.graph.batch = batch(source, dims);
             self.program.graphs.push(std::mem::take(&mut self.graph));
         }
@@ -272,14 +371,43 @@ impl<'a> Lowering<'a> {
         Ok(())
     }
 
-    fn finish(mut self) -> Result<Program, Vec<Diag>> {
+    fn finish(mut self, averages: &[Average]) -> Result<Lowered, Vec<Diag>> {
         if !self.errors.is_empty() {
             return Err(self.errors);
         }
-        for role in 0..self.roles.len() {
+        let (gone, left) = self.unneeded();
+        let sweep = Sweep { gone };
+        self.program = sweep.program(std::mem::take(&mut self.program));
+        for role in &mut self.roles {
+            role.own.retain(|own| !sweep.gone.contains(&own.state));
+            role.own.iter_mut().for_each(|own| own.state = sweep.number(own.state));
+        }
+        for role in (0..self.roles.len()).filter(|&role| !self.roles[role].is_trunk).collect::<Vec<_>>() {
             self.init(role);
         }
-        Ok(self.program)
+        for average in averages {
+            self.average(average);
+        }
+        Ok(Lowered { program: self.program, left })
+    }
+
+    /// Parameters of trunks that the models upon them do not need, and their names by role.
+    fn unneeded(&self) -> (BTreeSet<StateId>, BTreeMap<String, Vec<String>>) {
+        let (mut gone, mut left) = (BTreeSet::new(), BTreeMap::new());
+        for role in &self.roles {
+            let Some((_, trunk)) = role.trunk else { continue };
+            let mut names = Vec::new();
+            for (name, declared) in &self.roles[trunk].params {
+                if let Ok(Some(state)) = declared.state
+                    && !role.needs.contains(&state)
+                {
+                    gone.insert(state);
+                    names.push(name.clone());
+                }
+            }
+            left.insert(role.name.clone(), names);
+        }
+        (gone, left)
     }
 }
 

@@ -1,20 +1,30 @@
 //! Parameters: their states, and the graph that gives them their first values.
 
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::{DType, Dim, Op, StateId, StateKind, Type, Value};
+use dsgc_ir::{DType, Dim, Op, StateId, StateKind, Tag, Type, Value};
 
 use crate::expr::{Expr, ExprKind};
 use crate::model::Param;
 
 use super::scope::Scope;
+use super::sweep::states_read;
 use super::value::{Arg, ParamRef, Val};
-use super::{Lowering, R, Reported};
+use super::{Lowering, R, Reported, RoleState};
 
 /// A parameter of a role.
 pub(super) struct Declared<'a> {
     pub param: &'a Param,
     /// `None` where its `when` is false; an error where its declaration is wrong.
     pub state: R<Option<StateId>>,
+}
+
+/// A parameter with a state.
+#[derive(Clone)]
+pub(super) struct Own {
+    pub state: StateId,
+    pub init: Init,
+    /// The layer that it belongs to.
+    pub tag: Option<Tag>,
 }
 
 /// How a parameter begins.
@@ -34,35 +44,71 @@ impl<'a> Lowering<'a> {
         for role in 0..self.roles.len() {
             let before = self.errors.len();
             self.model(role);
-            self.roles[role].broken = self.errors.len() > before;
+            let below = self.roles[role].trunk.is_some_and(|(_, trunk)| self.roles[trunk].broken);
+            self.roles[role].broken = below || self.errors.len() > before;
         }
     }
 
     fn model(&mut self, role: usize) {
         let model = self.roles[role].model;
-        if let Some(decl) = model.models.first() {
-            let diag = Diag::error("models over models are not part of this version");
-            let _: R<()> = self.fail(diag.label(decl.name.span, ""));
+        if self.trunk(role).is_err() {
             return;
         }
         // Uses of parameters that are wrong are silent; the rest of the graph is not.
-        let _ = self.declare(role, &model.params, "");
+        let _ = self.declare(role, &model.params, "", None);
         self.begin(&format!("{}.forward", self.roles[role].name), &[]);
         let mut scope = Scope::new(self.home_of(role));
         self.symbols(&mut scope, &model.graph, |symbol| Some(Dim::symbol(symbol)), "");
         self.host_inputs(&mut scope, &model.graph);
         self.body(&mut scope, &model.graph);
         // Whatever is wrong has been noted.
-        let _ = self.out(&mut scope, &model.graph.out);
+        let Ok(out) = self.out(&mut scope, &model.graph.out) else { return };
+        let mut tensors = Vec::new();
+        leaves(&out, "", &mut tensors);
+        let mut roots: Vec<Value> = tensors.iter().map(|(_, value)| *value).collect();
+        roots.extend(self.asserted.iter().map(|assert| assert.holds));
+        self.roles[role].needs = states_read(&self.graph, &roots);
+        self.roles[role].outputs = tensors.into_iter().map(|(name, v)| (name, self.ty(v).clone())).collect();
+    }
+
+    /// Checks that a model which is built upon another has exactly this one.
+    fn trunk(&mut self, role: usize) -> R<()> {
+        let RoleState { model, trunk, is_trunk, .. } = &self.roles[role];
+        let (declared, bound, is_trunk) = (&model.models, trunk.map(|(_, trunk)| trunk), *is_trunk);
+        match (declared.as_slice(), bound) {
+            ([], None) => Ok(()),
+            // What is wrong with it has been said.
+            ([_], Some(trunk)) if self.roles[trunk].broken => Err(Reported),
+            ([_], Some(_)) => Ok(()),
+            ([decl, ..], None) if is_trunk => {
+                let diag = Diag::error(format!(
+                    "found a model over `{}`, which is built upon a model itself",
+                    model.name.text
+                ));
+                self.fail(diag.label(decl.name.span, "").help("a model is built upon one that has no `models`"))
+            }
+            ([decl], None) => {
+                let diag = Diag::error(format!("found `{}` alone, expected it over another model", model.name.text));
+                self.fail(
+                    diag.label(decl.name.span, "").help("let the role have a `type`, and bind it to the other model"),
+                )
+            }
+            ([_, second, ..], _) => {
+                let diag = Diag::error("found a second model, expected one to build upon");
+                self.fail(diag.label(second.name.span, ""))
+            }
+            ([], Some(_)) => panic!("bug: model `{}` is bound over another one", model.name.text),
+        }
     }
 
     /// Declares parameters, unless that has been done for an earlier call of the model.
-    pub fn declare(&mut self, role: usize, params: &'a [Param], prefix: &str) -> R<()> {
+    pub fn declare(&mut self, role: usize, params: &'a [Param], prefix: &str, tag: Option<&Tag>) -> R<()> {
         let mut scope = Scope::new(self.home_of(role));
         let mut all = Ok(());
         for param in params {
             let name = format!("{prefix}{}", param.name.text);
-            match self.roles[role].params.get(&name) {
+            let of_trunk = self.roles[role].trunk.and_then(|(_, trunk)| self.roles[trunk].params.get(&name));
+            match self.roles[role].params.get(&name).or(of_trunk) {
                 Some(known) if std::ptr::eq(known.param, param) => continue,
                 Some(known) => {
                     let diag = Diag::error(format!("the parameter `{name}` is declared twice"))
@@ -86,7 +132,7 @@ impl<'a> Lowering<'a> {
                 None => Ok(true),
             };
             let state = match exists {
-                Ok(true) => self.state(&mut scope, role, param, &name).map(Some),
+                Ok(true) => self.state(&mut scope, role, param, &name, tag).map(Some),
                 Ok(false) => Ok(None),
                 Err(Reported) => Err(Reported),
             };
@@ -96,7 +142,14 @@ impl<'a> Lowering<'a> {
         all
     }
 
-    fn state(&mut self, scope: &mut Scope<'a>, role: usize, param: &Param, name: &str) -> R<StateId> {
+    fn state(
+        &mut self,
+        scope: &mut Scope<'a>,
+        role: usize,
+        param: &Param,
+        name: &str,
+        tag: Option<&Tag>,
+    ) -> R<StateId> {
         // All of them, so that all errors are told.
         let dims: Vec<R<Dim>> = param.shape.iter().map(|expr| self.extent(scope, expr)).collect();
         let dims: Vec<Dim> = dims.into_iter().collect::<R<_>>()?;
@@ -109,7 +162,7 @@ impl<'a> Lowering<'a> {
         let whole = format!("{}/{name}", self.roles[role].name);
         let kind = StateKind::Param { trained: self.roles[role].trained };
         let id = self.program.declare(whole, Type::new(DType::F32, dims), kind, param.name.span);
-        self.roles[role].inits.push((id, init));
+        self.roles[role].own.push(Own { state: id, init, tag: tag.cloned() });
         Ok(id)
     }
 
@@ -197,12 +250,19 @@ impl<'a> Lowering<'a> {
         Ok((weight, self.optional(arg.span, group, "bias")?))
     }
 
+    /// The parameters of a role: those of the model it is built upon, then its own.
+    pub fn all_params(&self, role: usize) -> Vec<Own> {
+        let role = &self.roles[role];
+        let trunk = role.trunk.map_or(&[][..], |(_, trunk)| &self.roles[trunk].own);
+        trunk.iter().chain(&role.own).cloned().collect()
+    }
+
     /// The graph that writes first values to every parameter of a role; each draws from a key of its own.
     pub fn init(&mut self, role: usize) {
         let name = super::init_graph(&self.roles[role].name);
         self.begin(&name, &[]);
         let key = self.graph.input("key", Type::scalar(DType::Key));
-        for (number, (id, init)) in self.roles[role].inits.clone().into_iter().enumerate() {
+        for (number, Own { state: id, init, .. }) in self.all_params(role).into_iter().enumerate() {
             let state = self.program.state(id);
             let (ty, span) = (state.ty.clone(), state.span);
             let shape = ty.dims.clone();
@@ -223,6 +283,20 @@ impl<'a> Lowering<'a> {
             self.write(span, id, &ty, value);
         }
         self.program.graphs.push(std::mem::take(&mut self.graph));
+    }
+}
+
+/// The tensors of a result, by their names with dots.
+fn leaves(value: &Val, name: &str, tensors: &mut Vec<(String, Value)>) {
+    match value {
+        Val::Tensor(value) => tensors.push((name.into(), *value)),
+        Val::Record(record) => {
+            for (field, value) in &record.fields {
+                let whole = if name.is_empty() { field.clone() } else { format!("{name}.{field}") };
+                leaves(&value.clone().single(), &whole, tensors);
+            }
+        }
+        _ => {}
     }
 }
 

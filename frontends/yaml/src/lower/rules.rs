@@ -8,10 +8,10 @@ use crate::literal::Constant;
 
 use super::builtins::Call;
 use super::eval::fold;
-use super::value::{Arg, ParamRef, Val};
+use super::value::{Arg, Val};
 use super::{Lowering, R};
 
-type Low<'l, 'a> = &'l mut Lowering<'a>;
+pub(super) type Low<'l, 'a> = &'l mut Lowering<'a>;
 
 pub(super) fn choose(low: Low<'_, '_>, call: &Call) -> R<Val> {
     let condition = call.arg("condition");
@@ -153,10 +153,29 @@ fn sum_op(axes: Vec<usize>) -> Op {
     Op::ReduceSum { axes }
 }
 
+/// The result of a reduction: with `keep=true`, its dims are those of the operand, and 1 where it reduced.
+fn kept(low: Low<'_, '_>, call: &Call, reduction: &Reduction, value: Value) -> R<Val> {
+    let value = if flag(low, call, "keep")? { spread(low, call.span, reduction, value) } else { value };
+    Ok(Val::Tensor(value))
+}
+
+/// What was reduced, with the dims that went away as 1.
+fn spread(low: Low<'_, '_>, span: Span, reduction: &Reduction, value: Value) -> Value {
+    let mut shape = low.ty(reduction.x).dims.clone();
+    for &axis in &reduction.axes {
+        shape[axis] = Dim::from(1i64);
+    }
+    if low.ty(value).dims == shape {
+        return value;
+    }
+    low.emit(span, Op::Reshape { shape }, &[value])
+}
+
 pub(super) fn sum(low: Low<'_, '_>, call: &Call) -> R<Val> {
     let reduction = reduction(low, call, None)?;
     let x = filled(low, call.span, &reduction, 0.0);
-    Ok(Val::Tensor(reduced(low, call.span, sum_op, x, &reduction.axes)))
+    let sum = reduced(low, call.span, sum_op, x, &reduction.axes);
+    kept(low, call, &reduction, sum)
 }
 
 /// How many elements are reduced to one where all of them count.
@@ -169,24 +188,36 @@ fn extent(low: Low<'_, '_>, span: Span, reduction: &Reduction) -> Value {
     }
 }
 
-pub(super) fn mean(low: Low<'_, '_>, call: &Call) -> R<Val> {
-    let reduction = reduction(low, call, Some(DType::F32))?;
-    let span = call.span;
-    let x = filled(low, span, &reduction, 0.0);
-    let sum = reduced(low, span, sum_op, x, &reduction.axes);
-    let dims = low.ty(sum).dims.clone();
-    let count = match reduction.counts {
+/// How many elements count, for each result of a reduction.
+fn count(low: Low<'_, '_>, span: Span, reduction: &Reduction, dims: &[Dim]) -> Value {
+    match reduction.counts {
         Some(counts) => {
             let ones = low.cast(span, counts, DType::F32);
             reduced(low, span, sum_op, ones, &reduction.axes)
         }
         None => {
-            let count = extent(low, span, &reduction);
-            low.stretch(span, count, &dims)
+            let count = extent(low, span, reduction);
+            low.stretch(span, count, dims)
         }
-    };
+    }
+}
+
+/// Sum and count of the elements that count.
+fn totals(low: Low<'_, '_>, span: Span, reduction: &Reduction) -> (Value, Value) {
+    let x = filled(low, span, reduction, 0.0);
+    let sum = reduced(low, span, sum_op, x, &reduction.axes);
+    let dims = low.ty(sum).dims.clone();
+    (sum, count(low, span, reduction, &dims))
+}
+
+pub(super) fn mean(low: Low<'_, '_>, call: &Call) -> R<Val> {
+    let reduction = reduction(low, call, Some(DType::F32))?;
+    let span = call.span;
+    let (sum, count) = totals(low, span, &reduction);
+    let dims = low.ty(sum).dims.clone();
     let Some(empty) = call.get("empty") else {
-        return Ok(Val::Tensor(low.emit(span, Op::Div {}, &[sum, count])));
+        let mean = low.emit(span, Op::Div {}, &[sum, count]);
+        return kept(low, call, &reduction, mean);
     };
     // Divided by 1 where nothing is left, so that neither value nor gradient is NaN there.
     let place = empty.span;
@@ -198,7 +229,38 @@ pub(super) fn mean(low: Low<'_, '_>, call: &Call) -> R<Val> {
     let nothing = low.emit(span, Op::Eq {}, &[count, zero]);
     let count = low.emit(span, Op::Where {}, &[nothing, one, count]);
     let mean = low.emit(span, Op::Div {}, &[sum, count]);
-    Ok(Val::Tensor(low.emit(span, Op::Where {}, &[nothing, empty, mean])))
+    let mean = low.emit(span, Op::Where {}, &[nothing, empty, mean]);
+    kept(low, call, &reduction, mean)
+}
+
+/// Mean of the squared differences from the mean, in two sweeps: exact where `mean(x ** 2) - mean(x) ** 2` is not, and
+/// each a sum over the batch, so that it can be cut into parts.
+fn variance(low: Low<'_, '_>, call: &Call) -> R<(Reduction, Value)> {
+    let reduction = reduction(low, call, Some(DType::F32))?;
+    let span = call.span;
+    let (sum, count) = totals(low, span, &reduction);
+    let mean = low.emit(span, Op::Div {}, &[sum, count]);
+    let mean = spread(low, span, &reduction, mean);
+    let dims = low.ty(reduction.x).dims.clone();
+    let mean = low.stretch(span, mean, &dims);
+    let difference = low.emit(span, Op::Sub {}, &[reduction.x, mean]);
+    let square = low.emit(span, Op::Mul {}, &[difference, difference]);
+    let squares = Reduction { x: square, ..reduction };
+    let x = filled(low, span, &squares, 0.0);
+    let sum = reduced(low, span, sum_op, x, &squares.axes);
+    let variance = low.emit(span, Op::Div {}, &[sum, count]);
+    Ok((squares, variance))
+}
+
+pub(super) fn var(low: Low<'_, '_>, call: &Call) -> R<Val> {
+    let (reduction, variance) = variance(low, call)?;
+    kept(low, call, &reduction, variance)
+}
+
+pub(super) fn std(low: Low<'_, '_>, call: &Call) -> R<Val> {
+    let (reduction, variance) = variance(low, call)?;
+    let deviation = low.emit(call.span, Op::Sqrt {}, &[variance]);
+    kept(low, call, &reduction, deviation)
 }
 
 /// The largest or smallest element; the far end of the order where nothing is left.
@@ -217,7 +279,7 @@ fn extreme(low: Low<'_, '_>, call: &Call, side: Side) -> R<Val> {
     };
     let x = filled(low, call.span, &reduction, far);
     let found = reduced(low, call.span, op, x, &reduction.axes);
-    let Some(empty) = call.get("empty") else { return Ok(Val::Tensor(found)) };
+    let Some(empty) = call.get("empty") else { return kept(low, call, &reduction, found) };
     let place = empty.span;
     let empty = low.as_tensor(empty, dtype)?;
     let dims = low.ty(found).dims.clone();
@@ -230,7 +292,8 @@ fn extreme(low: Low<'_, '_>, call: &Call, side: Side) -> R<Val> {
             low.stretch(call.span, any, &dims)
         }
     };
-    Ok(Val::Tensor(low.emit(call.span, Op::Where {}, &[left, found, empty])))
+    let found = low.emit(call.span, Op::Where {}, &[left, found, empty]);
+    kept(low, call, &reduction, found)
 }
 
 /// A reduction of truth values, which the IR has on numbers.
@@ -253,7 +316,7 @@ pub(super) fn all(low: Low<'_, '_>, call: &Call) -> R<Val> {
 }
 
 /// A switch that is known when the file is read.
-fn flag(low: Low<'_, '_>, call: &Call, name: &str) -> R<bool> {
+pub(super) fn flag(low: Low<'_, '_>, call: &Call, name: &str) -> R<bool> {
     match call.get(name) {
         None => Ok(false),
         Some(Arg { value: Val::Static(Constant::Bool(b)), .. }) => Ok(*b),
@@ -265,7 +328,7 @@ fn flag(low: Low<'_, '_>, call: &Call, name: &str) -> R<bool> {
 }
 
 /// A number that is known when the file is read.
-fn number(low: Low<'_, '_>, arg: &Arg) -> R<f64> {
+pub(super) fn number(low: Low<'_, '_>, arg: &Arg) -> R<f64> {
     match &arg.value {
         Val::Static(c) if c.number().is_some() => Ok(c.number().unwrap_or(f64::NAN)),
         other => {
@@ -282,6 +345,87 @@ pub(super) fn cumsum(low: Low<'_, '_>, call: &Call) -> R<Val> {
     let axis = axis(low, call.arg("axis"), rank)?;
     let reverse = flag(low, call, "reverse")?;
     Ok(Val::Tensor(low.emit(call.span, Op::Cumsum { axis, reverse }, &[x])))
+}
+
+/// The dim that a call names; the last one unless it does.
+fn axis_or_last(low: Low<'_, '_>, call: &Call, rank: usize) -> R<usize> {
+    match (call.get("axis"), rank) {
+        (Some(arg), _) => axis(low, arg, rank),
+        (None, 1..) => Ok(rank - 1),
+        (None, 0) => low.fail(Diag::error("found a scalar, expected a tensor").label(call.arg("x").span, "")),
+    }
+}
+
+pub(super) fn recurrence(low: Low<'_, '_>, call: &Call) -> R<Val> {
+    let arg = call.arg("x");
+    let x = low.tensor_of(arg, DType::F32)?;
+    let axis = axis_or_last(low, call, low.ty(x).rank())?;
+    let decay = number(low, call.arg("decay"))?;
+    let reverse = flag(low, call, "reverse")?;
+    low.op(call.span, Op::Recurrence { axis, decay, reverse }, &[(x, arg.span)]).map(Val::Tensor)
+}
+
+pub(super) fn shift(low: Low<'_, '_>, call: &Call) -> R<Val> {
+    let arg = call.arg("x");
+    let x = low.tensor(arg)?;
+    let ty = low.ty(x).clone();
+    let axis = axis_or_last(low, call, ty.rank())?;
+    let places = call.arg("n");
+    let n = match &places.value {
+        Val::Static(Constant::Int(n)) if i32::try_from(*n).is_ok() => *n,
+        other => {
+            let found = low.describe(other);
+            let diag =
+                Diag::error(format!("found {found}, expected a whole number that is known when the file is read"));
+            return low.fail(diag.label(places.span, ""));
+        }
+    };
+    let zero = Arg { span: call.span, value: if ty.dtype == DType::Bool { Val::bool(false) } else { Val::int(0) } };
+    let fill = call.get("fill").unwrap_or(&zero);
+    let filled = low.as_tensor(fill, ty.dtype)?;
+    if n == 0 {
+        return Ok(Val::Tensor(x));
+    }
+    let mut dims = ty.dims.clone();
+    dims[axis] = Dim::from(n.abs());
+    let filled = low.fitted(call.span, (filled, fill.span), &dims)?;
+    let extent = &ty.dims[axis];
+    let (start, end) = if n > 0 { (Dim::default(), extent - &Dim::from(n)) } else { (Dim::from(-n), extent.clone()) };
+    let rest = low.slice(call.span, (x, arg.span), axis, (start, end), places.span)?;
+    let parts = if n > 0 { [(filled, fill.span), (rest, arg.span)] } else { [(rest, arg.span), (filled, fill.span)] };
+    low.op(call.span, Op::Concat { axis }, &parts).map(Val::Tensor)
+}
+
+pub(super) fn softmax(low: Low<'_, '_>, call: &Call) -> R<Val> {
+    let (exponents, sum) = exponents(low, call)?;
+    let powers = low.emit(call.span, Op::Exp {}, &[exponents]);
+    Ok(Val::Tensor(low.emit(call.span, Op::Div {}, &[powers, sum])))
+}
+
+pub(super) fn log_softmax(low: Low<'_, '_>, call: &Call) -> R<Val> {
+    let (exponents, sum) = exponents(low, call)?;
+    let log = low.emit(call.span, Op::Log {}, &[sum]);
+    Ok(Val::Tensor(low.emit(call.span, Op::Sub {}, &[exponents, log])))
+}
+
+/// `x - max(x)`, which changes no softmax and keeps it finite, and the sum of its exponentials, both with x's dims.
+fn exponents(low: Low<'_, '_>, call: &Call) -> R<(Value, Value)> {
+    let span = call.span;
+    let x = low.tensor_of(call.arg("x"), DType::F32)?;
+    let dims = low.ty(x).dims.clone();
+    let axes = vec![axis_or_last(low, call, dims.len())?];
+    let reduction = Reduction { x, counts: None, axes };
+    let widened = |low: Low<'_, '_>, value: Value| {
+        let value = spread(low, span, &reduction, value);
+        low.stretch(span, value, &dims)
+    };
+    let largest = low.emit(span, Op::ReduceMax { axes: reduction.axes.clone() }, &[x]);
+    let largest = low.emit(span, Op::Stop {}, &[largest]);
+    let largest = widened(low, largest);
+    let exponents = low.emit(span, Op::Sub {}, &[x, largest]);
+    let powers = low.emit(span, Op::Exp {}, &[exponents]);
+    let sum = low.emit(span, Op::ReduceSum { axes: reduction.axes.clone() }, &[powers]);
+    Ok((exponents, widened(low, sum)))
 }
 
 pub(super) fn range(low: Low<'_, '_>, call: &Call) -> R<Val> {
@@ -317,6 +461,12 @@ fn sizes(low: Low<'_, '_>, arg: &Arg) -> R<Vec<Dim>> {
     }
     low.check_elements(&sizes, arg.span)?;
     Ok(sizes)
+}
+
+pub(super) fn zeros(low: Low<'_, '_>, call: &Call) -> R<Val> {
+    let shape = sizes(low, call.arg("shape"))?;
+    let zero = low.scalar(call.span, 0.0, DType::F32);
+    Ok(Val::Tensor(low.stretch(call.span, zero, &shape)))
 }
 
 pub(super) fn reshape(low: Low<'_, '_>, call: &Call) -> R<Val> {
@@ -375,115 +525,4 @@ fn joined(low: Low<'_, '_>, span: Span, parts: &[Arg], at: &Arg) -> R<Val> {
 pub(super) fn stop(low: Low<'_, '_>, call: &Call) -> R<Val> {
     let x = low.tensor(call.arg("x"))?;
     Ok(Val::Tensor(low.emit(call.span, Op::Stop {}, &[x])))
-}
-
-pub(super) fn embed(low: Low<'_, '_>, call: &Call) -> R<Val> {
-    let (indices, table) = (call.arg("indices"), call.arg("table"));
-    let rows = low.tensor_of(indices, DType::I32)?;
-    let (weight, _) = low.group(table)?;
-    low.op(call.span, Op::Embed {}, &[(weight, table.span), (rows, indices.span)]).map(Val::Tensor)
-}
-
-pub(super) fn linear(low: Low<'_, '_>, call: &Call) -> R<Val> {
-    let (arg, weights) = (call.arg("x"), call.arg("weight"));
-    let x = low.tensor_of(arg, DType::F32)?;
-    let (weight, own_bias) = low.group(weights)?;
-    let bias = match call.get("bias") {
-        Some(bias) => Some((low.tensor_of(bias, DType::F32)?, bias.span)),
-        None => own_bias.map(|bias| (bias, weights.span)),
-    };
-    let rank = low.ty(x).rank();
-    // Letters for the leading dims of x; far more than anyone has dims.
-    let lead: String = ('a'..'o').take(rank.saturating_sub(1)).collect();
-    if rank == 0 || rank > 15 || low.ty(weight).rank() != 2 {
-        let (x, weight) = (low.ty(x).clone(), low.ty(weight).clone());
-        let diag = Diag::error(format!("found {x} times {weight}, expected `[.., in]` times `[out, in]`"));
-        return low
-            .fail(diag.label(call.span, "").label(arg.span, x.to_string()).label(weights.span, weight.to_string()));
-    }
-    let spec = format!("{lead}y,zy->{lead}z");
-    let (x_ty, w_ty) = (low.ty(x).clone(), low.ty(weight).clone());
-    if x_ty.dims[rank - 1] != w_ty.dims[1] {
-        let diag = Diag::error(format!("found {} features, expected {}", x_ty.dims[rank - 1], w_ty.dims[1]))
-            .label(call.span, "")
-            .label(arg.span, x_ty.to_string())
-            .label(weights.span, w_ty.to_string());
-        return low.fail(diag);
-    }
-    let product = low.op(call.span, Op::Contract { spec }, &[(x, arg.span), (weight, weights.span)])?;
-    let Some((bias, bias_span)) = bias else { return Ok(Val::Tensor(product)) };
-    let dims = low.common_dims(call.span, &[(product, call.span), (bias, bias_span)])?;
-    let bias = low.stretch(bias_span, bias, &dims);
-    low.op(call.span, Op::Add {}, &[(product, call.span), (bias, bias_span)]).map(Val::Tensor)
-}
-
-/// What PyTorch adds to the variance unless told otherwise.
-const LAYER_NORM_EPS: f64 = 1e-5;
-
-pub(super) fn layer_norm(low: Low<'_, '_>, call: &Call) -> R<Val> {
-    let arg = call.arg("x");
-    let x = low.tensor_of(arg, DType::F32)?;
-    let Some(width) = low.ty(x).dims.last().cloned() else {
-        return low.fail(Diag::error("found a scalar, expected a tensor").label(arg.span, ""));
-    };
-    let mut own = (None, None);
-    let mut place = call.span;
-    if let Some(weight) = call.get("weight") {
-        place = weight.span;
-        own = match &weight.value {
-            Val::Group(group) => norm_group(low, weight.span, group)?,
-            _ => (Some(low.tensor_of(weight, DType::F32)?), None),
-        };
-    }
-    if let Some(bias) = call.get("bias") {
-        own.1 = Some(low.tensor_of(bias, DType::F32)?);
-    }
-    let [weight, bias] = [(own.0, 1.0), (own.1, 0.0)].map(|(given, constant)| {
-        given.unwrap_or_else(|| {
-            let scalar = low.scalar(call.span, constant, DType::F32);
-            low.stretch(call.span, scalar, std::slice::from_ref(&width))
-        })
-    });
-    let eps = match call.get("eps") {
-        Some(eps) => number(low, eps)?,
-        None => LAYER_NORM_EPS,
-    };
-    low.op(call.span, Op::LayerNorm { eps }, &[(x, arg.span), (weight, place), (bias, place)]).map(Val::Tensor)
-}
-
-/// Weight and bias of a norm, each if the model has it.
-fn norm_group(low: Low<'_, '_>, span: Span, group: &ParamRef) -> R<(Option<Value>, Option<Value>)> {
-    Ok((low.optional(span, group, "weight")?, low.optional(span, group, "bias")?))
-}
-
-pub(super) fn attention(low: Low<'_, '_>, call: &Call) -> R<Val> {
-    let mut args = Vec::new();
-    for (name, dtype) in [("q", DType::F32), ("k", DType::F32), ("v", DType::F32), ("segment", DType::I32)] {
-        let arg = call.arg(name);
-        args.push((low.tensor_of(arg, dtype)?, arg.span));
-    }
-    let q = low.ty(args[0].0).clone();
-    let scale = match (call.get("scale"), q.dims.last().and_then(Dim::constant)) {
-        (Some(scale), _) => number(low, scale)?,
-        (None, Some(width)) => (width as f64).powf(-0.5),
-        (None, None) => {
-            let diag = Diag::error(format!("found queries {q}, expected a last dim that is a number"));
-            return low.fail(diag.label(args[0].1, ""));
-        }
-    };
-    let causal = flag(low, call, "causal")?;
-    low.op(call.span, Op::Attention { causal, scale }, &args).map(Val::Tensor)
-}
-
-pub(super) fn position_in(low: Low<'_, '_>, call: &Call) -> R<Val> {
-    let arg = call.arg("segment");
-    let segment = low.tensor_of(arg, DType::I32)?;
-    low.op(call.span, Op::PositionIn {}, &[(segment, arg.span)]).map(Val::Tensor)
-}
-
-pub(super) fn token_logp(low: Low<'_, '_>, call: &Call) -> R<Val> {
-    let (logits, tokens) = (call.arg("logits"), call.arg("tokens"));
-    let scores = low.tensor_of(logits, DType::F32)?;
-    let ids = low.tensor_of(tokens, DType::I32)?;
-    low.op(call.span, Op::TokenLogp {}, &[(scores, logits.span), (ids, tokens.span)]).map(Val::Tensor)
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use dsgc_ir::Type;
 use dsgc_ir::diag::{Diag, Span, nearest};
 
 use crate::expr::{Expr, ExprKind, Item, Word};
@@ -12,7 +13,7 @@ use crate::literal::Constant;
 
 use super::call::mentions;
 use super::params::Declared;
-use super::value::{ParamRef, Val};
+use super::value::{ParamRef, Record, Val};
 use super::{Lowering, R};
 
 /// A config entry, an option, or a token id.
@@ -109,8 +110,16 @@ impl<'a> Lowering<'a> {
     }
 
     fn role_span(&self, scope: &Scope<'a>, name: &str) -> Option<Span> {
-        let role = self.roles.iter().find(|r| scope.home.calls_models && r.name == name)?;
-        Some(role.model.name.span)
+        self.model_named(scope, name).map(|role| self.roles[role].model.name.span)
+    }
+
+    /// The model that a graph calls by this name: that of a role of the recipe, or the one that this one is built upon.
+    fn model_named(&self, scope: &Scope<'a>, name: &str) -> Option<usize> {
+        if scope.home.calls_models {
+            return self.roles.iter().position(|r| !r.is_trunk && r.name == name);
+        }
+        let (trunk, role) = self.roles[scope.home.role?].trunk?;
+        (trunk == name).then_some(role)
     }
 
     /// The place of a parameter that is called so, or whose name begins so.
@@ -137,6 +146,10 @@ impl<'a> Lowering<'a> {
 
     /// The value of a name with dots.
     pub fn name(&mut self, scope: &Scope<'a>, name: &str, span: Span) -> R<Val> {
+        // The plan's results are bound under their whole names: `exp.kl`.
+        if let Some(binding) = scope.bound(name) {
+            return Ok(binding.value.clone());
+        }
         let mut parts = name.split('.');
         let first = parts.next().unwrap_or_default();
         let found = match (scope.bound(first), scope.static_named(first)) {
@@ -159,10 +172,12 @@ impl<'a> Lowering<'a> {
         if name == "pi" {
             return Ok(Val::float(std::f64::consts::PI));
         }
-        if scope.home.calls_models
-            && let Some(role) = self.roles.iter().position(|r| r.name == name)
-        {
-            return Ok(Val::Model(role));
+        if let Some(role) = self.model_named(scope, first) {
+            let mut value = Val::Model(role);
+            for part in parts {
+                value = self.member(value, &Word { span, text: part.into() })?;
+            }
+            return Ok(value);
         }
         self.undefined(scope, name, span)
     }
@@ -199,6 +214,7 @@ impl<'a> Lowering<'a> {
     pub fn member(&mut self, value: Val, name: &Word) -> R<Val> {
         let record = match &value {
             Val::Record(record) => record,
+            Val::Model(role) => &self.sizes_of(*role),
             Val::Bad => return Err(super::Reported),
             other => {
                 let found = self.describe(other);
@@ -220,12 +236,18 @@ impl<'a> Lowering<'a> {
         })
     }
 
+    /// What is known of a model's outputs before it is called: `trunk.hidden.size` is the last dim of `hidden`.
+    fn sizes_of(&self, role: usize) -> Record {
+        let size = |ty: &Type| ty.dims.last().map(|dim| ("size".to_string(), Val::dim(dim.clone())));
+        let outputs = self.roles[role].outputs.iter();
+        let fields = outputs.map(|(name, ty)| (name.clone(), Val::record(size(ty).into_iter().collect(), false)));
+        Record { fields: fields.collect(), outputs: false }
+    }
+
     /// What is called by this name: a model, a choice among functions, a graph of the file, one of the files of
     /// functions, a builtin.
     pub fn callee(&self, scope: &Scope<'a>, name: &str) -> Option<Callee<'a>> {
-        if scope.home.calls_models
-            && let Some(role) = self.roles.iter().position(|r| r.name == name)
-        {
+        if let Some(role) = self.model_named(scope, name) {
             return Some(Callee::Model(role));
         }
         if let Some(Static { value: Some(Constant::Str(chosen)), .. }) = scope.static_named(name)
@@ -267,7 +289,7 @@ impl<'a> Lowering<'a> {
     /// The error for a call of something that does not exist.
     pub fn unknown_function<T>(&mut self, scope: &Scope<'a>, function: &Word) -> R<T> {
         let diag = Diag::error(format!("there is no function `{}`", function.text)).label(function.span, "");
-        let roles = self.roles.iter().filter(|_| scope.home.calls_models).map(|r| r.name.as_str());
+        let roles = self.roles.iter().filter(|r| scope.home.calls_models && !r.is_trunk).map(|r| r.name.as_str());
         let own = scope.home.graphs.iter().map(|g| g.name.text.as_str());
         let shared = scope.home.functions.iter().flat_map(|f| &f.graphs).map(|g| g.name.text.as_str());
         let builtins = super::BUILTINS.iter().map(|b| b.name).chain(["repeat"]);

@@ -55,6 +55,12 @@ pub(super) fn binder(dim: &Expr) -> Option<(&str, i64)> {
     }
 }
 
+/// The dims that take their values in a type, e.g. `B` and `T` of `sequence[B, T]`.
+pub fn binders(ty: &Expr) -> Vec<&str> {
+    let dims = parts(ty).map_or(Vec::new(), |(_, dims)| dims);
+    dims.into_iter().filter_map(|dim| Some(binder(dim)?.0)).collect()
+}
+
 impl<'a> Lowering<'a> {
     fn declared<'e>(&mut self, ty: &'e Expr) -> R<Declared<'e>> {
         const STATIC: [&str; 4] = ["int", "float", "bool", "str"];
