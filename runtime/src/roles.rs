@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use dsgc_hf::{Folder, read_params, save};
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::{Origin, Role, Stage, TensorRules, glob};
+use dsgc_ir::stage::{Origin, Role, Stage};
 use dsgc_ir::{Bindings, Program, StateId, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::random::Key;
@@ -51,7 +51,7 @@ fn in_order(roles: &[Role]) -> Result<Vec<&Role>, Diag> {
     Ok(done)
 }
 
-/// Puts a role's weights into the device; gives the parameters that its folder lacks.
+/// Puts a role's weights into the device; gives the parameters that begin anew.
 fn load_role(program: &Program, device: &mut dyn Device, role: &Role) -> Result<Vec<String>, Vec<Diag>> {
     let folder = match &role.origin {
         Origin::Random => return init(program, device, role).map(|()| Vec::new()).map_err(|e| vec![e]),
@@ -63,13 +63,7 @@ fn load_role(program: &Program, device: &mut dyn Device, role: &Role) -> Result<
             return Err(vec![diag.help("run the whole pipeline, or that stage first with `--stage`")]);
         }
     };
-    let rules = &role.model.tensors;
-    let new = new_params(program, role, Path::new(folder)).map_err(|e| vec![e])?;
-    if !new.is_empty() {
-        init(program, device, role).map_err(|e| vec![e])?;
-    }
-    load_params(program, device, &role.name, rules, Path::new(folder), &new)?;
-    Ok(new)
+    load_folder(program, device, role, Path::new(folder))
 }
 
 /// Runs the graph that draws a role's parameters.
@@ -78,24 +72,6 @@ fn init(program: &Program, device: &mut dyn Device, role: &Role) -> Result<(), D
     let graph = graph_named(program, &role.init);
     let inputs: Vec<(&str, &Tensor)> = graph.inputs().map(|input| (graph.name_of(input), &key)).collect();
     device.run(&role.init, &inputs).map(drop)
-}
-
-/// Parameters that the folder may lack and does.
-fn new_params(program: &Program, role: &Role, folder: &Path) -> Result<Vec<String>, Diag> {
-    let rules = &role.model.tensors;
-    let may_be_new = |name: &str| rules.may_be_new.iter().any(|pattern| glob(pattern, name));
-    let names: Vec<&str> = program.params_of(&role.name).map(|(_, name)| name).filter(|n| may_be_new(n)).collect();
-    if names.is_empty() {
-        return Ok(Vec::new());
-    }
-    let folder = Folder::open(folder)?;
-    let mut new = Vec::new();
-    for name in names {
-        if !folder.holds(rules, name)? {
-            new.push(name.to_string());
-        }
-    }
-    Ok(new)
 }
 
 /// Copies the parameters of another role, by their Hugging Face names.
@@ -115,28 +91,35 @@ fn snapshot(program: &Program, device: &mut dyn Device, role: &Role, of: &str) -
     if errors.is_empty() { Ok(()) } else { Err(errors) }
 }
 
-/// Puts the weights of a Hugging Face folder into the parameters of a role, but for those in `new`.
-pub(crate) fn load_params(
+/// Puts the weights of a Hugging Face folder into the parameters of a role; gives those that the folder may lack and
+/// does, which begin as the role's graph `init` says.
+pub(crate) fn load_folder(
     program: &Program,
     device: &mut dyn Device,
-    role: &str,
-    rules: &TensorRules,
+    role: &Role,
     folder: &Path,
-    new: &[String],
-) -> Result<(), Vec<Diag>> {
+) -> Result<Vec<String>, Vec<Diag>> {
     let folder = Folder::open(folder).map_err(|e| vec![e])?;
     let (ids, wanted): (Vec<StateId>, Vec<(String, Vec<usize>)>) = program
-        .params_of(role)
-        .filter(|(_, name)| !new.iter().any(|n| n == name))
+        .params_of(&role.name)
         .map(|(id, name)| {
             let shape = program.state(id).ty.shape(&Bindings::new()).expect("states have constant dims");
             (id, (name.to_string(), shape))
         })
         .unzip();
-    for (id, tensor) in ids.into_iter().zip(read_params(&folder, rules, &wanted)?) {
-        device.set_state(id, &tensor);
+    let tensors = read_params(&folder, &role.model.tensors, &wanted)?;
+    let new: Vec<String> =
+        wanted.iter().zip(&tensors).filter(|(_, t)| t.is_none()).map(|((name, _), _)| name.clone()).collect();
+    if !new.is_empty() {
+        // It draws all of them, also those that the folder has.
+        init(program, device, role).map_err(|e| vec![e])?;
     }
-    Ok(())
+    for (id, tensor) in ids.into_iter().zip(tensors) {
+        if let Some(tensor) = tensor {
+            device.set_state(id, &tensor);
+        }
+    }
+    Ok(new)
 }
 
 /// Writes the models that a stage leaves, as Hugging Face folders.
