@@ -146,4 +146,56 @@ impl Tensor {
         shape[0] = range.len();
         Tensor { shape, data }
     }
+
+    /// The rows of these numbers along the first dimension, in this order; a row may be taken more than once.
+    ///
+    /// # Panics
+    /// If this is a scalar or there is no such row.
+    pub fn select(&self, rows: &[usize]) -> Tensor {
+        fn of<T: Copy>(v: &[T], rows: &[usize], width: usize) -> Vec<T> {
+            rows.iter().flat_map(|r| &v[r * width..(r + 1) * width]).copied().collect()
+        }
+        let width: usize = self.shape[1..].iter().product();
+        let data = match &self.data {
+            Data::F32(v) => Data::F32(of(v, rows, width)),
+            Data::F64(v) => Data::F64(of(v, rows, width)),
+            Data::I32(v) => Data::I32(of(v, rows, width)),
+            Data::Bool(v) => Data::Bool(of(v, rows, width)),
+            Data::Key(v) => Data::Key(of(v, rows, width)),
+        };
+        let mut shape = self.shape.clone();
+        shape[0] = rows.len();
+        Tensor { shape, data }
+    }
+
+    /// Puts the rows of another tensor after those of this one.
+    ///
+    /// # Panics
+    /// If their elements are of different kinds, or their shapes differ in more than the first dimension.
+    pub fn append(&mut self, other: &Tensor) {
+        assert_eq!(self.shape[1..], other.shape[1..], "rows of different shapes");
+        match (&mut self.data, &other.data) {
+            (Data::F32(a), Data::F32(b)) => a.extend(b),
+            (Data::F64(a), Data::F64(b)) => a.extend(b),
+            (Data::I32(a), Data::I32(b)) => a.extend(b),
+            (Data::Bool(a), Data::Bool(b)) => a.extend(b),
+            (Data::Key(a), Data::Key(b)) => a.extend(b),
+            _ => panic!("rows of different kinds of elements"),
+        }
+        self.shape[0] += other.shape[0];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Tensor;
+
+    #[test]
+    fn rows_are_chosen_and_put_together() {
+        let x = Tensor::i32(&[3, 2], vec![0, 1, 10, 11, 20, 21]);
+        let mut y = x.select(&[2, 0, 2]);
+        assert_eq!(y, Tensor::i32(&[3, 2], vec![20, 21, 0, 1, 20, 21]));
+        y.append(&x.rows(1..2));
+        assert_eq!(y, Tensor::i32(&[4, 2], vec![20, 21, 0, 1, 20, 21, 10, 11]));
+    }
 }

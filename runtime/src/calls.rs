@@ -1,28 +1,18 @@
 //! Calling graphs on parts of a batch, and putting their totals together.
 //!
 //! Which graphs exist and what they hand on is decided by the pass `autodiff`: totals are called `sum.<k>`, `max.<k>` or
-//! `min.<k>`, and the first part of the name says how those of parts become those of the whole.
+//! `min.<k>`, and the first part of the name says how those of parts become those of the whole. All other outputs of a
+//! part have rows.
 
 use std::collections::BTreeMap;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::UpdateSteps;
+use dsgc_ir::stage::{CallSteps, TermSteps};
 use dsgc_ir::{DType, Data, Graph, Program, Tensor};
 use dsgc_kernels::Device;
 
-use crate::data::Batch;
-
 /// Named tensors: what goes into graphs and comes out.
 pub type Named = BTreeMap<String, Tensor>;
-
-/// A batch as the inputs of a graph: `args` says which input is which part of the batch.
-///
-/// An entry `(text.tokens, batch.text.tokens)` gives the input `text.tokens` the tensor of that name; what the batch is
-/// called in the plan does not matter.
-pub fn inputs_of(batch: &Batch, args: &[(String, String)]) -> Named {
-    let tensor = |path: &str| path.split_once('.').and_then(|(_, name)| batch.tensors.get(name)).cloned();
-    args.iter().filter_map(|(input, path)| Some((input.clone(), tensor(path)?))).collect()
-}
 
 /// Runs a graph on those of the given tensors that it names.
 pub fn call(device: &mut dyn Device, program: &Program, graph: &str, given: &[&Named]) -> Result<Named, Diag> {
@@ -41,50 +31,111 @@ pub fn call(device: &mut dyn Device, program: &Program, graph: &str, given: &[&N
 ///
 /// # Panics
 /// If there is none: the plan names graphs that the passes made.
-fn graph_named<'a>(program: &'a Program, name: &str) -> &'a Graph {
+pub(crate) fn graph_named<'a>(program: &'a Program, name: &str) -> &'a Graph {
     program.graph(name).unwrap_or_else(|| panic!("bug: the plan calls @{name}, which the program does not have"))
 }
 
-/// One optimizer step on a batch; the answer holds the loss graph's numbers and `grad_norm`.
-pub fn update(
-    device: &mut dyn Device,
-    program: &Program,
-    steps: &UpdateSteps,
-    inputs: &Named,
-    micro_batch_size: usize,
-    settings: &Named,
-) -> Result<Named, Diag> {
-    match steps {
-        UpdateSteps::Whole { step } => call(device, program, step, &[inputs, settings]),
-        UpdateSteps::Split { count, grad, finish, apply } => {
-            let parts = parts(inputs, micro_batch_size);
-            let mut totals = Named::new();
-            if let Some(count) = count {
-                for part in &parts {
-                    combine(&mut totals, call(device, program, count, &[part])?);
-                }
+/// Graphs that run on a batch part by part.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts<'a> {
+    /// Totals that later graphs take, in rounds: each runs on all parts with the totals so far.
+    pub count: &'a [String],
+    /// What has rows, and the other totals.
+    pub rows: &'a str,
+    /// What follows from the totals of all parts.
+    pub finish: Option<&'a str>,
+}
+
+impl<'a> Parts<'a> {
+    /// The graphs of a call; `None` where it is one call of the graph itself.
+    pub fn of_call(steps: &'a CallSteps) -> Option<Parts<'a>> {
+        match steps {
+            CallSteps::Whole => None,
+            CallSteps::Split { count, rows, finish } => {
+                Some(Parts { count: count.as_slice(), rows, finish: finish.as_deref() })
             }
-            let given = totals.clone();
-            let mut rest = Named::new();
-            for part in &parts {
-                combine(&mut rest, call(device, program, grad, &[part, &given])?);
-            }
-            totals.extend(rest);
-            let mut outputs = call(device, program, finish, &[&totals, inputs])?;
-            outputs.extend(call(device, program, apply, &[settings])?);
-            Ok(outputs)
         }
+    }
+
+    /// The graphs of a term of an update.
+    pub fn of_term(steps: &'a TermSteps) -> Parts<'a> {
+        Parts { count: steps.count.as_slice(), rows: &steps.grad, finish: Some(&steps.finish) }
+    }
+
+    /// Most rows of a part; `None` where the graphs have no batch.
+    pub fn size(&self, program: &Program) -> Option<usize> {
+        let graph = graph_named(program, self.rows);
+        let range = graph.dim_range(graph.batch.as_ref()?)?;
+        usize::try_from(range.max).ok().filter(|&n| n > 0)
+    }
+
+    /// A batch's tensors cut along the batch, each part as large as the graphs take it. Tensors without rows are part
+    /// of every one.
+    pub fn cut(&self, program: &Program, inputs: &Named) -> Vec<Named> {
+        let graphs: Vec<&Graph> =
+            self.count.iter().map(String::as_str).chain([self.rows]).map(|g| graph_named(program, g)).collect();
+        // How many rows of this tensor belong to one of the batch.
+        let factor = |name: &str| {
+            graphs.iter().find_map(|graph| {
+                let dim = graph.ty(graph.input_named(name)?).dims.first()?.clone();
+                let (factor, symbol) = dim.as_scaled_symbol()?;
+                (Some(symbol) == graph.batch.as_ref()).then_some(factor as usize)
+            })
+        };
+        let factors: BTreeMap<&str, usize> = inputs.keys().filter_map(|n| Some((n.as_str(), factor(n)?))).collect();
+        let rows = factors.iter().map(|(name, factor)| inputs[*name].shape[0] / factor).max();
+        let (Some(rows), Some(size)) = (rows, self.size(program)) else { return vec![inputs.clone()] };
+        let part = |from: usize| {
+            let to = (from + size).min(rows);
+            let cut = |(name, tensor): (&String, &Tensor)| match factors.get(name.as_str()) {
+                Some(factor) => (name.clone(), tensor.rows(from * factor..to * factor)),
+                None => (name.clone(), tensor.clone()),
+            };
+            inputs.iter().map(cut).collect()
+        };
+        (0..rows).step_by(size).map(part).collect()
+    }
+
+    /// Runs the graphs on the parts of a batch, which need not have the same width.
+    pub fn run(&self, device: &mut dyn Device, program: &Program, parts: &[Named]) -> Result<Outputs, Diag> {
+        let mut totals = Named::new();
+        for graph in self.count {
+            let mut round = Named::new();
+            for part in parts {
+                combine(&mut round, call(device, program, graph, &[part, &totals])?);
+            }
+            totals.extend(round);
+        }
+        let mut outputs = Outputs::default();
+        let mut round = Named::new();
+        for part in parts {
+            let made = call(device, program, self.rows, &[part, &totals])?;
+            let (of_all, of_rows) = made.into_iter().partition(|(name, _)| is_total(name));
+            combine(&mut round, of_all);
+            outputs.rows.push(of_rows);
+        }
+        totals.extend(round);
+        if let Some(finish) = self.finish {
+            let first = parts.first().cloned().unwrap_or_default();
+            outputs.whole = call(device, program, finish, &[&totals, &first])?;
+        }
+        Ok(outputs)
     }
 }
 
-/// The inputs cut into at most `rows` rows each.
-fn parts(inputs: &Named, rows: usize) -> Vec<Named> {
-    let all = inputs.values().map(|t| t.shape[0]).max().unwrap_or(0);
-    let cut = |from: usize| {
-        let to = (from + rows).min(all);
-        inputs.iter().map(|(name, tensor)| (name.clone(), tensor.rows(from..to))).collect()
-    };
-    (0..all).step_by(rows.max(1)).map(cut).collect()
+/// What a call on several parts gives.
+#[derive(Clone, Debug, Default)]
+pub struct Outputs {
+    /// Outputs with rows, of each part.
+    pub rows: Vec<Named>,
+    /// Outputs of all parts together.
+    pub whole: Named,
+}
+
+/// Whether an output's name is that of a total.
+fn is_total(name: &str) -> bool {
+    let number = name.split_once('.').filter(|(how, _)| ["sum", "max", "min"].contains(how));
+    number.is_some_and(|(_, k)| k.parse::<usize>().is_ok())
 }
 
 /// Adds the totals of a part to those of the parts before it, in doubles.

@@ -15,7 +15,7 @@
 //! Everything is tokenised once, when the data set is opened, and kept in memory.
 
 mod batch;
-mod order;
+pub(crate) mod order;
 mod rows;
 
 pub use batch::Batch;

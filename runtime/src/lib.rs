@@ -5,17 +5,24 @@
 //! Session::run --plan--> batches --calls--> graphs --> Event: data, evaluated, step, saved
 //! ```
 //!
-//! [`data`] turns files of rows into batches of tokens; [`calls`] runs the graphs of an update on the parts of a
-//! batch; [`Session`] walks the plan and tells an observer what happens; [`MetricsFile`] is such an observer.
+//! [`data`] turns files of rows into batches of tokens; [`Session`] walks the plan and tells an observer what happens;
+//! [`calls`] runs graphs on the parts of a batch, and a [`Decoder`] continues sequences. [`MetricsFile`] is an observer.
 //! [`Scorer`] runs a model without training it.
 
 pub mod calls;
 pub mod data;
+mod evaluate;
+mod generate;
 mod metrics;
+mod plan;
+mod roles;
 mod schedule;
 mod score;
 mod session;
+mod steps;
+mod values;
 
+pub use generate::{Decoder, Next};
 pub use metrics::MetricsFile;
 pub use schedule::learning_rate;
 pub use score::{Score, Scorer};

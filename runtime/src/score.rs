@@ -3,11 +3,10 @@
 use std::path::Path;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::TensorRules;
 use dsgc_ir::{Planned, Tensor};
 use dsgc_kernels::Device;
 
-use crate::session::load_params;
+use crate::roles::load_folder;
 
 /// What a model says of one text.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,9 +34,11 @@ impl Scorer {
             .flatten()
             .and_then(|v| usize::try_from(v).ok())
             .expect("the last dim of logits is the model's vocabulary");
-        let role = program.stage.roles.first().cloned();
-        let (name, rules) = role.map_or(("model".into(), TensorRules::default()), |r| (r.name, r.model.tensors));
-        load_params(&program, device.as_mut(), &name, &rules, folder)?;
+        let role = program.stage.roles.first().expect("the recipe `score` has a role");
+        if let Some(param) = load_folder(&program, device.as_mut(), role, folder)?.first() {
+            let diag = Diag::error(format!("found no tensor for parameter `{param}` in `{}`", folder.display()));
+            return Err(vec![diag.help("train the model before it is scored")]);
+        }
         Ok(Scorer { device, vocab })
     }
 

@@ -1,18 +1,20 @@
 //! A stage that runs: its models in a device, its data, its plan.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::time::Instant;
 
-use dsgc_hf::{Folder, Tokenizer, read_params, save};
+use dsgc_hf::Tokenizer;
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::{Origin, Role, Source, Stage, Statement, Update};
-use dsgc_ir::{Bindings, Data, Planned, StateId, Tensor};
+use dsgc_ir::stage::{Rows, Source, Statement};
+use dsgc_ir::{Planned, Tensor};
 use dsgc_kernels::Device;
 
-use crate::calls::{self, Named, combine, inputs_of};
-use crate::data::{Batch, DataReport, Dataset};
-use crate::schedule::learning_rate;
+use crate::calls::{self, Named, graph_named};
+use crate::data::{DataReport, Dataset};
+use crate::plan::{Cache, Counters, Place, Told};
+use crate::roles;
+use crate::values::{Origin, Values};
 
 /// Numbers by name, in the order of the names.
 pub type Metrics = BTreeMap<String, f64>;
@@ -28,6 +30,13 @@ pub enum Event {
         train: DataReport,
         /// What became of its held-out rows.
         eval: Option<DataReport>,
+    },
+    /// A folder lacks parameters that may be new: they begin as the model says.
+    New {
+        /// The role.
+        role: String,
+        /// The parameters.
+        params: Vec<String>,
     },
     /// The held-out rows were evaluated.
     Evaluated {
@@ -55,6 +64,26 @@ pub enum Event {
         /// Seconds that it took.
         seconds: f64,
     },
+    /// A metric has left the range in which it is healthy.
+    Health {
+        /// The optimizer step after which it did.
+        step: u64,
+        /// The metric.
+        metric: String,
+        /// What it is.
+        value: f64,
+        /// Smallest healthy value.
+        low: Option<f64>,
+        /// Largest healthy value.
+        high: Option<f64>,
+    },
+    /// No row of a table takes part in the loop over its minibatches.
+    NoRows {
+        /// Path of the table.
+        table: String,
+        /// Rows that it has.
+        rows: usize,
+    },
     /// A model was written.
     Saved {
         /// The role.
@@ -69,23 +98,34 @@ pub type Observer<'a> = &'a mut dyn FnMut(&Event) -> Result<(), Diag>;
 
 /// A planned stage with its models and data.
 pub struct Session {
-    program: Planned,
-    device: Box<dyn Device>,
-    data: BTreeMap<String, Dataset>,
+    pub(crate) program: Planned,
+    pub(crate) device: Box<dyn Device>,
+    pub(crate) data: BTreeMap<String, Dataset>,
     /// Optimizer steps taken, by role.
-    taken: BTreeMap<String, u64>,
+    pub(crate) taken: BTreeMap<String, u64>,
+    pub(crate) counters: Counters,
+    /// Where a `next` stands, by source.
+    pub(crate) places: BTreeMap<String, Place>,
+    /// Replay buffers, by the name that the plan gives them.
+    pub(crate) tables: BTreeMap<String, Named>,
+    pub(crate) caches: Vec<Cache>,
+    /// Metrics that are outside of their ranges.
+    pub(crate) unhealthy: BTreeSet<String>,
 }
 
 impl Session {
-    /// Reads or makes the weights of all roles and reads all data.
+    /// Reads or makes the weights of all roles, sets the recipe's states and reads all data.
     pub fn open(program: Planned, mut device: Box<dyn Device>, observer: Observer) -> Result<Session, Vec<Diag>> {
         outermost(&program.stage.plan).map_err(|e| vec![e])?;
         let mut errors = Vec::new();
-        for role in &program.stage.roles {
-            errors.extend(overwritten(&program.stage, role));
-            if let Err(mut found) = load_role(&program, device.as_mut(), role) {
-                errors.append(&mut found);
-            }
+        if let Err(mut found) = roles::load(&program, device.as_mut(), observer) {
+            errors.append(&mut found);
+        }
+        if let Some(init) = &program.stage.init {
+            let key = Tensor::key(roles::key_of(&program.stage));
+            let graph = graph_named(&program, init);
+            let inputs: Named = graph.inputs().map(|v| (graph.name_of(v).to_string(), key.clone())).collect();
+            calls::call(device.as_mut(), &program, init, &[&inputs]).map_err(|e| vec![e])?;
         }
         let mut data = BTreeMap::new();
         for source in &program.stage.sources {
@@ -98,7 +138,20 @@ impl Session {
                 Err(mut found) => errors.append(&mut found),
             }
         }
-        if errors.is_empty() { Ok(Session { program, device, data, taken: BTreeMap::new() }) } else { Err(errors) }
+        if !errors.is_empty() {
+            return Err(errors);
+        }
+        Ok(Session {
+            program,
+            device,
+            data,
+            taken: BTreeMap::new(),
+            counters: Counters::default(),
+            places: BTreeMap::new(),
+            tables: BTreeMap::new(),
+            caches: Vec::new(),
+            unhealthy: BTreeSet::new(),
+        })
     }
 
     /// The device, to look at states.
@@ -106,54 +159,58 @@ impl Session {
         self.device.as_ref()
     }
 
-    /// Runs the whole stage: evaluates, trains, evaluates, and writes its models.
+    /// Runs the whole stage: evaluates, trains, evaluates, writes its models, and looks at what it must reach.
     pub fn run(&mut self, observer: Observer) -> Result<(), Diag> {
-        self.evaluate(0, observer)?;
         let plan = self.program.stage.plan.clone();
-        let (source, body) = outermost(&plan)?;
-        self.train(source, body, observer)?;
-        let steps = self.steps();
-        if !steps.is_multiple_of(self.program.stage.eval_steps.unwrap_or(steps + 1)) {
-            self.evaluate(steps, observer)?;
-        }
-        self.save(observer)
+        let reached = self.train(&plan, observer)?;
+        roles::save_all(&self.program, self.device.as_ref(), observer)?;
+        self.require(&reached)
     }
 
     /// Optimizer batches of the stage: those of all epochs, or `max_steps`.
     pub fn steps(&self) -> u64 {
         let stage = &self.program.stage;
-        let source = outermost(&stage.plan).ok().and_then(|(source, _)| self.source(source));
+        let source = outermost(&stage.plan).ok().and_then(|(_, source, _)| self.source(source));
         let source = source.expect("the plan was looked at in `open`");
         let per_epoch = self.data[&source.name].len().div_ceil(source.batch_size) as f64;
         let steps = (stage.num_epochs * per_epoch).ceil() as u64;
         stage.max_steps.unwrap_or(steps)
     }
 
-    fn source(&self, name: &str) -> Option<&Source> {
+    pub(crate) fn source(&self, name: &str) -> Option<&Source> {
         self.program.stage.sources.iter().find(|s| s.name == name)
     }
 
-    fn train(&mut self, source: &str, body: &[Statement], observer: Observer) -> Result<(), Diag> {
-        let source = self.source(source).expect("the verifier of the plan saw the source").clone();
-        let steps = self.steps();
-        let (eval_steps, per_epoch) =
-            (self.program.stage.eval_steps, self.data[&source.name].len().div_ceil(source.batch_size) as u64);
+    /// Trains, with evaluations; gives the numbers of the last one.
+    fn train(&mut self, plan: &[Statement], observer: Observer) -> Result<Metrics, Diag> {
+        let mut reached = self.evaluate(0, observer)?;
+        let (name, source, body) = outermost(plan)?;
+        let source = self.source(source).expect("the loader saw the source").clone();
+        let (steps, eval_steps) = (self.steps(), self.program.stage.eval_steps);
+        let per_epoch = self.data[&source.name].len().div_ceil(source.batch_size) as u64;
         let mut step = 0;
         for epoch in 0.. {
             let order = self.data[&source.name].epoch(epoch);
             for rows in order.chunks(source.batch_size) {
                 if step == steps {
-                    return Ok(());
+                    return Ok(reached);
                 }
                 step += 1;
                 let started = Instant::now();
                 let batch = self.data[&source.name].batch(rows);
-                let mut metrics = Metrics::new();
-                self.statements(body, &source, &batch, steps, &mut metrics)?;
-                let (tokens, seconds) = (tokens(&batch), started.elapsed().as_secs_f64());
-                let epoch = step as f64 / per_epoch as f64;
+                let origin = Origin { source: source.name.clone(), held: false, rows: rows.to_vec() };
+                let (mut values, mut told) = (Values::default(), Told::default());
+                values.bind_rows(name, batch.tensors, origin);
+                let tokens = values.tokens(name);
+                self.statements(body, &mut values, steps, &mut told)?;
+                let (seconds, epoch) = (started.elapsed().as_secs_f64(), step as f64 / per_epoch as f64);
+                let Told { metrics, mut events } = told;
                 let wrong = wrong_number(&metrics);
+                events.extend(self.health(step, &metrics));
                 observer(&Event::Step { step, steps, epoch, metrics, tokens, seconds })?;
+                for event in &events {
+                    observer(event)?;
+                }
                 if let Some((name, value)) = wrong {
                     let stage = &self.program.stage.name;
                     return Err(Diag::error(format!("`{name}` is {value} at step {step} of the stage `{stage}`")).help(
@@ -161,155 +218,36 @@ impl Session {
                          that no token of the batch is a target",
                     ));
                 }
-                if eval_steps.is_some_and(|every| step.is_multiple_of(every)) {
-                    self.evaluate(step, observer)?;
+                if step == steps || eval_steps.is_some_and(|every| step.is_multiple_of(every)) {
+                    reached = self.evaluate(step, observer)?;
                 }
             }
         }
-        Ok(())
-    }
-
-    fn statements(
-        &mut self,
-        body: &[Statement],
-        source: &Source,
-        batch: &Batch,
-        steps: u64,
-        metrics: &mut Metrics,
-    ) -> Result<(), Diag> {
-        for statement in body {
-            match statement {
-                Statement::For { .. } => unreachable!("bug: `open` let a `for` inside a `for` pass"),
-                Statement::Repeat { times, body } => {
-                    for _ in 0..*times {
-                        self.statements(body, source, batch, steps, metrics)?;
-                    }
-                }
-                Statement::Update(update) => {
-                    let of_role = updates_of(&self.program.stage.plan, &update.role);
-                    self.update(update, source, batch, steps * of_role, metrics)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// One optimizer step; `total` is how many the role takes in all.
-    fn update(
-        &mut self,
-        update: &Update,
-        source: &Source,
-        batch: &Batch,
-        total: u64,
-        metrics: &mut Metrics,
-    ) -> Result<(), Diag> {
-        let training = self.program.stage.trainings.iter().find(|t| t.role == update.role);
-        let training = training.unwrap_or_else(|| panic!("bug: `{}` is updated without settings", update.role));
-        let taken = self.taken.entry(update.role.clone()).or_default();
-        let lr = learning_rate(&training.schedule, *taken, total);
-        *taken += 1;
-        let settings = Named::from([
-            ("lr".to_string(), Tensor::f64(&[], vec![lr])),
-            ("t".to_string(), Tensor::i32(&[], vec![i32::try_from(*taken).unwrap_or(i32::MAX)])),
-        ]);
-        let steps = update.steps.as_ref().unwrap_or_else(|| panic!("bug: `autodiff` left an update as it was"));
-        let inputs = inputs_of(batch, &update.args);
-        let outputs =
-            calls::update(self.device.as_mut(), &self.program, steps, &inputs, source.micro_batch_size, &settings)?;
-        // Where several roles are trained, their numbers are told apart by the role.
-        let prefix = if self.program.stage.trainings.len() > 1 { format!("{}/", update.role) } else { String::new() };
-        metrics.extend(outputs.into_iter().map(|(name, value)| (format!("{prefix}{name}"), value.scalar())));
-        metrics.insert(format!("{prefix}lr"), lr);
-        Ok(())
-    }
-
-    /// Evaluates all held-out rows, if there are any.
-    fn evaluate(&mut self, step: u64, observer: Observer) -> Result<(), Diag> {
-        let started = Instant::now();
-        let mut metrics = Metrics::new();
-        for evaluate in &self.program.stage.evaluate {
-            let source = self.source(&evaluate.source).expect("the loader saw the source");
-            let data = &self.data[&source.name];
-            let steps = evaluate.steps.as_ref().unwrap_or_else(|| panic!("bug: `autodiff` left an evaluation"));
-            let mut totals = Named::new();
-            let rows: Vec<usize> = (0..data.eval_len()).collect();
-            for rows in rows.chunks(source.micro_batch_size) {
-                let inputs = inputs_of(&data.eval_batch(rows), &evaluate.args);
-                combine(&mut totals, calls::call(self.device.as_mut(), &self.program, &steps.sums, &[&inputs])?);
-            }
-            let outputs = calls::call(self.device.as_mut(), &self.program, &steps.finish, &[&totals])?;
-            // Where several sources are evaluated, their numbers are told apart by the source.
-            let several = self.program.stage.evaluate.len() > 1;
-            let prefix = if several { format!("{}/", evaluate.source) } else { String::new() };
-            metrics.extend(outputs.into_iter().map(|(name, value)| (format!("{prefix}{name}"), value.scalar())));
-        }
-        if metrics.is_empty() {
-            return Ok(());
-        }
-        observer(&Event::Evaluated { step, steps: self.steps(), metrics, seconds: started.elapsed().as_secs_f64() })
-    }
-
-    /// Writes the models that the stage leaves, as Hugging Face folders.
-    fn save(&self, observer: Observer) -> Result<(), Diag> {
-        let stage = &self.program.stage;
-        for name in &stage.save {
-            let role = stage.roles.iter().find(|r| r.name == *name).expect("the loader saw the role");
-            let folder = result_folder(stage, name);
-            let params: Vec<(String, Tensor)> = self
-                .program
-                .params_of(name)
-                .map(|(id, param)| (param.to_string(), self.device.state(id).single()))
-                .collect();
-            if let Some((param, _)) = params.iter().find(|(_, t)| t.to_f64().iter().any(|x| !x.is_finite())) {
-                let message = format!("`{param}` is not finite after the stage `{}`: nothing is written", stage.name);
-                return Err(Diag::error(message).help("a smaller `learning_rate` usually keeps it finite"));
-            }
-            let params: Vec<(String, &Tensor)> = params.iter().map(|(n, t)| (n.clone(), t)).collect();
-            save(&folder, &role.model, &params, role.tokenizer.as_deref().map(Path::new))?;
-            observer(&Event::Saved { role: name.clone(), folder })?;
-        }
-        Ok(())
+        Ok(reached)
     }
 }
 
-/// The source of a plan and what is done with each of its batches. A plan of this version is one `for` without
-/// another in it.
-fn outermost(plan: &[Statement]) -> Result<(&str, &[Statement]), Diag> {
-    fn has_for(body: &[Statement]) -> bool {
+/// The outermost loop of a plan: the name of its batches, their source, and what is done with each. All other loops
+/// are over minibatches.
+fn outermost(plan: &[Statement]) -> Result<(&str, &str, &[Statement]), Diag> {
+    fn has_source(body: &[Statement]) -> bool {
         body.iter().any(|statement| match statement {
-            Statement::For { .. } => true,
-            Statement::Repeat { body, .. } => has_for(body),
-            Statement::Update(_) => false,
+            Statement::For { rows: Rows::Source(_), .. } => true,
+            Statement::For { body, .. } | Statement::Repeat { body, .. } => has_source(body),
+            _ => false,
         })
     }
     match plan {
-        [Statement::For { body, .. }] if has_for(body) => {
-            Err(Diag::error("found a `for` inside a `for` in the plan, which is not part of this version"))
+        [Statement::For { body, .. }] if has_source(body) => {
+            Err(Diag::error("found a `for` over data inside another one in the plan, expected `minibatches` in it")
+                .help("`next` takes a batch of another source"))
         }
-        [Statement::For { source, body, .. }] => Ok((source, body)),
-        _ => {
-            Err(Diag::error(format!("found {} statements in the plan, expected one `for` with all others", plan.len())))
-        }
+        [Statement::For { batch, rows: Rows::Source(source), body }] => Ok((batch, source, body)),
+        _ => Err(Diag::error(format!(
+            "found {} statements in the plan, expected one `for` over data with all others",
+            plan.len()
+        ))),
     }
-}
-
-/// Where a stage writes the model of a role.
-fn result_folder(stage: &Stage, role: &str) -> PathBuf {
-    match stage.save.len() {
-        1 => PathBuf::from(&stage.output_dir),
-        _ => Path::new(&stage.output_dir).join(role),
-    }
-}
-
-/// What is wrong if a stage would write over the user's model that a role begins with.
-fn overwritten(stage: &Stage, role: &Role) -> Option<Diag> {
-    let Origin::Folder(folder) = &role.origin else { return None };
-    let model = Path::new(folder).canonicalize().ok()?;
-    let saved = stage.save.iter().map(|name| result_folder(stage, name));
-    let result = saved.into_iter().find(|result| result.canonicalize().is_ok_and(|r| r == model))?;
-    let message =
-        format!("`{}` would be overwritten by the stage `{}`, which begins with it", result.display(), stage.name);
-    Some(Diag::error(message).help("set another `output_dir`"))
 }
 
 /// A loss that is not finite, or else a norm: after such a step the parameters are of no use.
@@ -318,70 +256,7 @@ fn wrong_number(metrics: &Metrics) -> Option<(String, f64)> {
     wrong("loss").or_else(|| wrong("grad_norm")).map(|(name, value)| (name.clone(), *value))
 }
 
-/// Optimizer steps of a role per batch of the outermost source.
-fn updates_of(plan: &[Statement], role: &str) -> u64 {
-    plan.iter()
-        .map(|statement| match statement {
-            Statement::For { body, .. } => updates_of(body, role),
-            Statement::Repeat { times, body } => times * updates_of(body, role),
-            Statement::Update(update) => u64::from(update.role == role),
-        })
-        .sum()
-}
-
-/// Tokens of a batch without padding.
-fn tokens(batch: &Batch) -> u64 {
-    let segments = batch.tensors.iter().filter(|(name, _)| name.ends_with(".segment"));
-    let count = |tensor: &Tensor| match &tensor.data {
-        Data::I32(v) => v.iter().filter(|&&s| s != 0).count() as u64,
-        _ => 0,
-    };
-    segments.map(|(_, tensor)| count(tensor)).sum()
-}
-
 fn open_source(source: &Source, seed: u64) -> Result<Dataset, Vec<Diag>> {
     let tokenizer = Tokenizer::load(&source.tokenizer).map_err(|e| vec![e.label(source.span, "for these rows")])?;
     Dataset::open(source, seed, &tokenizer)
-}
-
-/// Puts a role's weights into the device.
-fn load_role(program: &Planned, device: &mut dyn Device, role: &Role) -> Result<(), Vec<Diag>> {
-    let folder = match &role.origin {
-        Origin::Random { init } => {
-            let seed = program.stage.seed;
-            let key = Tensor::key([(seed >> 32) as u32, seed as u32]);
-            let graph = program.graph(init).unwrap_or_else(|| panic!("bug: the program does not have @{init}"));
-            let name = graph.inputs().next().map_or("", |input| graph.name_of(input));
-            return device.run(init, &[(name, &key)]).map(drop).map_err(|e| vec![e]);
-        }
-        Origin::Folder(folder) => folder,
-        Origin::Stage(folder) if Path::new(folder).join("config.json").is_file() => folder,
-        Origin::Stage(folder) => {
-            let diag = Diag::error(format!("found no model in `{folder}`, which an earlier stage writes"));
-            return Err(vec![diag.help("run the whole pipeline, or that stage first with `--stage`")]);
-        }
-    };
-    load_params(program, device, &role.name, &role.model.tensors, Path::new(folder))
-}
-
-/// Puts the weights of a Hugging Face folder into the parameters of a role.
-pub(crate) fn load_params(
-    program: &Planned,
-    device: &mut dyn Device,
-    role: &str,
-    rules: &dsgc_ir::stage::TensorRules,
-    folder: &Path,
-) -> Result<(), Vec<Diag>> {
-    let folder = Folder::open(folder).map_err(|e| vec![e])?;
-    let (ids, wanted): (Vec<StateId>, Vec<(String, Vec<usize>)>) = program
-        .params_of(role)
-        .map(|(id, name)| {
-            let shape = program.state(id).ty.shape(&Bindings::new()).expect("states have constant dims");
-            (id, (name.to_string(), shape))
-        })
-        .unzip();
-    for (id, tensor) in ids.into_iter().zip(read_params(&folder, rules, &wanted)?) {
-        device.set_state(id, &tensor);
-    }
-    Ok(())
 }

@@ -71,6 +71,13 @@ pub(super) fn of_epoch(seed: u64, epoch: u64, size: usize) -> Vec<usize> {
     numpy_shuffle(&mut Mt19937::from_words(&words), size)
 }
 
+/// The order of a table's rows in a loop over its minibatches, which are counted from 0: numpy's shuffle as of
+/// [`of_epoch`], seeded with a fifth word, so that no loop has the order of an epoch.
+pub(crate) fn of_loop(seed: u64, count: u64, size: usize) -> Vec<usize> {
+    let words = [seed as u32, (seed >> 32) as u32, count as u32, (count >> 32) as u32, 1];
+    numpy_shuffle(&mut Mt19937::from_words(&words), size)
+}
+
 /// `torch.randperm(size)` after `manual_seed(seed)`, for fewer than 2^32 / 20 rows: what torch's
 /// `DistributedSampler` shuffles with.
 pub(super) fn torch_randperm(seed: u32, size: usize) -> Vec<usize> {

@@ -1,0 +1,206 @@
+//! Continuing sequences by one token after the other.
+//!
+//! ```text
+//! prompt [N, P] --samples--> rows [N * samples, P] --calls of `rows`--> prefill(P columns) -> step -> step ...
+//! ```
+//!
+//! The graphs and what they take are those of [`GenerateSteps`]. A [`Decoder`] keeps track of columns; keys and values
+//! stay in the device's states, where a new sequence overwrites those of the one before.
+
+use dsgc_ir::diag::Diag;
+use dsgc_ir::stage::{Generate, GenerateSteps};
+use dsgc_ir::{Data, Program, Tensor};
+use dsgc_kernels::Device;
+use dsgc_kernels::random::{Key, fold};
+
+use crate::calls::{self, Named, graph_named};
+
+/// A set of rows that a model continues together.
+#[derive(Clone, Debug)]
+pub struct Decoder {
+    steps: GenerateSteps,
+    /// `B`: rows of a call.
+    rows: usize,
+    /// `C`: columns that there is room for.
+    width: usize,
+    /// Most columns of one call.
+    most: usize,
+    /// Columns so far.
+    place: usize,
+    /// `[B, C]`: 1 where there is a token.
+    segment: Vec<i32>,
+}
+
+/// What a model says after the last column.
+#[derive(Clone, Debug)]
+pub struct Next {
+    /// `[B, V]`, in the device's width.
+    pub logits: Tensor,
+    /// The token that was chosen for each row.
+    pub tokens: Vec<i32>,
+}
+
+impl Decoder {
+    /// A decoder without columns, for graphs of this program.
+    ///
+    /// # Panics
+    /// If the graphs are not what the pass `decode` makes.
+    pub fn new(program: &Program, steps: &GenerateSteps) -> Decoder {
+        let graph = graph_named(program, &steps.prefill);
+        let most_of = |input: &str, at: usize| {
+            let value = graph.input_named(input).unwrap_or_else(|| panic!("bug: @{} has no `{input}`", graph.name));
+            let dim = &graph.ty(value).dims[at];
+            dim.eval(&graph.upper_bounds()).unwrap_or_else(|s| panic!("bug: @{} has no range of `{s}`", graph.name))
+                as usize
+        };
+        let (rows, width, most) = (most_of("segment", 0), most_of("segment", 1), most_of("tokens", 1));
+        Decoder { steps: steps.clone(), rows, width, most, place: 0, segment: vec![0; rows * width] }
+    }
+
+    /// Rows of a call; those that are not needed have segment 0.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns that there is room for after those so far.
+    pub fn room(&self) -> usize {
+        self.width - self.place
+    }
+
+    /// Forgets all columns.
+    pub fn reset(&mut self) {
+        self.place = 0;
+        self.segment.fill(0);
+    }
+
+    /// Adds columns: `tokens` and `segment` are `[B, Q]`, row-major, with segment 0 where there is none. `row` numbers
+    /// the rows for sampling: what is drawn depends on the key, this number and the column only.
+    ///
+    /// Errors are the user's: more columns than there is room for, a token that the model does not know.
+    pub fn extend(
+        &mut self,
+        device: &mut dyn Device,
+        program: &Program,
+        tokens: &[i32],
+        segment: &[i32],
+        key: Key,
+        row: &[i32],
+    ) -> Result<Next, Diag> {
+        let (rows, columns) = (self.rows, tokens.len() / self.rows);
+        if columns > self.room() || columns > self.most {
+            let most = self.room().min(self.most);
+            return Err(Diag::error(format!("found {columns} more columns, and there is room for {most}")));
+        }
+        for (new, all) in segment.chunks(columns).zip(self.segment.chunks_mut(self.width)) {
+            all[self.place..self.place + columns].copy_from_slice(new);
+        }
+        let graph = if columns == 1 { &self.steps.step } else { &self.steps.prefill };
+        let inputs = Named::from([
+            ("tokens".to_string(), Tensor::i32(&[rows, columns], tokens.to_vec())),
+            ("segment".to_string(), Tensor::i32(&[rows, self.width], self.segment.clone())),
+            ("place".to_string(), Tensor::i32(&[], vec![self.place as i32])),
+            ("key".to_string(), Tensor::key(key)),
+            ("row".to_string(), Tensor::i32(&[rows], row.to_vec())),
+        ]);
+        let mut outputs = calls::call(device, program, graph, &[&inputs])?;
+        self.place += columns;
+        match (outputs.remove("logits"), outputs.remove("token").map(|t| t.data)) {
+            (Some(logits), Some(Data::I32(tokens))) => Ok(Next { logits, tokens }),
+            _ => panic!("bug: @{graph} does not give `logits` and `token`"),
+        }
+    }
+}
+
+/// Runs a [`Generate`] on its prompt; `number` counts these calls and gives each its own random numbers.
+///
+/// Answers do not depend on how many rows a call has.
+pub(crate) fn generate(
+    device: &mut dyn Device,
+    program: &Program,
+    generate: &Generate,
+    prompt: &Named,
+    seed: Key,
+    number: u64,
+) -> Result<Named, Diag> {
+    let steps = generate.steps.as_ref().unwrap_or_else(|| panic!("bug: `decode` left a generation as it was"));
+    let mut decoder = Decoder::new(program, steps);
+    let (ids, segments) = (member(generate, prompt, "tokens")?, member(generate, prompt, "segment")?);
+    let width = prompt["tokens"].shape[1];
+    let answers = prompt["tokens"].shape[0] * generate.samples;
+    let total = width + generate.max_new_tokens;
+    let mut result = Answers {
+        tokens: vec![generate.pad; answers * total],
+        segment: vec![0; answers * total],
+        answer: vec![false; answers * generate.max_new_tokens],
+    };
+    let key = fold(seed, number);
+    let all: Vec<usize> = (0..answers).collect();
+    for group in all.chunks(decoder.rows()) {
+        decoder.reset();
+        // Rows that the last call has too many are padding from the first column on.
+        let (mut tokens, mut segment) = (vec![generate.pad; decoder.rows() * width], vec![0; decoder.rows() * width]);
+        for (i, &answer) in group.iter().enumerate() {
+            let (from, here) = (answer / generate.samples * width, i * width);
+            tokens[here..here + width].copy_from_slice(&ids[from..from + width]);
+            segment[here..here + width].copy_from_slice(&segments[from..from + width]);
+            result.tokens[answer * total..][..width].copy_from_slice(&ids[from..from + width]);
+            result.segment[answer * total..][..width].copy_from_slice(&segments[from..from + width]);
+        }
+        let row: Vec<i32> = (group[0]..group[0] + decoder.rows()).map(|answer| answer as i32).collect();
+        let mut live: Vec<bool> = (0..decoder.rows()).map(|i| i < group.len()).collect();
+        for column in 0..generate.max_new_tokens {
+            let next = decoder.extend(device, program, &tokens, &segment, key, &row)?.tokens;
+            for (i, &answer) in group.iter().enumerate().filter(|(i, _)| live[*i]) {
+                result.tokens[answer * total + width + column] = next[i];
+                result.segment[answer * total + width + column] = 1;
+                result.answer[answer * generate.max_new_tokens + column] = true;
+            }
+            live.iter_mut().zip(&next).for_each(|(live, token)| *live &= Some(*token) != generate.stop);
+            if !live.contains(&true) {
+                break;
+            }
+            tokens = next.iter().zip(&live).map(|(&token, &live)| if live { token } else { generate.pad }).collect();
+            segment = live.iter().map(|&live| i32::from(live)).collect();
+        }
+    }
+    Ok(result.record(answers, width, generate.max_new_tokens))
+}
+
+/// What is made, row-major.
+struct Answers {
+    tokens: Vec<i32>,
+    segment: Vec<i32>,
+    answer: Vec<bool>,
+}
+
+impl Answers {
+    fn record(self, rows: usize, prompt: usize, most: usize) -> Named {
+        let width = prompt + most;
+        let mut trained = vec![false; rows * width];
+        for row in 0..rows {
+            trained[row * width + prompt..][..most].copy_from_slice(&self.answer[row * most..][..most]);
+        }
+        let sequence = [
+            ("tokens", Tensor::i32(&[rows, width], self.tokens)),
+            ("segment", Tensor::i32(&[rows, width], self.segment)),
+            ("trained", Tensor::bool(&[rows, width], trained)),
+        ];
+        let mut record = Named::from([("answer".to_string(), Tensor::bool(&[rows, most], self.answer))]);
+        for (name, tensor) in sequence {
+            record.insert(format!("seq.{name}"), tensor.clone());
+            record.insert(name.to_string(), tensor);
+        }
+        record
+    }
+}
+
+/// A member of the prompt: `i32[N, P]`.
+fn member<'a>(generate: &Generate, prompt: &'a Named, name: &str) -> Result<&'a [i32], Diag> {
+    match prompt.get(name) {
+        Some(Tensor { shape, data: Data::I32(v) }) if shape.len() == 2 => Ok(v),
+        _ => Err(Diag::error(format!(
+            "found no `{}.{name}` of i32[N, P] for the answers of `{}`",
+            generate.prompt, generate.role
+        ))),
+    }
+}

@@ -1,0 +1,316 @@
+//! The statements of a plan, one after the other.
+
+use std::collections::BTreeMap;
+
+use dsgc_ir::diag::Diag;
+use dsgc_ir::stage::{Call, Operand, Operands, Rows, Statement, Update, UpdateSteps};
+use dsgc_ir::{DType, Data, Tensor};
+
+use crate::calls::{self, Named, Parts};
+use crate::data::order;
+use crate::generate::generate;
+use crate::roles::key_of;
+use crate::schedule::learning_rate;
+use crate::session::{Event, Metrics, Session};
+use crate::steps::updates_of;
+use crate::values::{self, Origin, Values};
+
+/// What a batch of the outermost source leaves: its numbers, and what the user is to be told.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
+    pub metrics: Metrics,
+    pub events: Vec<Event>,
+}
+
+/// Loops and generations so far: each has its own random numbers.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counters {
+    loops: u64,
+    generations: u64,
+}
+
+/// Outputs of a cached call by the number of their row.
+pub(crate) struct Cache {
+    call: Call,
+    source: String,
+    held: bool,
+    rows: BTreeMap<usize, Named>,
+}
+
+/// Where the batches of a `next` stand.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Place {
+    epoch: u64,
+    /// Row numbers of the epoch in its order, and how many of them have been taken.
+    order: Vec<usize>,
+    taken: usize,
+}
+
+impl Session {
+    /// Runs statements; `steps` is the number of the outermost source's batches in all.
+    pub(crate) fn statements(
+        &mut self,
+        body: &[Statement],
+        values: &mut Values,
+        steps: u64,
+        told: &mut Told,
+    ) -> Result<(), Diag> {
+        for statement in body {
+            match statement {
+                Statement::For { rows: Rows::Source(source), .. } => {
+                    panic!("bug: `open` let a `for` over `{source}` inside a `for` pass")
+                }
+                Statement::For { batch, rows: Rows::Minibatches { table, size, keep, shuffle }, body } => {
+                    let record = values.record(table)?;
+                    for rows in self.minibatches(table, &record, keep.as_deref(), *shuffle, values, told)?.chunks(*size) {
+                        let mut inner = values.clone();
+                        inner.bind(batch, values::select(&record, rows));
+                        self.statements(body, &mut inner, steps, told)?;
+                    }
+                }
+                Statement::Repeat { times, body } => {
+                    for _ in 0..*times {
+                        self.statements(body, values, steps, told)?;
+                    }
+                }
+                Statement::Call(call) => self.call(call, values, told)?,
+                Statement::Generate(plan) => {
+                    let prompt = values.record(&plan.prompt)?;
+                    let (seed, number) = (key_of(&self.program.stage), self.counters.generations);
+                    self.counters.generations += 1;
+                    let record = generate(self.device.as_mut(), &self.program, plan, &prompt, seed, number)?;
+                    values.bind(&plan.name, record);
+                }
+                Statement::Next { name, source } => {
+                    let rows = self.next_rows(source);
+                    let batch = self.data[source].batch(&rows);
+                    values.bind_rows(name, batch.tensors, Origin { source: source.clone(), held: false, rows });
+                }
+                Statement::Join { name, parts } => values.bind(name, values.join(parts)?),
+                Statement::Recent { name, table, rows } => {
+                    let record = self.recent(name, table, *rows, values)?;
+                    values.bind(name, record);
+                }
+                Statement::Update(update) => {
+                    let of_role = updates_of(&self.program.stage, &update.role);
+                    self.update(update, values, steps * of_role, told)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The rows of a table that take part in a loop over its minibatches, in their order.
+    fn minibatches(
+        &mut self,
+        table: &str,
+        record: &Named,
+        keep: Option<&str>,
+        shuffle: bool,
+        values: &Values,
+        told: &mut Told,
+    ) -> Result<Vec<usize>, Diag> {
+        let all = values::rows_of(table, record)?;
+        let rows: Vec<usize> = match keep {
+            None => (0..all).collect(),
+            Some(path) => match values.tensor(path)? {
+                Tensor { shape, data: Data::Bool(keep) } if *shape == [all] => {
+                    (0..all).filter(|&row| keep[row]).collect()
+                }
+                other => {
+                    let found = format!("{}{:?}", other.dtype(), other.shape);
+                    return Err(Diag::error(format!("found {found} as `{path}`, expected bool[{all}]"))
+                        .help(format!("it says for each row of `{table}` whether it takes part")));
+                }
+            },
+        };
+        let count = self.counters.loops;
+        self.counters.loops += 1;
+        if rows.is_empty() {
+            told.events.push(Event::NoRows { table: table.into(), rows: all });
+        }
+        if !shuffle {
+            return Ok(rows);
+        }
+        Ok(order::of_loop(self.program.stage.seed, count, rows.len()).into_iter().map(|at| rows[at]).collect())
+    }
+
+    /// The rows of the next batch of a source, in the order of its epochs. An epoch's last batch may be smaller.
+    fn next_rows(&mut self, source: &str) -> Vec<usize> {
+        let size = self.source(source).expect("the loader saw the source").batch_size;
+        let data = &self.data[source];
+        let place = self.places.entry(source.into()).or_insert_with(|| Place { order: data.epoch(0), ..Place::default() });
+        if place.taken == place.order.len() {
+            let epoch = place.epoch + 1;
+            *place = Place { epoch, order: data.epoch(epoch), taken: 0 };
+        }
+        let end = (place.taken + size).min(place.order.len());
+        let rows = place.order[place.taken..end].to_vec();
+        place.taken = end;
+        rows
+    }
+
+    /// Adds the rows of a table to a replay buffer, and gives its newest ones.
+    fn recent(&mut self, name: &str, table: &str, most: usize, values: &Values) -> Result<Named, Diag> {
+        let record = values.record(table)?;
+        values::rows_of(table, &record)?;
+        let buffer = self.tables.entry(name.into()).or_default();
+        values::append(buffer, record, &format!("`{table}`"))?;
+        let all = values::rows_of(table, buffer)?;
+        if all > most {
+            *buffer = values::select(buffer, &(all - most..all).collect::<Vec<_>>());
+        }
+        Ok(buffer.clone())
+    }
+
+    /// The inputs that operands say.
+    pub(crate) fn inputs(&self, args: &Operands, values: &Values) -> Result<Named, Diag> {
+        let one = |(input, operand): &(String, Operand)| {
+            let tensor = match operand {
+                Operand::Path(path) => values.tensor(path)?.clone(),
+                Operand::Number(number) => Tensor::f64(&[], vec![*number]),
+                Operand::State(name) => {
+                    let id = self.program.state_named(&format!("state/{name}"));
+                    self.device.state(id.unwrap_or_else(|| panic!("bug: the program has no state `{name}`")))
+                }
+            };
+            Ok((input.clone(), tensor))
+        };
+        args.iter().map(one).collect()
+    }
+
+    fn call(&mut self, call: &Call, values: &mut Values, told: &mut Told) -> Result<(), Diag> {
+        let outputs =
+            if call.cached { self.cached(call, values)? } else { self.run_call(call, &self.inputs(&call.args, values)?)? };
+        self.tell(&outputs, "", told);
+        if let Some(name) = &call.name {
+            values.bind(name, outputs);
+        }
+        Ok(())
+    }
+
+    /// Runs a call on all of its rows.
+    fn run_call(&mut self, call: &Call, inputs: &Named) -> Result<Named, Diag> {
+        let steps = call.steps.as_ref().unwrap_or_else(|| panic!("bug: `autodiff` left a call of @{}", call.graph));
+        let device = self.device.as_mut();
+        let outputs = match Parts::of_call(steps) {
+            None => calls::call(device, &self.program, &call.graph, &[inputs])?,
+            Some(parts) => {
+                let made = parts.run(device, &self.program, &parts.cut(&self.program, inputs))?;
+                let mut outputs = made.whole;
+                for rows in made.rows {
+                    values::append(&mut outputs, rows, &format!("`{}`", call.graph))?;
+                }
+                outputs
+            }
+        };
+        self.assert(&call.graph, outputs)
+    }
+
+    /// Outputs of a cached call: those of rows that it has seen before are kept from then.
+    ///
+    /// Kept are the rows of outputs, so there is one per row of the batch, and its shape does not depend on how the
+    /// batch is padded.
+    fn cached(&mut self, call: &Call, values: &Values) -> Result<Named, Diag> {
+        let wrong = |why: String| Diag::error(format!("`{}` cannot be cached: {why}", call.graph));
+        let paths = call.args.iter().filter_map(|(_, operand)| match operand {
+            Operand::Path(path) => Some(path),
+            Operand::State(_) | Operand::Number(_) => None,
+        });
+        let mut origin: Option<(&str, &Origin)> = None;
+        for path in paths {
+            match (values.origin(path), origin) {
+                (Some(found), None) => origin = Some(found),
+                (Some(found), Some(first)) if found.0 == first.0 => {}
+                _ => return Err(wrong(format!("`{path}` is no part of the only batch that it takes"))),
+            }
+        }
+        let (_, Origin { source, held, rows }) =
+            origin.ok_or_else(|| wrong("it takes no batch of a source".into()))?;
+        let same = |c: &Cache| c.call == *call && c.source == *source && c.held == *held;
+        let at = self.caches.iter().position(same).unwrap_or_else(|| {
+            let (call, source) = (call.clone(), source.clone());
+            self.caches.push(Cache { call, source, held: *held, rows: BTreeMap::new() });
+            self.caches.len() - 1
+        });
+        let new: Vec<usize> = (0..rows.len()).filter(|&i| !self.caches[at].rows.contains_key(&rows[i])).collect();
+        if !new.is_empty() {
+            let inputs = values::select(&self.inputs(&call.args, values)?, &new);
+            let outputs = self.run_call(call, &inputs)?;
+            if let Some((name, other)) = outputs.iter().find(|(_, t)| t.shape.first() != Some(&new.len())) {
+                let shape = &other.shape;
+                return Err(wrong(format!("`{name}` has the shape {shape:?}, expected one row per row of the batch")));
+            }
+            for (i, at_batch) in new.iter().enumerate() {
+                self.caches[at].rows.insert(rows[*at_batch], values::select(&outputs, &[i]));
+            }
+        }
+        let mut outputs = Named::new();
+        for row in rows {
+            values::append(&mut outputs, self.caches[at].rows[row].clone(), &format!("`{}`", call.graph))?;
+        }
+        Ok(outputs)
+    }
+
+    /// One optimizer step; `total` is how many the role takes in all.
+    fn update(&mut self, update: &Update, values: &Values, total: u64, told: &mut Told) -> Result<(), Diag> {
+        let training = self.program.stage.trainings.iter().find(|t| t.role == update.role);
+        let training = training.unwrap_or_else(|| panic!("bug: `{}` is updated without settings", update.role));
+        let taken = self.taken.entry(update.role.clone()).or_default();
+        let lr = learning_rate(&training.schedule, *taken, total);
+        *taken += 1;
+        let settings = Named::from([
+            ("lr".to_string(), Tensor::f64(&[], vec![lr])),
+            ("t".to_string(), Tensor::i32(&[], vec![i32::try_from(*taken).unwrap_or(i32::MAX)])),
+        ]);
+        let inputs: Vec<Named> =
+            update.terms.iter().map(|term| self.inputs(&term.args, values)).collect::<Result<_, _>>()?;
+        let steps = update.steps.as_ref().unwrap_or_else(|| panic!("bug: `autodiff` left an update as it was"));
+        let device = self.device.as_mut();
+        let mut outputs = Named::new();
+        match steps {
+            UpdateSteps::Whole { step } => {
+                let made = calls::call(device, &self.program, step, &[&inputs[0], &settings])?;
+                outputs = self.assert(&update.terms[0].graph, made)?;
+            }
+            UpdateSteps::Split { terms, apply } => {
+                let several = terms.len() > 1;
+                let mut loss = 0.0;
+                for ((term, steps), inputs) in update.terms.iter().zip(terms).zip(&inputs) {
+                    let parts = Parts::of_term(steps);
+                    let cut = parts.cut(&self.program, inputs);
+                    let made = parts.run(self.device.as_mut(), &self.program, &cut)?.whole;
+                    let made = self.assert(&term.graph, made)?;
+                    loss += term.weight * made["loss"].scalar();
+                    let prefix = if several { format!("{}/", term.graph) } else { String::new() };
+                    outputs.extend(made.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
+                }
+                outputs.insert("loss".into(), Tensor::f64(&[], vec![loss]));
+                outputs.extend(calls::call(self.device.as_mut(), &self.program, apply, &[&settings])?);
+            }
+        }
+        // Where several roles are trained, their numbers are told apart by the role.
+        let prefix = if self.program.stage.trainings.len() > 1 { format!("{}/", update.role) } else { String::new() };
+        self.tell(&outputs, &prefix, told);
+        told.metrics.insert(format!("{prefix}lr"), lr);
+        Ok(())
+    }
+
+    /// Outputs that are one number are metrics.
+    pub(crate) fn tell(&self, outputs: &Named, prefix: &str, told: &mut Told) {
+        let number = |(_, t): &(&String, &Tensor)| t.shape.is_empty() && t.dtype() == DType::F32;
+        let numbers = outputs.iter().filter(number);
+        told.metrics.extend(numbers.map(|(name, t)| (format!("{prefix}{name}"), t.scalar())));
+    }
+
+    /// Looks at what a graph demands of its inputs; the outputs that say so are left out.
+    pub(crate) fn assert(&self, graph: &str, mut outputs: Named) -> Result<Named, Diag> {
+        for assert in self.program.stage.asserts.iter().filter(|a| a.graph == graph) {
+            if outputs.remove(&assert.output).is_some_and(|holds| holds.scalar() == 0.0) {
+                return Err(Diag::error(assert.message.clone())
+                    .label(assert.span, format!("this does not hold for a batch of `{graph}`")));
+            }
+        }
+        Ok(outputs)
+    }
+}
