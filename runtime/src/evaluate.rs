@@ -57,13 +57,7 @@ impl Session {
     }
 
     /// A single call on the held-out rows: each part is padded to its own longest row only.
-    fn evaluate_parts(
-        &mut self,
-        evaluate: &Evaluate,
-        call: &Call,
-        parts: Parts,
-        told: &mut Told,
-    ) -> Result<(), Diag> {
+    fn evaluate_parts(&mut self, evaluate: &Evaluate, call: &Call, parts: Parts, told: &mut Told) -> Result<(), Diag> {
         let data = &self.data[&evaluate.source];
         let rows: Vec<usize> = (0..data.eval_len()).collect();
         let name = format!("{}.eval", evaluate.source);
@@ -92,7 +86,8 @@ impl Session {
                     .help("hold rows out with `eval` of the data, so that the stage is evaluated"));
             };
             if !holds(bounds, value) {
-                let message = format!("found `{name}` = {value} at the end of the stage `{}`, expected {range}", stage.name);
+                let message =
+                    format!("found `{name}` = {value} at the end of the stage `{}`, expected {range}", stage.name);
                 let mut diag = Diag::error(message).label(bounds.span, "required here");
                 if !stage.save.is_empty() {
                     diag = diag.help(format!("what the stage has trained is in `{}` all the same", stage.output_dir));

@@ -56,11 +56,9 @@ fn line(stage: &str, event: &Event) -> Option<Value> {
         metrics.iter().map(|(name, &x)| (format!("{prefix}{name}"), number(x))).collect::<Vec<_>>()
     };
     match event {
-        Event::Data { .. }
-        | Event::New { .. }
-        | Event::Health { .. }
-        | Event::NoRows { .. }
-        | Event::Saved { .. } => return None,
+        Event::Data { .. } | Event::New { .. } | Event::Health { .. } | Event::NoRows { .. } | Event::Saved { .. } => {
+            return None;
+        }
         Event::Evaluated { step, metrics, seconds, .. } => {
             line.insert("step".into(), json!(step));
             line.extend(add("eval/", metrics));

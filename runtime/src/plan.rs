@@ -62,7 +62,8 @@ impl Session {
                 }
                 Statement::For { batch, rows: Rows::Minibatches { table, size, keep, shuffle }, body } => {
                     let record = values.record(table)?;
-                    for rows in self.minibatches(table, &record, keep.as_deref(), *shuffle, values, told)?.chunks(*size) {
+                    for rows in self.minibatches(table, &record, keep.as_deref(), *shuffle, values, told)?.chunks(*size)
+                    {
                         let mut inner = values.clone();
                         inner.bind(batch, values::select(&record, rows));
                         self.statements(body, &mut inner, steps, told)?;
@@ -139,7 +140,8 @@ impl Session {
     fn next_rows(&mut self, source: &str) -> Vec<usize> {
         let size = self.source(source).expect("the loader saw the source").batch_size;
         let data = &self.data[source];
-        let place = self.places.entry(source.into()).or_insert_with(|| Place { order: data.epoch(0), ..Place::default() });
+        let place =
+            self.places.entry(source.into()).or_insert_with(|| Place { order: data.epoch(0), ..Place::default() });
         if place.taken == place.order.len() {
             let epoch = place.epoch + 1;
             *place = Place { epoch, order: data.epoch(epoch), taken: 0 };
@@ -180,8 +182,11 @@ impl Session {
     }
 
     fn call(&mut self, call: &Call, values: &mut Values, told: &mut Told) -> Result<(), Diag> {
-        let outputs =
-            if call.cached { self.cached(call, values)? } else { self.run_call(call, &self.inputs(&call.args, values)?)? };
+        let outputs = if call.cached {
+            self.cached(call, values)?
+        } else {
+            self.run_call(call, &self.inputs(&call.args, values)?)?
+        };
         self.tell(&outputs, "", told);
         if let Some(name) = &call.name {
             values.bind(name, outputs);
@@ -225,8 +230,7 @@ impl Session {
                 _ => return Err(wrong(format!("`{path}` is no part of the only batch that it takes"))),
             }
         }
-        let (_, Origin { source, held, rows }) =
-            origin.ok_or_else(|| wrong("it takes no batch of a source".into()))?;
+        let (_, Origin { source, held, rows }) = origin.ok_or_else(|| wrong("it takes no batch of a source".into()))?;
         let same = |c: &Cache| c.call == *call && c.source == *source && c.held == *held;
         let at = self.caches.iter().position(same).unwrap_or_else(|| {
             let (call, source) = (call.clone(), source.clone());
