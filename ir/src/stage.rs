@@ -408,8 +408,8 @@ pub enum CallSteps {
     Whole,
     /// Several micro-batches.
     Split {
-        /// Totals that rows depend on, called per micro-batch first; `None` when there are none.
-        count: Option<String>,
+        /// Totals that rows depend on, each called per micro-batch in turn, with the totals before it as inputs.
+        count: Vec<String>,
         /// Outputs with rows, and the other totals, per micro-batch.
         rows: String,
         /// Outputs that are one number, from the totals of all; `None` when there are none.
@@ -516,8 +516,8 @@ pub enum UpdateSteps {
 /// The graphs of one term.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TermSteps {
-    /// Sums that do not depend on parameters, called per micro-batch first; `None` when there are none.
-    pub count: Option<String>,
+    /// Sums that do not depend on parameters, each called per micro-batch in turn, with the sums before it as inputs.
+    pub count: Vec<String>,
     /// Gradients, times the term's weight, added to their accumulators, and the sums that depend on parameters, per
     /// micro-batch.
     pub grad: String,

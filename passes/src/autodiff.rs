@@ -4,13 +4,13 @@
 //! graph @loss(%x: f32[B, 4]) { ... return loss=%l }
 //! update(model, loss(batch))
 //!   =>  @model.loss.step                                   the whole batch in one call: loss, gradient, optimizer
-//!   or  @model.loss.count, .grad, .finish and @model.apply  several micro-batches
-//! evaluate loss
-//!   =>  @loss.sums, @loss.finish
+//!   or  @model.loss.count.0, .grad, .finish and @model.apply  several micro-batches, or a sum of losses
+//! a call of a graph on more rows than a micro-batch has
+//!   =>  @graph.count.0, .rows, .finish
 //! ```
 //!
-//! `B` is the optimizer batch (D1): where it is larger than a micro-batch, or a held-out set, the graph is cut along
-//! it (`split`) so that the numbers are those of the whole. Loss graphs themselves go away: nothing calls them.
+//! `B` is the whole batch (D1): where it is larger than a micro-batch, or a held-out set, the graph is cut along it
+//! (`split`) so that the numbers are those of the whole. Graphs that nothing calls any more go away.
 
 mod backward;
 mod batch;
@@ -21,7 +21,7 @@ mod vjp;
 use std::collections::{BTreeMap, BTreeSet};
 
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::stage::{EvaluateSteps, Statement, Training, Update, UpdateSteps};
+use dsgc_ir::stage::{self, CallSteps, Operand, Operands, Statement, Term, TermSteps, Training, Update, UpdateSteps};
 use dsgc_ir::{Builder, DType, Graph, Op, Program, Site, StateId, StateKind, Type, Value};
 
 use update::Layers;
@@ -40,40 +40,61 @@ pub const PASS: Pass = Pass {
 
 /// Runs the pass.
 pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> {
-    let mut derive =
-        Derive { errors: Vec::new(), used: BTreeSet::new(), updates: BTreeMap::new(), applied: BTreeMap::new() };
+    let mut derive = Derive::default();
     let mut plan = std::mem::take(&mut program.stage.plan);
     derive.statements(&mut program, &mut plan, None);
     program.stage.plan = plan;
     let mut evaluate = std::mem::take(&mut program.stage.evaluate);
-    for call in &mut evaluate {
-        let made = derive.evaluate(&mut program, &call.graph, &call.source);
-        call.steps = derive.note(made);
+    for evaluation in &mut evaluate {
+        let micro = rows_of(&program, &evaluation.source).map_or(1, |r| r.micro);
+        // How many rows are held out is not known: never taken for one call.
+        derive.rows.insert(format!("{}.eval", evaluation.source), Rows { micro, batch: usize::MAX });
+        derive.statements(&mut program, &mut evaluation.body, None);
     }
     program.stage.evaluate = evaluate;
     if !derive.errors.is_empty() {
         return Err(derive.errors);
     }
-    program.graphs.retain(|g| !derive.used.contains(&g.name));
+    program.graphs.retain(|g| !derive.used.contains(&g.name) || derive.called.contains_key(&g.name));
     Ok(program)
 }
 
 /// What has been derived so far.
+#[derive(Default)]
 struct Derive {
     errors: Vec<Diag>,
     /// Graphs that have been taken apart.
     used: BTreeSet<String>,
-    /// Role and loss graph -> how the update runs.
-    updates: BTreeMap<(String, String), UpdateSteps>,
+    /// Graphs that are called as they are, with the most rows of any call.
+    called: BTreeMap<String, usize>,
+    /// Name of a value of the plan -> its rows.
+    rows: BTreeMap<String, Rows>,
+    /// Role, loss graph, weight and whether it is cut -> how the update runs.
+    updates: BTreeMap<(String, String, u64, bool), Derived>,
+    /// Graph -> how it is called in parts.
+    calls: BTreeMap<String, CallSteps>,
     /// Role -> parameters that its `apply` graph updates.
     applied: BTreeMap<String, Layers>,
 }
 
-/// Rows per call and per optimizer step of the batches that an update sees.
-#[derive(Clone, Copy)]
+/// What became of a loss.
+#[derive(Clone)]
+enum Derived {
+    Whole(String),
+    Term(TermSteps),
+}
+
+/// Rows of a value of the plan: in a call of a graph, and in all.
+#[derive(Clone, Copy, Debug)]
 struct Rows {
     micro: usize,
     batch: usize,
+}
+
+impl Rows {
+    fn fit(self) -> bool {
+        self.batch <= self.micro
+    }
 }
 
 impl Derive {
@@ -81,63 +102,164 @@ impl Derive {
         made.map_err(|error| self.errors.push(error)).ok()
     }
 
-    fn statements(&mut self, program: &mut Program, plan: &mut [Statement], rows: Option<Rows>) {
+    fn statements(&mut self, program: &mut Program, plan: &mut [Statement], outer: Option<Rows>) {
         for statement in plan {
             match statement {
-                Statement::For { source, body, .. } => {
-                    let rows = rows_of(program, source).or(rows);
-                    self.statements(program, body, rows);
+                Statement::For { batch, rows, body } => {
+                    let rows = match rows {
+                        stage::Rows::Source(source) => rows_of(program, source),
+                        stage::Rows::Minibatches { size, .. } => outer.map(|outer| Rows { batch: *size, ..outer }),
+                    };
+                    let rows = rows.unwrap_or(Rows { micro: 1, batch: 1 });
+                    self.rows.insert(batch.clone(), rows);
+                    self.statements(program, body, outer.or(Some(rows)));
                 }
-                Statement::Repeat { body, .. } => self.statements(program, body, rows),
+                Statement::Repeat { body, .. } => self.statements(program, body, outer),
+                Statement::Call(call) => {
+                    let rows = self.rows_in(&call.args);
+                    if let (Some(name), Some(rows)) = (&call.name, rows) {
+                        self.rows.insert(name.clone(), rows);
+                    }
+                    let made = self.call(program, &call.graph, rows);
+                    call.steps = self.note(made);
+                }
+                Statement::Generate(generate) => {
+                    let rows = self.rows_at(&generate.prompt).unwrap_or(Rows { micro: 1, batch: 1 });
+                    let batch = rows.batch.saturating_mul(generate.samples);
+                    self.rows.insert(generate.name.clone(), Rows { batch, ..rows });
+                }
+                Statement::Next { name, source } => {
+                    if let Some(rows) = rows_of(program, source) {
+                        self.rows.insert(name.clone(), rows);
+                    }
+                }
+                Statement::Join { name, parts } => {
+                    if let Some(rows) = parts.iter().find_map(|part| self.rows_at(part)) {
+                        self.rows.insert(name.clone(), rows);
+                    }
+                }
+                Statement::Recent { name, table, rows } => {
+                    if let Some(of) = self.rows_at(table) {
+                        self.rows.insert(name.clone(), Rows { batch: *rows, ..of });
+                    }
+                }
                 Statement::Update(update) => {
-                    let made = self.update(program, update, rows);
+                    let made = self.update(program, update);
                     update.steps = self.note(made);
                 }
             }
         }
     }
 
-    fn update(&mut self, program: &mut Program, update: &Update, rows: Option<Rows>) -> Result<UpdateSteps, Diag> {
-        let key = (update.role.clone(), update.graph.clone());
-        if let Some(steps) = self.updates.get(&key) {
+    /// Rows of the value that a path leads into: of names with dots, the longest.
+    fn rows_at(&self, path: &str) -> Option<Rows> {
+        let mut name = path;
+        loop {
+            if let Some(rows) = self.rows.get(name) {
+                return Some(*rows);
+            }
+            name = name.rsplit_once('.')?.0;
+        }
+    }
+
+    /// Rows of a call with these operands.
+    fn rows_in(&self, args: &Operands) -> Option<Rows> {
+        let rows = args.iter().filter_map(|(_, operand)| match operand {
+            Operand::Path(path) => self.rows_at(path),
+            Operand::State(_) | Operand::Number(_) => None,
+        });
+        rows.max_by_key(|r| r.batch)
+    }
+
+    fn call(&mut self, program: &mut Program, name: &str, rows: Option<Rows>) -> Result<CallSteps, Diag> {
+        let graph = graph_named(program, name)?;
+        let rows = rows.unwrap_or(Rows { micro: 1, batch: 1 });
+        if graph.batch.is_none() || rows.fit() {
+            let most = self.called.entry(name.to_string()).or_default();
+            *most = rows.batch.max(*most);
+            if let Some(graph) = program.graphs.iter_mut().find(|g| g.name == name) {
+                limit_rows(graph, *most);
+            }
+            return Ok(CallSteps::Whole);
+        }
+        if let Some(steps) = self.calls.get(name) {
             return Ok(steps.clone());
         }
-        let mut graph = graph_named(program, &update.graph)?;
-        let training = program.stage.trainings.iter().find(|t| t.role == update.role).cloned();
-        let training = training.ok_or_else(|| {
-            Diag::error(format!("`update({}, {}(..))` has no training settings", update.role, update.graph))
-        })?;
-        let loss = loss_of(&graph)?;
-        let rows = rows.unwrap_or(Rows { micro: 1, batch: 1 });
-        let steps = if rows.batch <= rows.micro {
-            limit_rows(&mut graph, rows.batch);
-            let step = named(whole(program, &graph, &training, loss)?, format!("{}.{}.step", update.role, graph.name));
-            let name = step.name.clone();
-            program.graphs.push(step);
-            UpdateSteps::Whole { step: name }
-        } else {
-            limit_rows(&mut graph, rows.micro);
-            let parts = split::update(program, &graph, &update.role, loss)?;
-            let prefix = format!("{}.{}", update.role, graph.name);
-            let add = |program: &mut Program, graph, suffix: &str| {
-                let graph = named(graph, format!("{prefix}.{suffix}"));
-                let name = graph.name.clone();
-                program.graphs.push(graph);
-                name
-            };
-            let count = parts.count.map(|g| add(program, g, "count"));
-            let grad = add(program, parts.grad, "grad");
-            let finish = add(program, parts.finish, "finish");
-            let apply = self.apply(program, &training, parts.params);
-            UpdateSteps::Split { count, grad, finish, apply }
+        let mut graph = graph;
+        limit_rows(&mut graph, rows.micro);
+        let parts = split::call(program, &graph)?;
+        let add = |program: &mut Program, graph: Graph, suffix: &str| add(program, graph, format!("{name}.{suffix}"));
+        let count = parts.count.into_iter().enumerate();
+        let steps = CallSteps::Split {
+            count: count.map(|(i, g)| add(program, g, &format!("count.{i}"))).collect(),
+            rows: add(program, parts.rows, "rows"),
+            finish: parts.finish.map(|g| add(program, g, "finish")),
         };
-        self.used.insert(graph.name);
-        self.updates.insert(key, steps.clone());
+        self.used.insert(name.to_string());
+        self.calls.insert(name.to_string(), steps.clone());
         Ok(steps)
     }
 
+    fn update(&mut self, program: &mut Program, update: &Update) -> Result<UpdateSteps, Diag> {
+        let rows: Vec<Rows> =
+            update.terms.iter().map(|t| self.rows_in(&t.args).unwrap_or(Rows { micro: 1, batch: 1 })).collect();
+        if let ([term], [rows]) = (&update.terms[..], &rows[..])
+            && term.weight == 1.0
+            && rows.fit()
+        {
+            let Derived::Whole(step) = self.term(program, &update.role, term, *rows, false)? else {
+                unreachable!("bug: a whole step of `{}` was cut", term.graph)
+            };
+            return Ok(UpdateSteps::Whole { step });
+        }
+        let mut terms = Vec::new();
+        for (term, rows) in update.terms.iter().zip(rows) {
+            match self.term(program, &update.role, term, rows, true)? {
+                Derived::Term(steps) => terms.push(steps),
+                Derived::Whole(_) => unreachable!("bug: a part of `{}` was not cut", term.graph),
+            }
+        }
+        Ok(UpdateSteps::Split { terms, apply: format!("{}.apply", update.role) })
+    }
+
+    /// The graphs of one loss.
+    fn term(&mut self, program: &mut Program, role: &str, term: &Term, rows: Rows, cut: bool) -> Result<Derived, Diag> {
+        let key = (role.to_string(), term.graph.clone(), term.weight.to_bits(), cut);
+        if let Some(derived) = self.updates.get(&key) {
+            return Ok(derived.clone());
+        }
+        let mut graph = graph_named(program, &term.graph)?;
+        let training = program.stage.trainings.iter().find(|t| t.role == role).cloned();
+        let training = training
+            .ok_or_else(|| Diag::error(format!("`update({role}, {}(..))` has no training settings", term.graph)))?;
+        let loss = loss_of(&graph)?;
+        let prefix = format!("{role}.{}", term.graph);
+        let derived = if cut {
+            limit_rows(&mut graph, rows.micro.min(rows.batch));
+            let parts = split::update(program, &graph, role, (loss, term.weight))?;
+            // The same loss may stand in sums with several weights.
+            let others = self.updates.keys().filter(|k| (&k.0, &k.1, k.3) == (&key.0, &key.1, true)).count();
+            let prefix = if others == 0 { prefix } else { format!("{prefix}.{others}") };
+            let count = parts.count.into_iter().enumerate();
+            let steps = TermSteps {
+                count: count.map(|(i, g)| add(program, g, format!("{prefix}.count.{i}"))).collect(),
+                grad: add(program, parts.grad, format!("{prefix}.grad")),
+                finish: add(program, parts.finish, format!("{prefix}.finish")),
+            };
+            self.apply(program, &training, parts.params);
+            Derived::Term(steps)
+        } else {
+            limit_rows(&mut graph, rows.batch);
+            let step = whole(program, &graph, &training, loss)?;
+            Derived::Whole(add(program, step, format!("{prefix}.step")))
+        };
+        self.used.insert(graph.name);
+        self.updates.insert(key, derived.clone());
+        Ok(derived)
+    }
+
     /// The role's `apply` graph, for all parameters that any loss so far gives a gradient.
-    fn apply(&mut self, program: &mut Program, training: &Training, params: Layers) -> String {
+    fn apply(&mut self, program: &mut Program, training: &Training, params: Layers) {
         let name = format!("{}.apply", training.role);
         let all = self.applied.entry(training.role.clone()).or_default();
         all.extend(params);
@@ -160,20 +282,6 @@ impl Derive {
             b.write(accumulator, &state.ty, zero);
         }
         program.graphs.push(graph);
-        name
-    }
-
-    fn evaluate(&mut self, program: &mut Program, name: &str, source: &str) -> Result<EvaluateSteps, Diag> {
-        let steps = EvaluateSteps { sums: format!("{name}.sums"), finish: format!("{name}.finish") };
-        if program.graph(&steps.sums).is_some() {
-            return Ok(steps);
-        }
-        let mut graph = graph_named(program, name)?;
-        limit_rows(&mut graph, rows_of(program, source).map_or(1, |r| r.micro));
-        let (sums, finish) = split::evaluate(program, &graph)?;
-        program.graphs.extend([named(sums, steps.sums.clone()), named(finish, steps.finish.clone())]);
-        self.used.insert(graph.name);
-        Ok(steps)
     }
 }
 
@@ -240,9 +348,11 @@ fn graph_named(program: &Program, name: &str) -> Result<Graph, Diag> {
     program.graph(name).cloned().ok_or_else(|| Diag::error(format!("the plan calls `{name}`, which is no graph")))
 }
 
-fn named(mut graph: Graph, name: String) -> Graph {
-    graph.name = name;
-    graph
+/// Adds a graph under a name, which it gives back.
+fn add(program: &mut Program, mut graph: Graph, name: String) -> String {
+    graph.name.clone_from(&name);
+    program.graphs.push(graph);
+    name
 }
 
 fn rows_of(program: &Program, source: &str) -> Option<Rows> {
@@ -250,7 +360,7 @@ fn rows_of(program: &Program, source: &str) -> Option<Rows> {
     Some(Rows { micro: source.micro_batch_size, batch: source.batch_size })
 }
 
-/// Plans for this many rows per call.
+/// Plans for this many rows per call, or for more where another call has more.
 fn limit_rows(graph: &mut Graph, rows: usize) {
     let batch = graph.batch.clone();
     if let Some(range) = graph.dims.iter_mut().find(|d| Some(&d.symbol) == batch.as_ref()) {

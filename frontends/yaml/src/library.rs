@@ -30,7 +30,7 @@ macro_rules! entries {
 
 /// All of it.
 pub const ENTRIES: &[Entry] =
-    entries!["models" / "opt", "recipes" / "score", "recipes" / "sft", "functions" / "sequences"];
+    entries!["models" / "opt", "models" / "value", "recipes" / "score", "recipes" / "sft", "functions" / "sequences"];
 
 /// The document of this kind and name.
 pub fn find(kind: &str, name: &str) -> Option<&'static Entry> {

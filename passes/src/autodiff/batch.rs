@@ -219,7 +219,12 @@ impl Rows<'_> {
                     _ => total(Combine::Sum),
                 }
             }
-            Op::Cumsum { axis, .. } if along(*axis)? => Err("it sums from row to row".into()),
+            Op::Cumsum { axis, .. } | Op::Recurrence { axis, .. } if along(*axis)? => {
+                Err("it sums from row to row".into())
+            }
+            Op::SliceAt { axis, .. } | Op::WriteAt { axis } if along(*axis)? => {
+                Err("it takes or writes some of the rows".into())
+            }
             Op::Slice { axis, start, end } if along(*axis)? => {
                 let dim = &self.graph.ty(op.args[0]).dims[*axis];
                 let whole = start.constant() == Some(0) && end == dim;
@@ -261,10 +266,12 @@ impl Rows<'_> {
                 }
             }
             Op::Embed {} if self.layout(op.args[0]).is_some() => Err("its table has rows of the batch".into()),
-            Op::LayerNorm { .. } | Op::TokenLogp {} if self.type_axis(op.args[0])? == last(op.args[0]) => {
+            Op::LayerNorm { .. } | Op::RmsNorm { .. } | Op::TokenLogp {}
+                if self.type_axis(op.args[0])? == last(op.args[0]) =>
+            {
                 Err("it works along the batch".into())
             }
-            Op::Attention { .. } | Op::PositionIn {} if self.type_axis(op.args[0])? != Some(0) => {
+            Op::Attention { .. } | Op::Rope { .. } | Op::PositionIn {} if self.type_axis(op.args[0])? != Some(0) => {
                 Err("it works along the batch".into())
             }
             Op::Write { .. } => Err("it writes a state of the batch".into()),

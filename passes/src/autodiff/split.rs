@@ -20,8 +20,8 @@ use crate::rebuild::{Rebuild, without_dead_ops};
 
 /// The graphs of an update in parts; names are filled in by the caller.
 pub struct UpdateParts {
-    /// Totals of data; `None` when nothing depends on any.
-    pub count: Option<Graph>,
+    /// Totals of data, in rounds: each takes those before it.
+    pub count: Vec<Graph>,
     /// Gradients and the other totals.
     pub grad: Graph,
     /// Outputs from all totals.
@@ -30,8 +30,24 @@ pub struct UpdateParts {
     pub params: Layers,
 }
 
-/// Cuts a loss graph for the training of a role. Accumulators `<param>.grad` are declared.
-pub fn update(program: &mut Program, graph: &Graph, role: &str, loss: Value) -> Result<UpdateParts, Diag> {
+/// The graphs of a call in parts; names are filled in by the caller.
+pub struct CallParts {
+    /// Totals that rows depend on, in rounds: each takes those before it.
+    pub count: Vec<Graph>,
+    /// Outputs with rows, and the other totals.
+    pub rows: Graph,
+    /// Outputs without rows, from all totals; `None` when there are none.
+    pub finish: Option<Graph>,
+}
+
+/// Cuts a loss graph for the training of a role, with a factor on its gradient. Accumulators `<param>.grad` are
+/// declared.
+pub fn update(
+    program: &mut Program,
+    graph: &Graph,
+    role: &str,
+    (loss, weight): (Value, f64),
+) -> Result<UpdateParts, Diag> {
     let cut = Cut::new(program, graph, |state| is_trained(program, role, state))?;
     let outputs = scalar_outputs(graph);
     let finish = cut.finish(&outputs, program);
@@ -52,7 +68,7 @@ pub fn update(program: &mut Program, graph: &Graph, role: &str, loss: Value) -> 
         let trained: Vec<usize> = cut.local(&part, &given).filter(|&k| cut.batch.totals[k].trained).collect();
         let values: Vec<Value> = trained.iter().map(|&k| part.get(cut.batch.totals[k].value)).collect();
         let loss = part.get(loss);
-        let one = Builder::new(&mut part.new, Default::default()).fill(1.0, &[]);
+        let one = Builder::new(&mut part.new, Default::default()).fill(weight, &[]);
         let slopes = super::backward::backward(&mut part.new, &[(loss, one)], &values)?;
         let needed = cut.totals_of_slopes(&part, &slopes, &given);
         if cut.give(&mut given, needed)? {
@@ -79,32 +95,34 @@ pub fn update(program: &mut Program, graph: &Graph, role: &str, loss: Value) -> 
         }
         part.new.outputs = cut.handed_on(&part, &finish, &given);
         let grad = without_dead_ops(&part.new, program);
-        let count = (!given.is_empty()).then(|| {
-            let roots: Vec<Value> = given.iter().map(|&k| cut.batch.totals[k].value).collect();
-            let mut part = cut.part(&roots, &BTreeSet::new(), program);
-            part.new.outputs =
-                given.iter().map(|&k| &cut.batch.totals[k]).map(|t| (t.name.clone(), part.get(t.value))).collect();
-            part.new
-        });
+        let count = cut.count(&given, program);
         let params = gradients.keys().map(|p| (*p, layers.get(p).cloned().flatten())).collect();
         return Ok(UpdateParts { count, grad, finish: finish.graph, params });
     }
 }
 
-/// Cuts a graph for evaluation: totals of a part of the rows, and outputs from the totals of all.
-pub fn evaluate(program: &Program, graph: &Graph) -> Result<(Graph, Graph), Diag> {
+/// Cuts a graph that trains nothing: its outputs with rows come from parts of the rows, all others from the totals.
+pub fn call(program: &Program, graph: &Graph) -> Result<CallParts, Diag> {
     let cut = Cut::new(program, graph, |_| false)?;
-    let finish = cut.finish(&scalar_outputs(graph), program);
-    let given = BTreeSet::new();
+    let (rows, others): (Vec<_>, Vec<_>) =
+        graph.outputs.iter().cloned().partition(|(_, v)| cut.batch.per_row[v.0 as usize]);
+    let finish = cut.finish(&others, program);
     let mut roots: Vec<Value> = finish.totals.iter().map(|&k| cut.batch.totals[k].value).collect();
     roots.extend(&finish.sizes);
-    if let Some(&k) = cut.totals_of_rows(&roots, &given).first() {
-        let op = graph.op(cut.batch.totals[k].op);
-        return Err(cannot(graph, Some(op), "rows depend on this total of all held-out rows, which comes too late"));
+    roots.extend(rows.iter().map(|(_, v)| v));
+    let mut given = BTreeSet::new();
+    loop {
+        let needed = cut.totals_of_rows(&roots, &given);
+        if !cut.give(&mut given, needed)? {
+            break;
+        }
     }
     let mut part = cut.part(&roots, &given, program);
     part.new.outputs = cut.handed_on(&part, &finish, &given);
-    Ok((part.new, finish.graph))
+    let rows: Vec<_> = rows.into_iter().map(|(name, v)| (name, part.get(v))).collect();
+    part.new.outputs.extend(rows);
+    let count = cut.count(&given, program);
+    Ok(CallParts { count, rows: part.new, finish: (!others.is_empty()).then_some(finish.graph) })
 }
 
 fn reads_trained(program: &Program, graph: &Graph, role: &str, id: OpId) -> bool {
@@ -263,21 +281,40 @@ impl<'a> Cut<'a> {
         all.into_iter().collect()
     }
 
-    /// Adds totals that must be known beforehand; whether there are any.
+    /// Adds totals that must be known beforehand, with those that they depend on; whether there are any.
     fn give(&self, given: &mut BTreeSet<usize>, more: Vec<usize>) -> Result<bool, Diag> {
-        for &k in &more {
+        let mut open = more;
+        let any = !open.is_empty();
+        while let Some(k) = open.pop() {
             let total = &self.batch.totals[k];
-            let why = if total.trained {
-                "rows are weighted by this total, which depends on the parameters that are trained"
-            } else if total.round > 1 {
-                "rows are weighted by this total, which depends on another total: it would take two passes over the data"
-            } else {
-                continue;
-            };
-            return Err(cannot(self.graph, Some(self.graph.op(total.op)), why));
+            if total.trained {
+                let why = "rows are weighted by this total, which depends on the parameters that are trained";
+                return Err(cannot(self.graph, Some(self.graph.op(total.op)), why));
+            }
+            if given.insert(k) {
+                // What the total itself is made from, but for its own last step.
+                let before = self.graph.op(total.op).args.clone();
+                open.extend(self.totals_of_rows(&before, &BTreeSet::new()));
+            }
         }
-        given.extend(&more);
-        Ok(!more.is_empty())
+        Ok(any)
+    }
+
+    /// The graphs that compute totals beforehand: one for each round, as each needs those before it whole.
+    fn count(&self, given: &BTreeSet<usize>, program: &Program) -> Vec<Graph> {
+        let rounds: BTreeSet<u32> = given.iter().map(|&k| self.batch.totals[k].round).collect();
+        let graph = |&round: &u32| {
+            let of = |keep: &dyn Fn(u32) -> bool| -> BTreeSet<usize> {
+                given.iter().copied().filter(|&k| keep(self.batch.totals[k].round)).collect()
+            };
+            let (now, before) = (of(&|r| r == round), of(&|r| r < round));
+            let roots: Vec<Value> = now.iter().map(|&k| self.batch.totals[k].value).collect();
+            let mut part = self.part(&roots, &before, program);
+            let totals = now.iter().map(|&k| &self.batch.totals[k]);
+            part.new.outputs = totals.map(|t| (t.name.clone(), part.get(t.value))).collect();
+            part.new
+        };
+        rounds.iter().map(graph).collect()
     }
 
     /// The graph that computes `roots` on a part of the rows; its outputs are the caller's.

@@ -40,6 +40,7 @@ pub fn vjp(
         | Op::Or {}
         | Op::Not {}
         | Op::PositionIn {}
+        | Op::Sample { .. }
         | Op::Fold { .. }
         | Op::RandomNormal { .. }
         | Op::RandomUniform { .. }
@@ -79,6 +80,21 @@ pub fn vjp(
                     grads[i] = Some(b.one(Op::Slice { axis: *axis, start, end: end.clone() }, &[dy]));
                 }
                 start = end;
+            }
+        }
+
+        Op::SliceAt { axis, .. } => {
+            let zero = zeros_like(b, args[0]);
+            grads[0] = Some(b.one(Op::WriteAt { axis: *axis }, &[zero, dy, args[1]]));
+        }
+        Op::WriteAt { axis } => {
+            if want(0) {
+                let zero = zeros_like(b, args[1]);
+                grads[0] = Some(b.one(Op::WriteAt { axis: *axis }, &[dy, zero, args[2]]));
+            }
+            if want(1) {
+                let len = b.ty(args[1]).dims[*axis].clone();
+                grads[1] = Some(b.one(Op::SliceAt { axis: *axis, len }, &[dy, args[2]]));
             }
         }
 
@@ -255,6 +271,9 @@ pub fn vjp(
         Op::Cumsum { axis, reverse } => {
             grads[0] = Some(b.one(Op::Cumsum { axis: *axis, reverse: !reverse }, &[dy]));
         }
+        Op::Recurrence { axis, decay, reverse } => {
+            grads[0] = Some(b.one(Op::Recurrence { axis: *axis, decay: *decay, reverse: !reverse }, &[dy]));
+        }
 
         Op::Embed {} => {
             let rows = b.ty(args[0]).dims[0].clone();
@@ -263,6 +282,17 @@ pub fn vjp(
         Op::LayerNorm { eps } => {
             let all = b.push(Op::LayerNormGrad { eps: *eps }, &[args[0], args[1], dy]);
             grads = all.into_iter().map(Some).collect();
+        }
+        Op::RmsNorm { eps } => {
+            let all = b.push(Op::RmsNormGrad { eps: *eps }, &[args[0], args[1], dy]);
+            grads = all.into_iter().map(Some).collect();
+        }
+        // Turning back is the transpose of turning. Frequencies are settings: they have no gradient.
+        Op::Rope { inverse } => {
+            grads[0] = Some(b.one(Op::Rope { inverse: !inverse }, &[dy, args[1], args[2]]));
+            if want(2) {
+                return Err("the frequencies of `rope` have no gradient".into());
+            }
         }
         Op::Attention { causal, scale } => {
             if dys[1].is_some() {
@@ -276,9 +306,11 @@ pub fn vjp(
         }
         Op::TokenLogp {} => grads[0] = Some(b.one(Op::TokenLogpGrad {}, &[args[0], args[1], dy])),
 
-        // Derived ops: autodiff makes them and does not meet them.
+        // Derived ops: the passes make them, and autodiff does not meet them.
         Op::EmbedGrad { .. }
         | Op::LayerNormGrad { .. }
+        | Op::RmsNormGrad { .. }
+        | Op::CachedAttention { .. }
         | Op::AttentionGrad { .. }
         | Op::TokenLogpGrad {}
         | Op::Adamw { .. } => return Err(format!("`{}` has no gradient", op.op.name())),

@@ -52,13 +52,14 @@ impl Config {
 }
 
 /// Keys of a config.json that say what the file is, not how the model computes; kept, and no news to anyone.
-const ABOUT: [&str; 9] = [
+const ABOUT: [&str; 10] = [
     "architectures",
     "model_type",
     "transformers_version",
     "dtype",
     "torch_dtype",
     "_name_or_path",
+    "num_labels",
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",

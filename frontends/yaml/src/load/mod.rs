@@ -16,6 +16,7 @@ mod data;
 mod declared;
 mod documents;
 mod graphs;
+mod heads;
 mod lone;
 mod models;
 mod plan;

@@ -3,7 +3,9 @@
 mod setup;
 
 mod documents;
+mod heads;
 mod mistakes;
 mod mutations;
 mod numbers;
+mod states;
 mod text;

@@ -8,9 +8,10 @@ use dsgc_yaml::functions::Functions;
 use dsgc_yaml::graph::{Declaration, Graph, Test};
 use dsgc_yaml::library;
 use dsgc_yaml::literal::Constant;
-use dsgc_yaml::lower::document_tests;
+use dsgc_yaml::lower::{self, document_tests};
 
-use crate::setup::{Documents, lower, tiny};
+use crate::heads::{HEAD, SCORES};
+use crate::setup::{Documents, lower, request, role_over, tiny};
 
 /// Numbers that look random (Knuth's MMIX generator).
 struct Random(u64);
@@ -95,7 +96,14 @@ fn lowered(documents: &mut Documents, document: &Document) -> Option<Result<(), 
             let known = |(name, _): &(&str, Constant)| model.config.iter().any(|d| d.name.text == *name);
             let config: Vec<_> = tiny().into_iter().filter(known).collect();
             let model = given(&model.config, &config).then_some(model)?;
-            Some(lower(&sft, &functions, model, &config).map(|program| sound(&program)))
+            if model.models.is_empty() {
+                return Some(lower(&sft, &functions, model, &config).map(|program| sound(&program)));
+            }
+            let opt = documents.std_model("opt");
+            let Document::Recipe(scores) = documents.read("scores.yaml", SCORES) else { panic!("no recipe") };
+            let role = role_over("critic", model, (&opt, &tiny()), &functions);
+            let lowered = lower::program(&request(&scores, &functions, vec![role]));
+            Some(lowered.map(|lowered| sound(&lowered.program)))
         }
         Document::Recipe(recipe) => {
             let recipe = given(&recipe.options, &[]).then_some(recipe)?;
@@ -116,6 +124,7 @@ fn no_document_makes_us_panic() {
     let std = |kind, name| library::find(kind, name).expect("the library has it").text;
     let texts = [
         std("models", "opt"),
+        HEAD,
         std("recipes", "sft"),
         std("functions", "sequences"),
         include_str!("rlhf.yaml"),

@@ -8,7 +8,7 @@ use dsgc_yaml::document::{Document, parse};
 use dsgc_yaml::functions::Functions;
 use dsgc_yaml::library;
 use dsgc_yaml::literal::Constant;
-use dsgc_yaml::lower::{self, Entry, Request, Role, TokenIds};
+use dsgc_yaml::lower::{self, Entry, Request, Role, TokenIds, Trunk};
 use dsgc_yaml::model::Model;
 use dsgc_yaml::recipe::Recipe;
 
@@ -72,6 +72,45 @@ pub fn tiny() -> Vec<(&'static str, Constant)> {
     sizes.map(|(name, n)| (name, Constant::Int(n))).into()
 }
 
+/// A model in a role.
+pub fn role<'a>(
+    name: &'a str,
+    model: &'a Model,
+    functions: &'a Functions,
+    config: &[(&str, Constant)],
+    trained: bool,
+) -> Role<'a> {
+    let config = values(&model.config, config);
+    Role { name, model, functions: vec![functions], config, trained, trunk: None }
+}
+
+/// A model in a role that is built upon the tiny OPT or another one.
+pub fn role_over<'a>(
+    name: &'a str,
+    head: &'a Model,
+    (model, config): (&'a Model, &[(&str, Constant)]),
+    functions: &'a Functions,
+) -> Role<'a> {
+    let config = values(&model.config, config);
+    let trunk = Trunk { name: &head.models[0].name.text, model, functions: vec![functions], config };
+    Role { trunk: Some(trunk), ..role(name, head, functions, &[], true) }
+}
+
+/// What graphs are lowered from: these roles, and the graph `loss` of a recipe.
+pub fn request<'a>(recipe: &'a Recipe, functions: &'a Functions, roles: Vec<Role<'a>>) -> Request<'a> {
+    Request {
+        recipe,
+        functions: vec![functions],
+        roles,
+        options: values(&recipe.options, &[]),
+        ids: IDS,
+        entries: vec![Entry { graph: "loss".into(), dims: dims(&[("B", 8), ("T", 16)]) }],
+        states: recipe.state.clone(),
+        sets: Vec::new(),
+        averages: Vec::new(),
+    }
+}
+
 /// One model in the role `model`, and the graph `loss` of a recipe.
 pub fn lower(
     recipe: &Recipe,
@@ -79,14 +118,6 @@ pub fn lower(
     model: &Model,
     config: &[(&str, Constant)],
 ) -> Result<Program, Vec<Diag>> {
-    let role =
-        Role { name: "model", model, functions: vec![functions], config: values(&model.config, config), trained: true };
-    lower::program(&Request {
-        recipe,
-        functions: vec![functions],
-        roles: vec![role],
-        options: values(&recipe.options, &[]),
-        ids: IDS,
-        entries: vec![Entry { graph: "loss".into(), dims: dims(&[("B", 8), ("T", 16)]) }],
-    })
+    let role = role("model", model, functions, config, true);
+    lower::program(&request(recipe, functions, vec![role])).map(|lowered| lowered.program)
 }
