@@ -326,6 +326,7 @@ fn functions_come_from_files_and_plans_are_decided_at_load() {
         body
     };
     let tokens = Operand::Path("batch.text.tokens".into());
+    let tokens = Operand::Path("batch.text.tokens".into());
     assert!(matches!(&body(&[])[..], [Statement::Update(u)] if u.terms[0].args[0].1 == tokens));
     let twice = body(&["sft.twice=true"]);
     let [Statement::Repeat { times: 2, body }] = &twice[..] else { panic!("{twice:?}") };
