@@ -45,7 +45,7 @@ fn stage(text: &str, sets: &[&str]) -> Stage {
 fn a_pipeline_becomes_a_stage() {
     let stage = stage(SFT, &[]);
     assert_eq!((stage.name.as_str(), stage.output_dir.as_str()), ("sft", "runs/pipeline/sft"));
-    assert!(matches!(stage.roles[0].origin, Origin::Random { .. }));
+    assert!(matches!(stage.roles[0].origin, Origin::Random));
     let source = &stage.sources[0];
     assert_eq!((source.path.as_str(), source.tokenizer.as_str()), ("pairs.jsonl", "tok"));
     assert_eq!((source.pad_id, source.eoc_id, source.max_length), (1, 2, 32));
@@ -325,7 +325,6 @@ fn functions_come_from_files_and_plans_are_decided_at_load() {
         let Statement::For { body, .. } = plan.remove(0) else { panic!() };
         body
     };
-    let tokens = Operand::Path("batch.text.tokens".into());
     let tokens = Operand::Path("batch.text.tokens".into());
     assert!(matches!(&body(&[])[..], [Statement::Update(u)] if u.terms[0].args[0].1 == tokens));
     let twice = body(&["sft.twice=true"]);
