@@ -167,7 +167,7 @@ pub const TENSORS: Table = Table {
         key("transpose", Form::List(&Form::Text), "parameters stored transposed, as globs"),
         key("skip", Form::List(&Form::Text), "tensors that are not read and not written, as globs"),
         key("may_repeat", Form::Map(&Form::Text), "tensor to the parameter that it repeats, such as a tied head"),
-        key("also_called", Form::Map(&Form::List(&Form::Text)), "parameter to further names, read only"),
+        key("also_called", Form::Map(&Form::List(&Form::Text)), "parameter to further names, as globs, read only"),
     ],
 };
 
