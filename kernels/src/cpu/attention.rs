@@ -12,7 +12,7 @@ use super::elementwise::{exp, larger};
 use super::memory::Ptr;
 
 /// Queries that are worked on together.
-const QUERIES: usize = 64;
+pub(super) const QUERIES: usize = 64;
 
 /// Bytes of scores that all threads need at once.
 pub(super) fn workspace(q: &[usize], gradient: bool, threads: usize) -> usize {
@@ -75,7 +75,7 @@ impl Heads {
 /// # Safety
 /// All elements that the extents and strides reach lie in their buffers.
 #[allow(clippy::too_many_arguments)] // A matrix product has this many.
-unsafe fn product(
+pub(super) unsafe fn product(
     (m, n, k): (usize, usize, usize),
     out: (Ptr<f32>, usize, usize),
     add: bool,
@@ -120,7 +120,7 @@ fn mask(scores: &mut [f32], segments: &[i32], own: i32, t: usize, causal: bool) 
 
 /// Scores to probabilities, not yet divided; the largest score and the divisor. Nothing seen: all 0, divisor 0.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn softmax_row(scores: &mut [f32], segments: &[i32], own: i32, t: usize, causal: bool) -> (f32, f32) {
+pub(super) fn softmax_row(scores: &mut [f32], segments: &[i32], own: i32, t: usize, causal: bool) -> (f32, f32) {
     mask(scores, segments, own, t, causal);
     let mut lanes = [f32::NEG_INFINITY; 16];
     let chunks = scores.chunks_exact(16);
