@@ -286,7 +286,13 @@ impl<'a> Draw<'a> {
             }
             "log" | "sqrt" => {
                 let x = self.any(DType::F32);
-                let x = self.tame(Op::Abs {}, x);
+                let mut x = self.tame(Op::Abs {}, x);
+                // Near 0 their slope is so steep that the last digit of a difference becomes the first.
+                if row == "log" {
+                    let least = self.must(Op::Const { value: 0.1, dtype: DType::F32 }, &[]);
+                    let least = self.must(Op::Broadcast { shape: self.ty(x).dims }, &[least]);
+                    x = self.must(Op::Max {}, &[x, least]);
+                }
                 self.push(plain(row), &[x]);
             }
             "tanh" | "sigmoid" | "log_sigmoid" | "relu" | "gelu" | "gelu_tanh" | "silu" | "erf" => {

@@ -32,7 +32,7 @@ use crate::rebuild::{Rebuild, without_dead_ops};
 /// The pass.
 pub const PASS: Pass = Pass {
     name: "autodiff",
-    requires: &[Fact::Decoded],
+    requires: &[Fact::Typed],
     provides: &[Fact::Differentiated],
     numerics: Numerics::Exact,
     run,

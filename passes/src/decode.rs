@@ -22,14 +22,8 @@ use dsgc_ir::{Class, DType, Dim, DimRange, Graph, Op, OpData, Program, Site, Sta
 use crate::infer::with_dims;
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 
-/// The pass.
-pub const PASS: Pass = Pass {
-    name: "decode",
-    requires: &[Fact::Typed],
-    provides: &[Fact::Decoded],
-    numerics: Numerics::Reassociating,
-    run,
-};
+/// The pass. It adds graphs and leaves all others as they are.
+pub const PASS: Pass = Pass { name: "decode", requires: &[Fact::Typed], provides: &[], numerics: Numerics::Exact, run };
 
 /// Runs the pass.
 pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> {

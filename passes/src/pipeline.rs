@@ -13,8 +13,6 @@ pub enum Fact {
     Logical,
     /// All types are inferred; dims with one value are numbers.
     Typed,
-    /// Every generation of the plan names the graphs that it runs.
-    Decoded,
     /// Gradient and optimizer graphs exist; every update and evaluation of the plan names them.
     Differentiated,
     /// Every value has a buffer.

@@ -132,8 +132,11 @@ pub(super) fn softmax_row(scores: &mut [f32], segments: &[i32], own: i32, t: usi
     }
     most = lanes.iter().fold(most, |a, &b| larger(a, b));
     if most == f32::NEG_INFINITY {
-        scores.fill(0.0);
-        return (0.0, 0.0);
+        // Nothing is seen, or what is seen has no softmax.
+        let seen = |(s, &segment): (usize, &i32)| segment == own && own != 0 && (!causal || s <= t);
+        let none = if segments.iter().enumerate().any(seen) { f32::NAN } else { 0.0 };
+        scores.fill(none);
+        return (none, none);
     }
     let mut sums = [0.0f32; 16];
     let mut chunks = scores.chunks_exact_mut(16);
@@ -209,8 +212,8 @@ pub(super) fn forward(l: &mut Launch, causal: bool, scale: f32) {
                         let t = first + i;
                         let line = scores.slice_mut(i * keys, keys);
                         let (most, sum) = softmax_row(line, &segments[..keys], segments[t], t, h.causal);
-                        *divisor = if sum > 0.0 { most + sum.ln() } else { 0.0 };
-                        let inverse = if sum > 0.0 { 1.0 / sum } else { 0.0 };
+                        *divisor = if sum == 0.0 { 0.0 } else { most + sum.ln() };
+                        let inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
                         line.iter_mut().for_each(|p| *p *= inverse);
                     }
                     product(
