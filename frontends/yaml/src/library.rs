@@ -30,6 +30,7 @@ macro_rules! entries {
 
 /// All of it.
 pub const ENTRIES: &[Entry] = entries![
+    "models" / "llama",
     "models" / "opt",
     "models" / "value",
     "recipes" / "sft",

@@ -89,7 +89,7 @@ impl Ran {
     pub fn steps(&self) -> Vec<&Metrics> {
         assert!(self.end.is_ok(), "{:?}", self.end);
         let step = |event| match event {
-            &Event::Step { ref metrics, .. } => Some(metrics),
+            Event::Step { metrics, .. } => Some(metrics),
             _ => None,
         };
         self.events.iter().filter_map(step).collect()
