@@ -47,8 +47,8 @@ stage {{
     "schedule": {{"learning_rate": 0.0, "kind": "constant", "warmup_steps": 0, "warmup_ratio": 0.0, "clamp": true}},
     "max_grad_norm": null
   }}],
-  "plan": [{{"for": {{"batch": "b", "source": "rows", "body": [
-    {{"update": {{"role": "model", "graph": "loss", "args": [], "steps": null}}}}
+  "plan": [{{"for": {{"batch": "b", "rows": {{"source": "rows"}}, "body": [
+    {{"update": {{"role": "model", "terms": [{{"weight": 1.0, "graph": "loss", "args": [["x", {{"path": "b.x"}}]]}}], "steps": null}}}}
   ]}}}}]
 }}
 "#

@@ -59,7 +59,8 @@ fn compiled_programs_run_among_nan() {
         match (plain, loose) {
             (Ok(plain), Ok(loose)) => {
                 let odd = plain.iter().zip(&loose).position(|(a, b)| !near(a, b));
-                assert!(odd.is_none(), "seed {seed}: result {odd:?} of\n{}", *planned);
+                let both = odd.map(|i| (&plain[i], &loose[i]));
+                assert!(odd.is_none(), "seed {seed}: result {odd:?} {both:?} of\n{}", *planned);
             }
             (plain, loose) => assert_eq!(plain.is_err(), loose.is_err(), "seed {seed}: {plain:?} and {loose:?}"),
         }

@@ -258,7 +258,7 @@ fn a_plan_of_another_form_is_refused_before_anything_is_read() {
         *body = vec![Statement::Repeat { times: 2, body: plan }];
     }
     let refused = place.refused(nested);
-    assert!(refused.contains("`for` inside a `for`"), "{refused}");
+    assert!(refused.contains("a `for` over data inside another one"), "{refused}");
     let mut two = place.program(&[]);
     two.stage.plan.extend(two.stage.plan.clone());
     let refused = place.refused(two);

@@ -121,11 +121,13 @@ fn losses(rows_per_call: usize) -> [f64; 2] {
             vec![("lr".into(), Tensor::f64(&[], vec![1e-2])), ("t".into(), Tensor::i32(&[], vec![step]))];
         let outputs = match update.steps.as_ref().expect("autodiff fills it in") {
             UpdateSteps::Whole { step } => call(&mut interp, step, &[rows(), settings].concat()),
-            UpdateSteps::Split { count, grad, finish, apply } => {
-                let counts = count.as_ref().map(|graph| totals(&mut interp, graph, rows_per_call, &Vec::new()));
-                let mut all = counts.unwrap_or_default();
-                all.extend(totals(&mut interp, grad, rows_per_call, &all.clone()));
-                let outputs = call(&mut interp, finish, &all);
+            UpdateSteps::Split { terms, apply } => {
+                let [steps] = &terms[..] else { panic!("the update has one term") };
+                let mut all = Named::new();
+                for graph in steps.count.iter().chain([&steps.grad]) {
+                    all.extend(totals(&mut interp, graph, rows_per_call, &all.clone()));
+                }
+                let outputs = call(&mut interp, &steps.finish, &all);
                 call(&mut interp, apply, &settings);
                 outputs
             }

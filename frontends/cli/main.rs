@@ -6,6 +6,7 @@ mod commands;
 mod console;
 mod device;
 mod host;
+mod plan_text;
 mod progress;
 mod report;
 

@@ -91,6 +91,17 @@ impl Progress {
                     self.line(format!("step {step}/{steps} epoch {epoch:.2} {text}, {eta:#} left"));
                 }
             }
+            Event::New { role, params } => {
+                self.line(format!("`{role}` begins with new values of {}", params.join(", ")));
+            }
+            Event::Health { step, metric, value, low, high } => {
+                let end = |x: &Option<f64>| x.map_or("..".into(), number);
+                let range = format!("{} to {}", end(low), end(high));
+                self.line(format!("warning: step {step}: `{metric}` is {}, healthy is {range}", number(*value)));
+            }
+            Event::NoRows { table, rows } => {
+                self.line(format!("warning: none of the {rows} rows of `{table}` takes part in this step"));
+            }
             Event::Saved { role, folder } => self.line(format!("wrote `{role}` to {}", folder.display())),
         }
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use dsgc_ir::cost::graph_cost;
-use dsgc_ir::stage::{Stage, Statement, UpdateSteps};
+use dsgc_ir::stage::{CallSteps, Rows, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::verify::last_uses;
 use dsgc_ir::{Planned, Program, Region, StateKind};
 use serde_json::{Value, json};
@@ -14,8 +14,7 @@ pub struct StageReport {
     recipe: String,
     /// Numbers in parameters: all, and those that are trained.
     parameters: (u64, u64),
-    /// Per update: role, loss graph, operations of one optimizer step at the largest batch.
-    updates: Vec<(String, String, u64)>,
+    work: Work,
     /// Per pass: ops of all graphs before and after.
     passes: Vec<(&'static str, usize, usize)>,
     /// Per graph: ops, and bytes of its values.
@@ -34,8 +33,8 @@ impl StageReport {
             });
             params.map(|s| s.ty.len().constant().unwrap_or(0) as u64).sum()
         };
-        let mut updates = Vec::new();
-        collect_updates(program, &program.stage.plan, 1, &mut updates);
+        let mut work = Work::default();
+        work.collect(program, &program.stage.plan, 1, 1);
         let graphs = program
             .graphs
             .iter()
@@ -49,7 +48,7 @@ impl StageReport {
             name: program.stage.name.clone(),
             recipe: program.stage.recipe.clone(),
             parameters: (count(false), count(true)),
-            updates,
+            work,
             passes,
             graphs,
             memory: [arena.persistent, arena.values, arena.scratch],
@@ -59,10 +58,13 @@ impl StageReport {
     /// The report as JSON; sizes in bytes.
     pub fn json(&self) -> Value {
         let updates: Vec<Value> = self
+            .work
             .updates
             .iter()
             .map(|(role, graph, flops)| json!({"role": role, "graph": graph, "flops_per_step": flops}))
             .collect();
+        let calls: Vec<Value> =
+            self.work.calls.iter().map(|(what, flops)| json!({"what": what, "flops_per_batch": flops})).collect();
         let passes: Vec<Value> = self
             .passes
             .iter()
@@ -80,6 +82,7 @@ impl StageReport {
             "parameters": self.parameters.0,
             "trained_parameters": self.parameters.1,
             "updates": updates,
+            "calls": calls,
             "passes": passes,
             "graphs": graphs,
             "memory": {
@@ -94,7 +97,10 @@ impl fmt::Display for StageReport {
         writeln!(f, "stage {} (recipe {})", self.name, self.recipe)?;
         let (all, trained) = self.parameters;
         writeln!(f, "  parameters      {} ({} trained)", grouped(all), grouped(trained))?;
-        for (role, graph, flops) in &self.updates {
+        for (what, flops) in &self.work.calls {
+            writeln!(f, "  {what:<15} {:.3} GFLOP per full batch", *flops as f64 / 1e9)?;
+        }
+        for (role, graph, flops) in &self.work.updates {
             writeln!(
                 f,
                 "  update          {role} on {graph}: {:.3} GFLOP per step of a full batch",
@@ -121,33 +127,65 @@ impl fmt::Display for StageReport {
     }
 }
 
-/// Operations of every update of the plan, by the formulas of `dsgc_ir::cost` at the upper bounds of all dims.
-fn collect_updates(program: &Program, plan: &[Statement], calls: u64, found: &mut Vec<(String, String, u64)>) {
-    for statement in plan {
-        match statement {
-            Statement::For { source, body, .. } => {
-                let parts = program
-                    .stage
-                    .sources
-                    .iter()
-                    .find(|s| s.name == *source)
-                    .map_or(1, |s| s.batch_size.div_ceil(s.micro_batch_size.max(1)) as u64);
-                collect_updates(program, body, parts, found);
-            }
-            Statement::Repeat { body, .. } => collect_updates(program, body, calls, found),
-            Statement::Update(update) => {
-                let flops = |name: &String| {
-                    let graph = program.graph(name).expect("the passes made it");
-                    graph_cost(graph, &graph.upper_bounds()).map_or(0, |c| c.flops)
-                };
-                let total = match update.steps.as_ref().expect("the passes filled it in") {
-                    UpdateSteps::Whole { step } => flops(step),
-                    UpdateSteps::Split { count, grad, finish, apply } => {
-                        let part = count.as_ref().map_or(0, flops) + flops(grad);
-                        calls.saturating_mul(part).saturating_add(flops(finish) + flops(apply))
-                    }
-                };
-                found.push((update.role.clone(), update.graph.clone(), total));
+/// Work of a plan by statement, by the formulas of `dsgc_ir::cost` at the upper bounds of all dims.
+#[derive(Default)]
+struct Work {
+    /// Role, loss graphs, operations of one optimizer step at the largest batch.
+    updates: Vec<(String, String, u64)>,
+    /// Graphs that train nothing, and models that generate: what it is, operations for the largest batch.
+    calls: Vec<(String, u64)>,
+}
+
+impl Work {
+    /// Adds statements whose batch has this many rows, in calls of `micro`.
+    fn collect(&mut self, program: &Program, plan: &[Statement], rows: usize, micro: usize) {
+        let flops = |name: &String| {
+            let graph = program.graph(name).expect("the passes made it");
+            graph_cost(graph, &graph.upper_bounds()).map_or(0, |c| c.flops)
+        };
+        let all = |names: &[String]| names.iter().map(flops).sum::<u64>();
+        let parts = rows.div_ceil(micro.max(1)) as u64;
+        for statement in plan {
+            match statement {
+                Statement::For { rows: Rows::Source(source), body, .. } => {
+                    let source = program.stage.sources.iter().find(|s| s.name == *source);
+                    let (rows, micro) = source.map_or((1, 1), |s| (s.batch_size, s.micro_batch_size));
+                    self.collect(program, body, rows, micro);
+                }
+                Statement::For { rows: Rows::Minibatches { size, .. }, body, .. } => {
+                    self.collect(program, body, *size, micro);
+                }
+                Statement::Repeat { body, .. } => self.collect(program, body, rows, micro),
+                Statement::Update(update) => {
+                    let graphs: Vec<&str> = update.terms.iter().map(|t| t.graph.as_str()).collect();
+                    let total = match update.steps.as_ref().expect("the passes filled it in") {
+                        UpdateSteps::Whole { step } => flops(step),
+                        UpdateSteps::Split { terms, apply } => {
+                            let term = |t: &TermSteps| {
+                                parts.saturating_mul(all(&t.count) + flops(&t.grad)).saturating_add(flops(&t.finish))
+                            };
+                            terms.iter().map(term).sum::<u64>().saturating_add(flops(apply))
+                        }
+                    };
+                    self.updates.push((update.role.clone(), graphs.join(" + "), total));
+                }
+                Statement::Call(call) => {
+                    let total = match call.steps.as_ref().expect("the passes filled it in") {
+                        CallSteps::Whole => flops(&call.graph),
+                        CallSteps::Split { count, rows, finish } => {
+                            let last = finish.as_ref().map_or(0, flops);
+                            parts.saturating_mul(all(count) + flops(rows)).saturating_add(last)
+                        }
+                    };
+                    self.calls.push((format!("call {}", call.graph), total));
+                }
+                Statement::Generate(generate) => {
+                    let steps = generate.steps.as_ref().expect("the passes filled it in");
+                    let one = flops(&steps.prefill) + (generate.max_new_tokens as u64 - 1) * flops(&steps.step);
+                    let calls = (rows * generate.samples).div_ceil(generate.rows.max(1)) as u64;
+                    self.calls.push((format!("generate {}", generate.role), calls.saturating_mul(one)));
+                }
+                Statement::Next { .. } | Statement::Join { .. } | Statement::Recent { .. } => {}
             }
         }
     }
@@ -235,62 +273,6 @@ impl fmt::Display for MemoryTable {
             write!(f, "  {:>12} {:>12}  {} : {}{live}{end}", row.offset, row.bytes, row.name, row.ty)?;
         }
         Ok(())
-    }
-}
-
-/// The plan of a stage, as a reader would tell it.
-pub fn plan_text(stage: &Stage) -> String {
-    let mut lines = vec![format!("stage {} -> {}", stage.name, stage.output_dir)];
-    for role in &stage.roles {
-        let trained = if role.trained { "trained" } else { "frozen" };
-        lines.push(format!("  role {}: {} ({trained}) from {:?}", role.name, role.model.family, role.origin));
-    }
-    for source in &stage.sources {
-        let accumulation = source.batch_size.div_ceil(source.micro_batch_size.max(1));
-        lines.push(format!(
-            "  source {}: {}, {} rows per step = {} x micro-batches of {}, up to {} tokens",
-            source.name, source.path, source.batch_size, accumulation, source.micro_batch_size, source.max_length
-        ));
-    }
-    for evaluate in &stage.evaluate {
-        let steps = evaluate.steps.as_ref().expect("the passes filled it in");
-        lines.push(format!(
-            "  evaluate on {}: call {} per micro-batch, then {}",
-            evaluate.source, steps.sums, steps.finish
-        ));
-    }
-    statements(&stage.plan, 1, &mut lines);
-    for role in &stage.save {
-        lines.push(format!("  save {role}"));
-    }
-    lines.join("\n")
-}
-
-fn statements(plan: &[Statement], depth: usize, lines: &mut Vec<String>) {
-    let indent = "  ".repeat(depth);
-    for statement in plan {
-        match statement {
-            Statement::For { batch, source, body } => {
-                lines.push(format!("{indent}for {batch} in {source}"));
-                statements(body, depth + 1, lines);
-            }
-            Statement::Repeat { times, body } => {
-                lines.push(format!("{indent}repeat {times}"));
-                statements(body, depth + 1, lines);
-            }
-            Statement::Update(update) => {
-                lines.push(format!("{indent}update {} on {}", update.role, update.graph));
-                match update.steps.as_ref().expect("the passes filled it in") {
-                    UpdateSteps::Whole { step } => lines.push(format!("{indent}  call {step}")),
-                    UpdateSteps::Split { count, grad, finish, apply } => {
-                        for graph in count.iter().chain([grad]) {
-                            lines.push(format!("{indent}  call {graph} per micro-batch"));
-                        }
-                        lines.extend([finish, apply].map(|graph| format!("{indent}  call {graph}")));
-                    }
-                }
-            }
-        }
     }
 }
 

@@ -286,7 +286,13 @@ impl<'a> Draw<'a> {
             }
             "log" | "sqrt" => {
                 let x = self.any(DType::F32);
-                let x = self.tame(Op::Abs {}, x);
+                let mut x = self.tame(Op::Abs {}, x);
+                // Near 0 their slope is so steep that the last digit of a difference becomes the first.
+                if row == "log" {
+                    let least = self.must(Op::Const { value: 0.1, dtype: DType::F32 }, &[]);
+                    let least = self.must(Op::Broadcast { shape: self.ty(x).dims }, &[least]);
+                    x = self.must(Op::Max {}, &[x, least]);
+                }
                 self.push(plain(row), &[x]);
             }
             "tanh" | "sigmoid" | "log_sigmoid" | "relu" | "gelu" | "gelu_tanh" | "silu" | "erf" => {
@@ -336,6 +342,15 @@ impl<'a> Draw<'a> {
                     self.push(Op::Cumsum { axis, reverse }, &[x]);
                 }
             }
+            "recurrence" => {
+                let x = self.any_with_dims(DType::F32);
+                let x = self.tame(Op::Tanh {}, x);
+                if let Some(axis) = self.axis(x) {
+                    let (decay, reverse) = (self.rng.choose(&[0.0, 0.5, 0.95]), self.rng.once_in(2));
+                    self.push(Op::Recurrence { axis, decay, reverse }, &[x]);
+                }
+            }
+            "slice_at" | "write_at" => self.at_place(row == "write_at"),
             "embed" => {
                 let rows = self.rng.between(1, 4);
                 let table = Type::new(DType::F32, [Dim::from(rows), self.dim()]);
@@ -362,6 +377,39 @@ impl<'a> Draw<'a> {
                     let grad = self.same_as(x);
                     self.push(Op::LayerNormGrad { eps: 1e-5 }, &[x, weight, grad]);
                 }
+            }
+            "rms_norm" | "rms_norm_grad" => {
+                let x = self.any_with_dims(DType::F32);
+                let weight = self.value_of(&Type::new(DType::F32, &self.ty(x).dims[self.ty(x).rank() - 1..]));
+                if row == "rms_norm" {
+                    self.push(Op::RmsNorm { eps: 1e-5 }, &[x, weight]);
+                } else {
+                    let grad = self.same_as(x);
+                    self.push(Op::RmsNormGrad { eps: 1e-5 }, &[x, weight, grad]);
+                }
+            }
+            "rope" => {
+                let half = Dim::from(self.rng.between(1, 2));
+                let lead = [self.dim(), self.dim()];
+                let rest = [Dim::from(self.rng.between(1, 2)), &half + &half];
+                let x = Type::new(DType::F32, [&lead[..], &rest[..]].concat());
+                if self.fits(&x) {
+                    let positions = Type::new(DType::I32, lead.to_vec());
+                    let args = [x, positions, Type::new(DType::F32, [half])].map(|ty| self.value_of(&ty));
+                    let inverse = self.rng.once_in(2);
+                    self.push(Op::Rope { inverse }, &args);
+                }
+            }
+            "cached_attention" => self.cached_attention(),
+            "sample" => {
+                // Whole numbers: always finite, and equal on every device.
+                let rows = Type::new(DType::I32, [self.dim()]);
+                let scores = self.value_of(&Type::new(DType::I32, [rows.dims[0].clone(), Dim::from(3i64)]));
+                let logits = self.must(Op::Cast { dtype: DType::F32 }, &[scores]);
+                let args = [&Type::scalar(DType::Key), &rows, &Type::scalar(DType::I32)].map(|ty| self.value_of(ty));
+                let temperature = self.rng.choose(&[0.0, 1.0]);
+                let (top_k, top_p) = (self.rng.below(3), self.rng.choose(&[0.5, 1.0]));
+                self.push(Op::Sample { temperature, top_k, top_p }, &[logits, args[0], args[1], args[2]]);
             }
             "attention" => self.attention(false),
             "attention_grad" => self.attention(true),
@@ -465,6 +513,46 @@ impl<'a> Draw<'a> {
         let out: String = self.order(out.len()).into_iter().map(|i| out[i]).collect();
         let y = self.value_of(&Type::new(DType::F32, rhs_dims));
         self.push(Op::Contract { spec: format!("{},{rhs}->{out}", String::from_iter(lhs)) }, &[x, y]);
+    }
+
+    /// A part at a place that fits whatever the dims are, and the part written elsewhere.
+    fn at_place(&mut self, write: bool) {
+        let x = self.value();
+        let Some(axis) = self.axis(x) else { return };
+        let dim = self.ty(x).dims[axis].clone();
+        let least = self.bindings.iter().map(|b| dim.eval(b).unwrap_or(0)).min().unwrap_or(0);
+        if least < 1 {
+            return;
+        }
+        let len = self.rng.between(1, least);
+        let mut place = || {
+            let place = self.value_of(&Type::scalar(DType::I32));
+            self.below(place, least - len + 1)
+        };
+        let (from, to) = (place(), place());
+        let part = self.push(Op::SliceAt { axis, len: Dim::from(len) }, &[x, from]);
+        if let ([part], true) = (&part[..], write) {
+            self.push(Op::WriteAt { axis }, &[x, *part, to]);
+        }
+    }
+
+    fn cached_attention(&mut self) {
+        let (heads, group) = (self.rng.between(1, 2), self.rng.between(1, 2));
+        let (new, columns) = (self.rng.between(1, 2), self.rng.between(2, 4));
+        let (rows, width) = (self.dim(), self.dim());
+        let split = |places: i64, heads: i64| {
+            Type::new(DType::F32, [rows.clone(), Dim::from(places), Dim::from(heads), width.clone()])
+        };
+        let (queries, keys) = (split(new, heads * group), split(columns, heads));
+        if !self.fits(&queries) || !self.fits(&keys) {
+            return;
+        }
+        let segment = Type::new(DType::I32, [rows.clone(), Dim::from(columns)]);
+        let mut args: Vec<Value> = [&queries, &keys, &keys, &segment].into_iter().map(|ty| self.value_of(ty)).collect();
+        let place = self.value_of(&Type::scalar(DType::I32));
+        args.push(self.below(place, columns - new + 1));
+        let scale = self.rng.choose(&[0.5, 1.0]);
+        self.push(Op::CachedAttention { scale }, &args);
     }
 
     fn attention(&mut self, grad: bool) {

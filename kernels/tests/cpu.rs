@@ -266,6 +266,77 @@ fn composites_of_every_width() {
 }
 
 #[test]
+fn root_mean_squares_and_rotations_of_every_width() {
+    for width in [1, 5, 16, 33, 768] {
+        let params = format!("%x: f32[130, {width}], %w: f32[{width}], %g: f32[130, {width}]");
+        compare(&params, "%y = rms_norm %x, %w eps=1e-5", &[]);
+        compare(&params, "%y, %z = rms_norm_grad %x, %w, %g eps=1e-5", &[]);
+    }
+    for (heads, half) in [(1, 1), (3, 8), (2, 33)] {
+        let params = format!("%x: f32[3, 70, {heads}, {}], %p: i32[3, 70], %f: f32[{half}]", 2 * half);
+        for inverse in ["true", "false"] {
+            compare(&params, &format!("%y = rope %x, %p, %f inverse={inverse}"), &[("p", 200)]);
+        }
+    }
+    for reverse in ["true", "false"] {
+        compare("%x: f32[30, 40, 20]", &format!("%y = recurrence %x axis=1 decay=0.9 reverse={reverse}"), &[]);
+    }
+}
+
+#[test]
+fn places_known_when_it_runs() {
+    for dtype in ["f32", "i32", "bool"] {
+        let params = format!("%x: {dtype}[20, 30, 7], %n: {dtype}[20, 4, 7], %p: i32[]");
+        compare(&params, "%y = slice_at %x, %p axis=1 len=4", &[("p", 27)]);
+        compare(&params, "%y = write_at %x, %n, %p axis=1", &[("p", 27)]);
+    }
+    let program = program("%x: f32[3, 5], %p: i32[]", "%y = slice_at %x, %p axis=1 len=4");
+    for place in [-1, 2] {
+        let x = Tensor::f32(&[3, 5], vec![0.0; 15]);
+        let found = Cpu::new(plan(&program, 1), 1).run("g", &[("x", &x), ("p", &Tensor::i32(&[], vec![place]))]);
+        let why = found.expect_err("the places end before").message;
+        assert!(why.contains(&format!("found place {place} for 4 of 5 places")), "{why}");
+    }
+}
+
+#[test]
+fn cached_attention_of_every_shape() {
+    for (b, q, c, h, k, d) in [(2, 1, 9, 2, 1, 4), (3, 1, 70, 4, 2, 17), (1, 5, 70, 3, 3, 16), (2, 130, 140, 2, 2, 8)] {
+        let params = format!(
+            "%q: f32[{b}, {q}, {h}, {d}], %k: f32[{b}, {c}, {k}, {d}], %v: f32[{b}, {c}, {k}, {d}], %s: i32[{b}, {c}], %p: i32[]"
+        );
+        compare(&params, "%y = cached_attention %q, %k, %v, %s, %p scale=0.35", &[("s", 3), ("p", c - q + 1)]);
+    }
+}
+
+#[test]
+fn columns_behind_the_new_ones_are_not_read() {
+    let program = program(
+        "%q: f32[1, 1, 1, 2], %k: f32[1, 4, 1, 2], %s: i32[1, 4], %p: i32[]",
+        "%y = cached_attention %q, %k, %k, %s, %p scale=1.0",
+    );
+    let nan = f32::NAN;
+    let inputs = [
+        ("q", &Tensor::f32(&[1, 1, 1, 2], vec![1.0, 0.0])),
+        ("k", &Tensor::f32(&[1, 4, 1, 2], vec![0.5, 1.0, 0.5, 3.0, nan, nan, nan, nan])),
+        ("s", &Tensor::i32(&[1, 4], vec![1, 1, 0, 0])),
+        ("p", &Tensor::i32(&[], vec![1])),
+    ];
+    let outputs = Cpu::new(plan(&program, 1), 1).run("g", &inputs).unwrap_or_else(|e| panic!("{e:?}"));
+    assert_eq!(outputs[0].1.to_f64(), [0.5, 2.0]);
+}
+
+#[test]
+fn tokens_are_those_of_the_interpreter() {
+    let params = "%l: f32[9, 300], %k: key[], %r: i32[9], %p: i32[]";
+    for attributes in
+        ["temperature=0.0 top_k=0 top_p=1.0", "temperature=0.7 top_k=0 top_p=1.0", "temperature=1.0 top_k=5 top_p=0.5"]
+    {
+        compare(params, &format!("%y = sample %l, %k, %r, %p {attributes}"), &[("r", 100), ("p", 50)]);
+    }
+}
+
+#[test]
 fn a_token_outside_of_the_table_is_an_error_not_a_crash() {
     let program = program("%x: f32[9, 4], %t: i32[3]", "%y = embed %x, %t");
     let (table, tokens) = (Tensor::f32(&[9, 4], vec![0.0; 36]), Tensor::i32(&[3], vec![0, 9, 1]));

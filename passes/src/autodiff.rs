@@ -71,8 +71,8 @@ struct Derive {
     rows: BTreeMap<String, Rows>,
     /// Role, loss graph, weight and whether it is cut -> how the update runs.
     updates: BTreeMap<(String, String, u64, bool), Derived>,
-    /// Graph -> how it is called in parts.
-    calls: BTreeMap<String, CallSteps>,
+    /// Graph, and whether its outputs with rows are wanted -> how it is called in parts.
+    calls: BTreeMap<(String, bool), CallSteps>,
     /// Role -> parameters that its `apply` graph updates.
     applied: BTreeMap<String, Layers>,
 }
@@ -120,7 +120,7 @@ impl Derive {
                     if let (Some(name), Some(rows)) = (&call.name, rows) {
                         self.rows.insert(name.clone(), rows);
                     }
-                    let made = self.call(program, &call.graph, rows);
+                    let made = self.call(program, &call.graph, rows, call.name.is_some());
                     call.steps = self.note(made);
                 }
                 Statement::Generate(generate) => {
@@ -171,7 +171,7 @@ impl Derive {
         rows.max_by_key(|r| r.batch)
     }
 
-    fn call(&mut self, program: &mut Program, name: &str, rows: Option<Rows>) -> Result<CallSteps, Diag> {
+    fn call(&mut self, program: &mut Program, name: &str, rows: Option<Rows>, wanted: bool) -> Result<CallSteps, Diag> {
         let graph = graph_named(program, name)?;
         let rows = rows.unwrap_or(Rows { micro: 1, batch: 1 });
         if graph.batch.is_none() || rows.fit() {
@@ -182,13 +182,15 @@ impl Derive {
             }
             return Ok(CallSteps::Whole);
         }
-        if let Some(steps) = self.calls.get(name) {
+        let key = (name.to_string(), wanted);
+        if let Some(steps) = self.calls.get(&key) {
             return Ok(steps.clone());
         }
         let mut graph = graph;
         limit_rows(&mut graph, rows.micro);
-        let parts = split::call(program, &graph)?;
-        let add = |program: &mut Program, graph: Graph, suffix: &str| add(program, graph, format!("{name}.{suffix}"));
+        let parts = split::call(program, &graph, wanted)?;
+        let prefix = if wanted { name.to_string() } else { format!("{name}.totals") };
+        let add = |program: &mut Program, graph: Graph, suffix: &str| add(program, graph, format!("{prefix}.{suffix}"));
         let count = parts.count.into_iter().enumerate();
         let steps = CallSteps::Split {
             count: count.map(|(i, g)| add(program, g, &format!("count.{i}"))).collect(),
@@ -196,7 +198,7 @@ impl Derive {
             finish: parts.finish.map(|g| add(program, g, "finish")),
         };
         self.used.insert(name.to_string());
-        self.calls.insert(name.to_string(), steps.clone());
+        self.calls.insert(key, steps.clone());
         Ok(steps)
     }
 

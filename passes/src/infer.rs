@@ -48,12 +48,14 @@ fn infer(graph: &Graph, program: &Program) -> Graph {
 }
 
 /// The op with symbols replaced in its attributes.
-fn with_dims(op: &Op, with: &BTreeMap<Symbol, Dim>) -> Op {
+pub(crate) fn with_dims(op: &Op, with: &BTreeMap<Symbol, Dim>) -> Op {
     let sub = |d: &Dim| d.substitute(with);
     let all = |dims: &[Dim]| dims.iter().map(sub).collect();
     let mut op = op.clone();
     match &mut op {
-        Op::Size { dim: d, .. } | Op::Iota { len: d } | Op::EmbedGrad { rows: d } => *d = sub(d),
+        Op::Size { dim: d, .. } | Op::Iota { len: d } | Op::EmbedGrad { rows: d } | Op::SliceAt { len: d, .. } => {
+            *d = sub(d);
+        }
         Op::Broadcast { shape }
         | Op::Reshape { shape }
         | Op::RandomNormal { shape, .. }

@@ -5,6 +5,7 @@
 
 pub mod autodiff;
 pub mod canonicalize;
+pub mod decode;
 pub mod infer;
 mod pipeline;
 pub mod plan_memory;

@@ -51,10 +51,10 @@ stage {{
     "schedule": {{"learning_rate": 0.1, "kind": "constant", "warmup_steps": 0, "warmup_ratio": 0.0, "clamp": true}},
     "max_grad_norm": 0.5
   }}],
-  "plan": [{{"for": {{"batch": "b", "source": "rows", "body": [
-    {{"update": {{"role": "model", "graph": "loss", "args": [], "steps": null}}}}
+  "plan": [{{"for": {{"batch": "b", "rows": {{"source": "rows"}}, "body": [
+    {{"update": {{"role": "model", "terms": [{{"weight": 1.0, "graph": "loss", "args": [["x", {{"path": "b.x"}}]]}}], "steps": null}}}}
   ]}}}}],
-  "evaluate": [{{"graph": "loss", "source": "rows", "args": [], "steps": null}}]
+  "evaluate": [{{"source": "rows", "body": [{{"call": {{"name": null, "graph": "loss", "args": [["x", {{"path": "rows.eval.x"}}]], "cached": false, "steps": null}}}}]}}]
 }}
 "#
     );
@@ -114,6 +114,16 @@ fn combine(totals: &mut Named, part: Named) {
     }
 }
 
+/// Totals of one graph over all parts, where some totals are known.
+fn round(interp: &mut Interp, graph: &str, parts: &[Named], given: &Named) -> Named {
+    let mut totals = Named::new();
+    for part in parts {
+        let more = call(interp, graph, &[part.clone(), given.clone()].concat());
+        combine(&mut totals, more);
+    }
+    totals
+}
+
 fn scalar(x: f64) -> Tensor {
     Tensor::new(&[], Data::F64(vec![x]))
 }
@@ -145,21 +155,16 @@ fn train(micro: usize) -> (Vec<Outputs>, States, Program) {
         let settings: Named = vec![("lr".into(), scalar(0.1)), ("t".into(), Tensor::new(&[], Data::I32(vec![step])))];
         let outputs = match &steps {
             UpdateSteps::Whole { step } => call(&mut interp, step, &[inputs.clone(), settings].concat()),
-            UpdateSteps::Split { count, grad, finish, apply } => {
+            UpdateSteps::Split { terms, apply } => {
+                let [steps] = &terms[..] else { panic!("the update has one term") };
                 let parts: Vec<Named> = (0..4).step_by(micro).map(|i| rows(&inputs, i, (i + micro).min(4))).collect();
                 let mut totals = Named::new();
-                for part in &parts {
-                    let more = count.as_ref().map(|c| call(&mut interp, c, part)).unwrap_or_default();
-                    combine(&mut totals, more);
+                for count in &steps.count {
+                    totals = round(&mut interp, count, &parts, &totals).into_iter().chain(totals).collect();
                 }
-                let given = totals.clone();
-                let mut rest = Named::new();
-                for part in &parts {
-                    let more = call(&mut interp, grad, &[part.clone(), given.clone()].concat());
-                    combine(&mut rest, more);
-                }
+                let rest = round(&mut interp, &steps.grad, &parts, &totals);
                 totals.extend(rest);
-                let mut outputs = call(&mut interp, finish, &totals);
+                let mut outputs = call(&mut interp, &steps.finish, &totals);
                 outputs.extend(call(&mut interp, apply, &settings));
                 outputs
             }
@@ -241,19 +246,6 @@ fn what_cannot_be_cut_is_an_error_that_says_why() {
             "depends on the parameters that are trained",
         ),
         ("  %l = reduce_max %p axes=[0]\n  return loss=%l", "one part cannot know"),
-        // A variance of data takes a mean of data first.
-        (
-            "  %s = reduce_sum %y axes=[0]
-  %ss = broadcast %s shape=[B]
-  %d = sub %y, %ss
-  %d2 = mul %d, %d
-  %var = reduce_sum %d2 axes=[0]
-  %vars = broadcast %var shape=[B]
-  %q = mul %p, %vars
-  %l = reduce_sum %q axes=[0]
-  return loss=%l",
-            "two passes over the data",
-        ),
         (
             "  %pairs = contract %z, %z spec=bh,ch->bc
   %l = reduce_sum %pairs axes=[0, 1]

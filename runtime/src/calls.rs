@@ -132,8 +132,8 @@ pub struct Outputs {
 
 /// Whether an output's name is that of a total.
 fn is_total(name: &str) -> bool {
-    let number = name.split_once('.').filter(|(how, _)| ["sum", "max", "min"].contains(how));
-    number.is_some_and(|(_, k)| k.parse::<usize>().is_ok())
+    let (how, number) = (name.split('.').next(), name.rsplit_once('.').map(|(_, number)| number));
+    how.is_some_and(|how| ["sum", "max", "min"].contains(&how)) && number.is_some_and(|k| k.parse::<usize>().is_ok())
 }
 
 /// Adds the totals of a part to those of the parts before it, in doubles.

@@ -86,7 +86,7 @@ fn the_plan_says_what_is_called_when() {
             "stage sft",
             "role model: opt (trained)",
             "2 x micro-batches of 4",
-            "evaluate on",
+            "evaluate text.eval",
             "for batch in",
             "update model",
         ],

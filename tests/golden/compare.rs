@@ -21,13 +21,13 @@ use std::path::{Path, PathBuf};
 
 use dsgc_hf::{Folder, read_params};
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::{Statement, UpdateSteps};
+use dsgc_ir::stage::{Operands, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::{Bindings, Planned, Program, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_passes::PassContext;
-use dsgc_runtime::calls::{self, Named, combine};
+use dsgc_runtime::calls::{self, Named, Parts};
 use dsgc_runtime::learning_rate;
 use dsgc_yaml::load::{self, Failed, Host, Options, TokenizerFacts};
 use safetensors::{Dtype, SafeTensors};
@@ -92,8 +92,7 @@ pub struct Trainer {
     program: Planned,
     device: Box<dyn Device>,
     steps: UpdateSteps,
-    args: Vec<(String, String)>,
-    micro_batch_size: usize,
+    args: Operands,
     taken: u64,
 }
 
@@ -185,9 +184,8 @@ impl Golden {
         load_weights(&program, device.as_mut(), &self.model);
         let Some(Statement::For { body, .. }) = program.stage.plan.first() else { panic!("sft goes through rows") };
         let Some(Statement::Update(update)) = body.first() else { panic!("sft updates its model") };
-        let (steps, args) = (update.steps.clone().expect("autodiff derived the update"), update.args.clone());
-        let micro_batch_size = program.stage.sources[0].micro_batch_size;
-        Ok(Trainer { program, device, steps, args, micro_batch_size, taken: 0 })
+        let (steps, args) = (update.steps.clone().expect("autodiff derived the update"), update.terms[0].args.clone());
+        Ok(Trainer { program, device, steps, args, taken: 0 })
     }
 
     /// Rows of tokens, as the runtime makes them from files: `text.tokens`, `text.segment`, `text.trained`.
@@ -238,31 +236,31 @@ impl Trainer {
             ("t".to_string(), Tensor::i32(&[], vec![self.taken as i32])),
         ]);
         let inputs = self.inputs(batch);
-        let device = self.device.as_mut();
-        let outputs = calls::update(device, &self.program, &self.steps, &inputs, self.micro_batch_size, &settings)
-            .unwrap_or_else(|e| panic!("{e}"));
+        let outputs = match self.steps.clone() {
+            UpdateSteps::Whole { step } => self.call(&step, &[&inputs, &settings]),
+            UpdateSteps::Split { terms, apply } => {
+                let mut outputs = self.term(&terms[0], &inputs);
+                outputs.extend(self.call(&apply, &[&settings]));
+                outputs
+            }
+        };
         Step { loss: outputs["loss"].scalar(), grad_norm: outputs["grad_norm"].scalar() }
     }
 
     /// Adds the gradients of a batch to their accumulators, and gives its loss.
     fn backward(&mut self, batch: &Named) -> f64 {
-        let UpdateSteps::Split { count, grad, finish, .. } = self.steps.clone() else {
+        let UpdateSteps::Split { terms, .. } = self.steps.clone() else {
             panic!("a batch in two parts is accumulated")
         };
         let inputs = self.inputs(batch);
-        let mut totals = Named::new();
-        // What a gradient needs of the whole batch (how many targets it has) is counted before.
-        for graph in count.iter().chain([&grad]) {
-            let given = totals.clone();
-            for rows in (0..inputs["text.tokens"].shape[0]).step_by(self.micro_batch_size) {
-                let part: Named = inputs
-                    .iter()
-                    .map(|(name, tensor)| (name.clone(), tensor.rows(rows..rows + self.micro_batch_size)))
-                    .collect();
-                combine(&mut totals, self.call(graph, &[&part, &given]));
-            }
-        }
-        self.call(&finish, &[&totals])["loss"].scalar()
+        self.term(&terms[0], &inputs)["loss"].scalar()
+    }
+
+    /// Runs the graphs of a loss on all parts of a batch.
+    fn term(&mut self, steps: &TermSteps, inputs: &Named) -> Named {
+        let graphs = Parts::of_term(steps);
+        let parts = graphs.cut(&self.program, inputs);
+        graphs.run(self.device.as_mut(), &self.program, &parts).unwrap_or_else(|e| panic!("{e}")).whole
     }
 
     fn call(&mut self, graph: &str, given: &[&Named]) -> Named {

@@ -47,7 +47,7 @@ pub fn run(args: &Args) -> Done {
             (None, false) => say(StageReport::new(&planned, passes)),
             (None, true) => all.push(StageReport::new(&planned, passes).json()),
             (Some(Emit::Ir), _) => say(planned.to_string().trim_end()),
-            (Some(Emit::Plan), false) => say(crate::report::plan_text(&planned.stage)),
+            (Some(Emit::Plan), false) => say(crate::plan_text::plan_text(&planned.stage)),
             (Some(Emit::Plan), true) => {
                 all.push(serde_json::to_value(&planned.stage).expect("a stage is plain data"));
             }

@@ -29,8 +29,16 @@ macro_rules! entries {
 }
 
 /// All of it.
-pub const ENTRIES: &[Entry] =
-    entries!["models" / "opt", "models" / "value", "recipes" / "score", "recipes" / "sft", "functions" / "sequences"];
+pub const ENTRIES: &[Entry] = entries![
+    "models" / "opt",
+    "models" / "value",
+    "recipes" / "sft",
+    "recipes" / "reward",
+    "recipes" / "ppo",
+    "recipes" / "dpo",
+    "recipes" / "score",
+    "functions" / "sequences",
+];
 
 /// The document of this kind and name.
 pub fn find(kind: &str, name: &str) -> Option<&'static Entry> {

@@ -167,7 +167,7 @@ pub const TENSORS: Table = Table {
         key("transpose", Form::List(&Form::Text), "parameters stored transposed, as globs"),
         key("skip", Form::List(&Form::Text), "tensors that are not read and not written, as globs"),
         key("may_repeat", Form::Map(&Form::Text), "tensor to the parameter that it repeats, such as a tied head"),
-        key("also_called", Form::Map(&Form::List(&Form::Text)), "parameter to further names, read only"),
+        key("also_called", Form::Map(&Form::List(&Form::Text)), "parameter to further names, as globs, read only"),
     ],
 };
 
@@ -188,7 +188,49 @@ pub(crate) fn read(reader: &mut Reader, node: &Node) -> Option<Model> {
         return None;
     };
     let graph = reader.graph(key, graph)?;
-    Some(Model { name: name?, doc, uses, config, init, models, params, blocks, graph, from_hf, tests })
+    let model = Model { name: name?, doc, uses, config, init, models, params, blocks, graph, from_hf, tests };
+    check_trunk(reader, &model);
+    Some(model)
+}
+
+/// A model is built upon one other at most, of which it says nothing but its name.
+fn check_trunk(reader: &mut Reader, model: &Model) {
+    let Some(trunk) = model.models.first() else {
+        if let Some(suffix) = model.from_hf.as_ref().and_then(|rules| rules.suffix.as_ref()) {
+            let diag = Diag::error("found a `suffix`, which is for models over models").label(suffix.span, "");
+            reader.error(diag.help("write the whole names under `architectures`"));
+        }
+        return;
+    };
+    if let Some(second) = model.models.get(1) {
+        let diag = Diag::error("found a second model, expected one to build upon").label(second.name.span, "");
+        reader.error(diag.label(trunk.name.span, "the first"));
+    }
+    match &trunk.ty {
+        Some(ty) if ty.text == "any" => {}
+        Some(ty) => {
+            let diag = Diag::error(format!("found `{}`, expected `any`", ty.text)).label(ty.span, "");
+            reader.error(diag.help("what the other model must have follows from how it is used"));
+        }
+        None => reader.error(
+            Diag::error(format!("`{}` has no type", trunk.name.text))
+                .label(trunk.name.span, "")
+                .help(format!("write `{}: any`", trunk.name.text)),
+        ),
+    }
+    let spans = [&trunk.snapshot, &trunk.average].map(|word| word.as_ref().map(|word| word.span));
+    let odd = spans.into_iter().chain([trunk.when.as_ref().map(|when| when.span)]).flatten().next();
+    if let Some(span) = odd.or(trunk.trained.then_some(trunk.name.span)) {
+        let diag = Diag::error(format!("found more than the type of `{}`", trunk.name.text)).label(span, "");
+        reader.error(diag.help("what a role is, and whether it is trained, is said in recipes"));
+    }
+    let named = |word: &&Word| word.text.split('.').next() == Some(trunk.name.text.as_str());
+    let config = model.config.iter().map(|declared| &declared.name);
+    let params = model.params.iter().chain(model.blocks.iter().flat_map(|block| &block.params));
+    if let Some(other) = config.chain(params.map(|param| &param.name)).find(named) {
+        let diag = Diag::error(format!("`{}` has two meanings", trunk.name.text)).label(other.span, "");
+        reader.error(diag.label(trunk.name.span, "the model of that name").help("give one of them another name"));
+    }
 }
 
 impl Reader {

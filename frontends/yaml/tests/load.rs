@@ -6,7 +6,7 @@ use std::path::Path;
 
 use common::{Machine, machine};
 use dsgc_ir::diag::Span;
-use dsgc_ir::stage::{Held, Origin, ScheduleKind, Stage, Statement};
+use dsgc_ir::stage::{Held, Operand, Origin, ScheduleKind, Stage, Statement};
 use dsgc_yaml::load::{Loaded, Options, load, score};
 use dsgc_yaml::render::{Look, render};
 
@@ -45,7 +45,7 @@ fn stage(text: &str, sets: &[&str]) -> Stage {
 fn a_pipeline_becomes_a_stage() {
     let stage = stage(SFT, &[]);
     assert_eq!((stage.name.as_str(), stage.output_dir.as_str()), ("sft", "runs/pipeline/sft"));
-    assert!(matches!(stage.roles[0].origin, Origin::Random { .. }));
+    assert!(matches!(stage.roles[0].origin, Origin::Random));
     let source = &stage.sources[0];
     assert_eq!((source.path.as_str(), source.tokenizer.as_str()), ("pairs.jsonl", "tok"));
     assert_eq!((source.pad_id, source.eoc_id, source.max_length), (1, 2, 32));
@@ -62,12 +62,14 @@ fn the_program_of_a_stage_is_whole() {
     assert_eq!(names, ["loss", "model.init"]);
     let loss = program.graph("loss").unwrap();
     let range = |dim: &str| loss.dim_range(dim).map(|d| (d.min, d.max));
-    assert_eq!((range("B"), range("T")), (Some((1, 4)), Some((1, 32))), "micro-batches, and rows of up to max_length");
+    assert_eq!((range("B"), range("T")), (Some((1, 8)), Some((1, 32))), "a whole batch, and rows of up to max_length");
     let Statement::For { body, .. } = &program.stage.plan[0] else { panic!() };
     let [Statement::Update(update)] = &body[..] else { panic!() };
-    let arg = |name: &str| (format!("text.{name}"), format!("batch.text.{name}"));
-    assert_eq!(update.args, [arg("tokens"), arg("segment"), arg("trained")]);
-    assert_eq!(program.stage.evaluate[0].args, update.args);
+    let arg = |batch: &str, name: &str| (format!("text.{name}"), Operand::Path(format!("{batch}.text.{name}")));
+    let args = |batch: &str| ["tokens", "segment", "trained"].map(|name| arg(batch, name));
+    assert_eq!(update.terms[0].args, args("batch"));
+    let [Statement::Call(call)] = &program.stage.evaluate[0].body[..] else { panic!() };
+    assert_eq!(call.args, args("text.eval"));
 }
 
 #[test]
@@ -323,10 +325,11 @@ fn functions_come_from_files_and_plans_are_decided_at_load() {
         let Statement::For { body, .. } = plan.remove(0) else { panic!() };
         body
     };
-    assert!(matches!(&body(&[])[..], [Statement::Update(u)] if u.args[0].1 == "batch.text.tokens"));
+    let tokens = Operand::Path("batch.text.tokens".into());
+    assert!(matches!(&body(&[])[..], [Statement::Update(u)] if u.terms[0].args[0].1 == tokens));
     let twice = body(&["sft.twice=true"]);
     let [Statement::Repeat { times: 2, body }] = &twice[..] else { panic!("{twice:?}") };
-    assert!(matches!(&body[..], [Statement::Update(u)] if u.args[0].1 == "batch.text.tokens"));
+    assert!(matches!(&body[..], [Statement::Update(u)] if u.terms[0].args[0].1 == tokens));
 }
 
 #[test]

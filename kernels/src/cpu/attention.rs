@@ -12,7 +12,7 @@ use super::elementwise::{exp, larger};
 use super::memory::Ptr;
 
 /// Queries that are worked on together.
-const QUERIES: usize = 64;
+pub(super) const QUERIES: usize = 64;
 
 /// Bytes of scores that all threads need at once.
 pub(super) fn workspace(q: &[usize], gradient: bool, threads: usize) -> usize {
@@ -75,7 +75,7 @@ impl Heads {
 /// # Safety
 /// All elements that the extents and strides reach lie in their buffers.
 #[allow(clippy::too_many_arguments)] // A matrix product has this many.
-unsafe fn product(
+pub(super) unsafe fn product(
     (m, n, k): (usize, usize, usize),
     out: (Ptr<f32>, usize, usize),
     add: bool,
@@ -120,7 +120,7 @@ fn mask(scores: &mut [f32], segments: &[i32], own: i32, t: usize, causal: bool) 
 
 /// Scores to probabilities, not yet divided; the largest score and the divisor. Nothing seen: all 0, divisor 0.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn softmax_row(scores: &mut [f32], segments: &[i32], own: i32, t: usize, causal: bool) -> (f32, f32) {
+pub(super) fn softmax_row(scores: &mut [f32], segments: &[i32], own: i32, t: usize, causal: bool) -> (f32, f32) {
     mask(scores, segments, own, t, causal);
     let mut lanes = [f32::NEG_INFINITY; 16];
     let chunks = scores.chunks_exact(16);
@@ -132,8 +132,11 @@ fn softmax_row(scores: &mut [f32], segments: &[i32], own: i32, t: usize, causal:
     }
     most = lanes.iter().fold(most, |a, &b| larger(a, b));
     if most == f32::NEG_INFINITY {
-        scores.fill(0.0);
-        return (0.0, 0.0);
+        // Nothing is seen, or what is seen has no softmax.
+        let seen = |(s, &segment): (usize, &i32)| segment == own && own != 0 && (!causal || s <= t);
+        let none = if segments.iter().enumerate().any(seen) { f32::NAN } else { 0.0 };
+        scores.fill(none);
+        return (none, none);
     }
     let mut sums = [0.0f32; 16];
     let mut chunks = scores.chunks_exact_mut(16);
@@ -209,8 +212,8 @@ pub(super) fn forward(l: &mut Launch, causal: bool, scale: f32) {
                         let t = first + i;
                         let line = scores.slice_mut(i * keys, keys);
                         let (most, sum) = softmax_row(line, &segments[..keys], segments[t], t, h.causal);
-                        *divisor = if sum > 0.0 { most + sum.ln() } else { 0.0 };
-                        let inverse = if sum > 0.0 { 1.0 / sum } else { 0.0 };
+                        *divisor = if sum == 0.0 { 0.0 } else { most + sum.ln() };
+                        let inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
                         line.iter_mut().for_each(|p| *p *= inverse);
                     }
                     product(

@@ -8,6 +8,7 @@
 //! One file per kernel family. A kernel may write its result over an operand where [`Op::in_place`] says so.
 
 mod attention;
+mod cached;
 mod contract;
 mod elementwise;
 mod memory;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 
 use dsgc_ir::diag::Diag;
 use dsgc_ir::op::Class;
+use dsgc_ir::stage::Sampling;
 use dsgc_ir::verify::last_uses;
 use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, StateId, Target, Tensor, Type, Value};
 
@@ -55,7 +57,8 @@ impl Target for CpuTarget {
             Op::Contract { .. } | Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. } => {
                 reduce::workspace(shape(0).iter().product())
             }
-            Op::LayerNormGrad { .. } => norm::workspace(&shape(0)),
+            Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),
+            Op::CachedAttention { .. } => cached::workspace(&shape(0), &shape(1), self.threads),
             Op::Attention { .. } => attention::workspace(&shape(0), false, self.threads),
             Op::AttentionGrad { .. } => attention::workspace(&shape(0), true, self.threads),
             _ => 0,
@@ -235,6 +238,26 @@ impl Launch<'_> {
             Op::Attention { causal, scale } => {
                 attention::forward(self, *causal, *scale as f32);
                 Ok(())
+            }
+            Op::CachedAttention { scale } => cached::run(self, *scale as f32),
+            Op::RmsNorm { eps } => {
+                norm::rms_forward(self, *eps);
+                Ok(())
+            }
+            Op::RmsNormGrad { eps } => {
+                norm::rms_backward(self, *eps);
+                Ok(())
+            }
+            Op::Rope { inverse } => {
+                tokens::rope(self, *inverse);
+                Ok(())
+            }
+            Op::Recurrence { axis, decay, reverse } => {
+                reduce::recurrence(self, *axis, *decay as f32, *reverse);
+                Ok(())
+            }
+            Op::Sample { temperature, top_k, top_p } => {
+                tokens::sample(self, &Sampling { temperature: *temperature, top_k: *top_k, top_p: *top_p })
             }
             Op::AttentionGrad { causal, scale } => {
                 attention::backward(self, *causal, *scale as f32);

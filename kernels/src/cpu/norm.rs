@@ -1,4 +1,4 @@
-//! Layer normalisation and its gradient, row by row.
+//! Normalisation of rows and its gradient: LayerNorm and RMSNorm.
 
 use multiversion::multiversion;
 
@@ -64,6 +64,82 @@ fn backward_row(x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mu
         dx[i] = inverse * (grad[i] * weight[i] - mean_h - normal * mean_hn);
         dw[i] += grad[i] * normal;
         db[i] += grad[i];
+    }
+}
+
+/// `1 / sqrt(mean(x^2) + eps)`.
+#[inline(always)]
+fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    1.0 / (sum(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn rms_forward_row(x: &[f32], weight: &[f32], out: &mut [f32], eps: f32) {
+    let n = out.len();
+    let (x, weight) = (&x[..n], &weight[..n]);
+    let inverse = inverse_rms(x, eps);
+    for i in 0..n {
+        out[i] = x[i] * inverse * weight[i];
+    }
+}
+
+/// With `n = x * inverse` and `h = grad * weight`: `dx = inverse * (h - n * mean(h * n))`; adds `grad * n` to `dw`.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn rms_backward_row(x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mut [f32], eps: f32) {
+    let n = dx.len();
+    let (x, weight, grad, dw) = (&x[..n], &weight[..n], &grad[..n], &mut dw[..n]);
+    let inverse = inverse_rms(x, eps);
+    let mean = sum(n, |i| grad[i] * weight[i] * (x[i] * inverse)) / n as f32;
+    for i in 0..n {
+        let normal = x[i] * inverse;
+        dx[i] = inverse * (grad[i] * weight[i] - normal * mean);
+        dw[i] += grad[i] * normal;
+    }
+}
+
+/// Runs `rms_norm`.
+pub(super) fn rms_forward(l: &mut Launch, eps: f64) {
+    let (rows, width) = l.rows(l.result());
+    let (x, weight, out): (Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.out(0));
+    l.threads.run(rows, 3 * width, |r| {
+        for row in r {
+            // SAFETY: operand and result have `rows` rows of `width`; rows are apart.
+            unsafe {
+                let out = out.slice_mut(row * width, width);
+                rms_forward_row(x.slice(row * width, width), weight.slice(0, width), out, eps as f32);
+            }
+        }
+    });
+}
+
+/// Runs `rms_norm_grad`.
+pub(super) fn rms_backward(l: &mut Launch, eps: f64) {
+    let (rows, width) = l.rows(l.op.args[0]);
+    let (x, weight, grad): (Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.arg(2));
+    let (dx, dw): (Ptr<f32>, Ptr<f32>) = (l.out(0), l.out(1));
+    let partial: Ptr<f32> = l.workspace();
+    let blocks = rows.div_ceil(ROWS);
+    l.threads.run(blocks, 6 * ROWS * width, |r| {
+        for block in r {
+            // SAFETY: the workspace has a row per block; rows of operands and results are apart.
+            unsafe {
+                let dw = partial.slice_mut(block * width, width);
+                dw.fill(0.0);
+                for row in block * ROWS..rows.min((block + 1) * ROWS) {
+                    let dx = dx.slice_mut(row * width, width);
+                    let (x, grad) = (x.slice(row * width, width), grad.slice(row * width, width));
+                    rms_backward_row(x, weight.slice(0, width), grad, dx, dw, eps as f32);
+                }
+            }
+        }
+    });
+    // SAFETY: all blocks are written, and nobody else touches the result.
+    unsafe {
+        let dw = dw.slice_mut(0, width);
+        dw.fill(0.0);
+        for block in 0..blocks {
+            dw.iter_mut().zip(partial.slice(block * width, width)).for_each(|(a, b)| *a += b);
+        }
     }
 }
 

@@ -249,6 +249,11 @@ pub(super) fn cumsum(l: &mut Launch, axis: usize, reverse: bool) {
     }
 }
 
+/// `y[t] = x[t] + decay * y[t - 1]` along a dim.
+pub(super) fn recurrence(l: &mut Launch, axis: usize, decay: f32, reverse: bool) {
+    running(l, axis, reverse, |before: f32, x: f32| x + decay * before);
+}
+
 fn running<T: Copy + Send + Sync>(l: &mut Launch, axis: usize, reverse: bool, add: impl Fn(T, T) -> T + Sync) {
     let shape = l.shape(l.result());
     let (extent, inner): (usize, usize) = (shape[axis], shape[axis + 1..].iter().product());

@@ -46,6 +46,22 @@ pub(super) fn run(l: &mut Launch) -> Result<(), String> {
             window(l, *axis, -(before as isize));
         }
         Op::Concat { axis } => concat(l, *axis),
+        Op::SliceAt { axis, len } => {
+            let len = l.extent(len)?;
+            let first = place(l, 1, len, l.shape(l.op.args[0])[*axis])?;
+            window(l, *axis, first as isize);
+        }
+        Op::WriteAt { axis } => {
+            let (own, new) = (l.shape(l.op.args[0])[*axis], l.shape(l.op.args[1])[*axis]);
+            let first = place(l, 2, new, own)?;
+            let (from, to) = (l.buffer(l.op.args[0]), l.buffer(l.result()));
+            // A cache lies where it was: only what is new moves.
+            if (from.region, from.offset) != (to.region, to.offset) {
+                let bytes = l.len(l.result()) * l.dtype(l.result()).bytes();
+                copy(l, Buffer { bytes, ..from }, Buffer { bytes, ..to });
+            }
+            overwrite(l, *axis, first);
+        }
         other => panic!("bug: the CPU has no kernel for `{other}`"),
     }
     Ok(())
@@ -162,6 +178,36 @@ fn window_as<T: Copy + Default + Send>(l: &mut Launch, axis: usize, first: isize
                 to_row[end..].fill(T::default());
             }
         }
+    });
+}
+
+/// The place that operand `i` gives, where `len` places of `extent` begin.
+pub(super) fn place(l: &mut Launch, i: usize, len: usize, extent: usize) -> Result<usize, String> {
+    // SAFETY: a scalar's buffer holds one element.
+    let first = unsafe { *l.arg::<i32>(i).0 };
+    usize::try_from(first)
+        .ok()
+        .filter(|first| first + len <= extent)
+        .ok_or_else(|| format!("found place {first} for {len} of {extent} places"))
+}
+
+/// `out[.., first + i, ..] = new[.., i, ..]` along a dim.
+fn overwrite(l: &mut Launch, axis: usize, first: usize) {
+    by_width!(l, overwrite_as, axis, first)
+}
+
+fn overwrite_as<T: Copy + Send>(l: &mut Launch, axis: usize, first: usize) {
+    let (new, to) = (l.shape(l.op.args[1]), l.shape(l.result()));
+    let inner: usize = to[axis + 1..].iter().product();
+    let rows: usize = to[..axis].iter().product();
+    let width = new[axis] * inner;
+    let (a, out): (Ptr<T>, Ptr<T>) = (l.arg(1), l.out(0));
+    l.threads.run(rows, width, |r| {
+        // SAFETY: `first` was checked; rows of the result are apart.
+        r.for_each(|row| unsafe {
+            let at = (row * to[axis] + first) * inner;
+            out.slice_mut(at, width).copy_from_slice(a.slice(row * width, width));
+        });
     });
 }
 

@@ -102,6 +102,14 @@ const PLAIN: &[Case] = &[
     ("cumsum", "%x: f32[2, 3]", "%y = cumsum %x axis=1 reverse=false", &[&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], &[&[1.0, 3.0, 6.0, 4.0, 9.0, 15.0]]),
     ("cumsum", "%x: i32[3, 2]", "%y = cumsum %x axis=0 reverse=true", &[&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], &[&[9.0, 12.0, 8.0, 10.0, 5.0, 6.0]]),
     ("cumsum", "%x: f32[0]", "%y = cumsum %x axis=0 reverse=true", &[&[]], &[&[]]),
+    ("recurrence", "%x: f32[2, 3]", "%y = recurrence %x axis=1 decay=0.5 reverse=false", &[&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]], &[&[1.0, 2.5, 4.25, 4.0, 7.0, 9.5]]),
+    ("recurrence", "%x: f32[3, 1]", "%y = recurrence %x axis=0 decay=2.0 reverse=true", &[&[1.0, 2.0, 3.0]], &[&[17.0, 8.0, 3.0]]),
+    ("slice_at", "%x: f32[2, 3], %p: i32[]", "%y = slice_at %x, %p axis=1 len=2", &[&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[1.0]], &[&[2.0, 3.0, 5.0, 6.0]]),
+    ("slice_at", "%x: bool[3], %p: i32[]", "%y = slice_at %x, %p axis=0 len=1", &[&[1.0, 0.0, 1.0], &[1.0]], &[&[0.0]]),
+    ("write_at", "%x: f32[2, 3], %n: f32[2, 2], %p: i32[]", "%y = write_at %x, %n, %p axis=1", &[&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[-1.0, -2.0, -3.0, -4.0], &[0.0]], &[&[-1.0, -2.0, 3.0, -3.0, -4.0, 6.0]]),
+    ("write_at", "%x: i32[3, 2], %n: i32[1, 2], %p: i32[]", "%y = write_at %x, %n, %p axis=0", &[&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], &[7.0, 8.0], &[2.0]], &[&[1.0, 2.0, 3.0, 4.0, 7.0, 8.0]]),
+    ("sample", "%l: f32[2, 3], %k: key[], %r: i32[2], %p: i32[]", "%y = sample %l, %k, %r, %p temperature=0.0 top_k=0 top_p=1.0", &[&[1.0, 3.0, 3.0, 2.0, -1.0, 0.0], &[5.0, 6.0], &[0.0, 1.0], &[4.0]], &[&[1.0, 0.0]]),
+    ("sample", "%l: f32[2, 3], %k: key[], %r: i32[2], %p: i32[]", "%y = sample %l, %k, %r, %p temperature=1.0 top_k=1 top_p=1.0", &[&[1.0, 3.0, 2.0, 2.0, -1.0, 0.0], &[5.0, 6.0], &[0.0, 1.0], &[4.0]], &[&[1.0, 0.0]]),
 ];
 
 #[test]
@@ -140,7 +148,7 @@ fn wrong_numbers_are_errors() {
         (
             "%t: f32[2, 3], %i: i32[1]",
             "%y = embed %t, %i",
-            &[&[0.0; 6] as &[f64], &[2.0]],
+            &[&[0.0; 6] as &[f64], &[2.0]] as &[&[f64]],
             "found index 2, expected one of 0 to 1",
         ),
         (
@@ -162,6 +170,18 @@ fn wrong_numbers_are_errors() {
             "found token 3, expected one of 0 to 2",
         ),
         ("%a: i32[1], %b: i32[1]", "%y = div %a, %b", &[&[1.0], &[0.0]], "an integer is divided by zero"),
+        (
+            "%x: f32[3], %p: i32[]",
+            "%y = slice_at %x, %p axis=0 len=2",
+            &[&[0.0; 3], &[2.0]],
+            "found place 2 for 2 of 3 places",
+        ),
+        (
+            "%l: f32[1, 2], %k: key[], %r: i32[1], %p: i32[]",
+            "%y = sample %l, %k, %r, %p temperature=1.0 top_k=0 top_p=1.0",
+            &[&[0.0, NAN] as &[f64], &[1.0, 2.0], &[7.0], &[0.0]] as &[&[f64]],
+            "found the logit NaN in row 7, expected finite numbers",
+        ),
     ] {
         for (mode, _, interp) in modes(&program(params, lines)) {
             let found = run(interp, given).expect_err("the numbers are wrong");

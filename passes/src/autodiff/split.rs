@@ -102,10 +102,12 @@ pub fn update(
 }
 
 /// Cuts a graph that trains nothing: its outputs with rows come from parts of the rows, all others from the totals.
-pub fn call(program: &Program, graph: &Graph) -> Result<CallParts, Diag> {
+/// Where nobody wants the rows, they are not computed.
+pub fn call(program: &Program, graph: &Graph, wanted: bool) -> Result<CallParts, Diag> {
     let cut = Cut::new(program, graph, |_| false)?;
     let (rows, others): (Vec<_>, Vec<_>) =
         graph.outputs.iter().cloned().partition(|(_, v)| cut.batch.per_row[v.0 as usize]);
+    let rows = if wanted { rows } else { Vec::new() };
     let finish = cut.finish(&others, program);
     let mut roots: Vec<Value> = finish.totals.iter().map(|&k| cut.batch.totals[k].value).collect();
     roots.extend(&finish.sizes);

@@ -12,11 +12,13 @@ use crate::expr::{Arg, Expr, ExprKind, Item, Word};
 use crate::functions::Functions;
 use crate::graph::{Graph, Tree};
 use crate::literal::Constant;
-use crate::lower::{self, Average, DocumentTest, Request, Role, Set, TokenIds};
+use crate::lower::{self, Average, DocumentTest, Lowered, Request, Role, Set, TokenIds};
+use crate::model::Model;
 use crate::recipe::Recipe;
 
 use super::config::Config;
 use super::documents::{Documents, ScopedModel, ScopedRecipe};
+use super::heads::Trunk;
 use super::plan::called::Called;
 use super::plan::types::{Entry, unknown};
 use super::plan::{Planned, Planning, forward_graph};
@@ -30,18 +32,28 @@ pub(super) struct Part<'a> {
     pub document: &'a ScopedModel,
     pub config: &'a Config,
     pub trained: bool,
+    /// The model that it is built upon.
+    pub trunk: Option<&'a Trunk>,
+}
+
+/// A model's document, and what it needs of the document's surroundings.
+fn in_scope<'a>(
+    document: &'a ScopedModel,
+    config: &Config,
+) -> (&'a Model, Vec<&'a Functions>, BTreeMap<String, Constant>) {
+    let functions = document.functions.iter().map(|f| &**f).collect();
+    (&document.model, functions, config.entries.iter().map(|e| (e.name.clone(), e.value.clone())).collect())
 }
 
 impl<'a> Part<'a> {
     fn role(&self) -> Role<'a> {
-        Role {
-            name: self.name,
-            model: &self.document.model,
-            functions: self.document.functions.iter().map(|f| &**f).collect(),
-            config: self.config.entries.iter().map(|e| (e.name.clone(), e.value.clone())).collect(),
-            trained: self.trained,
-            trunk: None,
-        }
+        let (model, functions, config) = in_scope(self.document, self.config);
+        let slot = model.models.first().map(|slot| slot.name.text.as_str());
+        let trunk = self.trunk.zip(slot).map(|(trunk, name)| {
+            let (model, functions, config) = in_scope(&trunk.document, &trunk.config);
+            lower::Trunk { name, model, functions, config }
+        });
+        Role { name: self.name, model, functions, config, trained: self.trained, trunk }
     }
 }
 
@@ -59,7 +71,7 @@ pub(super) struct Inputs<'a> {
 }
 
 /// Lowers the graphs; what is wrong goes to the documents' errors.
-pub(super) fn lower(documents: &mut Documents<'_>, inputs: &Inputs<'_>) -> Option<Program> {
+pub(super) fn lower(documents: &mut Documents<'_>, inputs: &Inputs<'_>) -> Option<Lowered> {
     let request = Request {
         recipe: &inputs.recipe.recipe,
         functions: inputs.recipe.functions.iter().map(|f| &**f).collect(),
@@ -72,14 +84,13 @@ pub(super) fn lower(documents: &mut Documents<'_>, inputs: &Inputs<'_>) -> Optio
         averages: inputs.averages.clone(),
     };
     match lower::program(&request) {
-        Ok(lowered) => {
-            let mut program = lowered.program;
+        Ok(mut lowered) => {
             for entry in &inputs.entries {
-                if let Some(graph) = program.graphs.iter_mut().find(|g| g.name == entry.graph) {
+                if let Some(graph) = lowered.program.graphs.iter_mut().find(|g| g.name == entry.graph) {
                     graph.batch = entry.batch.clone();
                 }
             }
-            Some(program)
+            Some(lowered)
         }
         Err(diags) => {
             for diag in diags {
@@ -114,7 +125,8 @@ pub(super) fn parts(roles: &[BoundRole]) -> Vec<Part<'_>> {
     let mut parts = Vec::new();
     for role in roles {
         let BoundRole { name, known, trained, .. } = role;
-        parts.push(Part { name, document: &known.document, config: &known.config, trained: *trained });
+        let trunk = known.trunk.as_ref();
+        parts.push(Part { name, document: &known.document, config: &known.config, trained: *trained, trunk });
     }
     parts
 }
@@ -173,7 +185,7 @@ pub(super) fn signatures(documents: &mut Documents<'_>, planning: &Planning<'_>,
         averages: Vec::new(),
         at: planning.at,
     };
-    lower(documents, &inputs)
+    lower(documents, &inputs).map(|lowered| lowered.program)
 }
 
 /// Everything that a plan calls, with the sizes that it has there.
@@ -185,7 +197,7 @@ pub(super) fn final_graphs(
     ids: TokenIds,
     planned: &Planned,
     at: Option<Span>,
-) -> Option<Program> {
+) -> Option<Lowered> {
     let mut generates = Vec::new();
     for body in planned.evaluate.iter().map(|e| &e.body).chain([&planned.plan]) {
         each(body, &mut |statement| {
@@ -214,9 +226,12 @@ pub(super) fn program(documents: &mut Documents<'_>, prepared: &Prepared, mut st
     let planned = &prepared.planned;
     let parts = parts(&prepared.roles);
     let ids = token_ids(&prepared.roles);
-    let mut program =
+    let Lowered { mut program, left } =
         final_graphs(documents, &prepared.recipe, &prepared.values, parts, ids, planned, Some(prepared.span))?;
     stage.asserts = std::mem::take(&mut program.stage.asserts);
+    for role in &mut stage.roles {
+        role.model.tensors.may_be_left = left.get(&role.name).cloned().unwrap_or_default();
+    }
     drop_unused(&mut program, &mut stage);
     program.stage = stage;
     Some(program)

@@ -1,9 +1,59 @@
-//! What is written beside the weights of a model over a model, and how its files are read.
+//! Models over models: over what a role's model is built, what is written beside its weights, and how its files are
+//! read.
 
+use std::path::Path;
+use std::rc::Rc;
+
+use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::Model as HostModel;
 use serde_json::Value as Json;
 
+use crate::expr::Word;
+use crate::graph::Tree;
 use crate::model::{FromHf, Model};
+
+use super::config::{self, Asked, Config};
+use super::documents::{Documents, ScopedModel};
+
+/// The model that another is built upon.
+#[derive(Clone)]
+pub(super) struct Trunk {
+    pub document: Rc<ScopedModel>,
+    pub config: Config,
+}
+
+/// Names of a model's outputs; none if it has only one.
+pub(super) fn outputs(model: &Model) -> Vec<&str> {
+    match &model.graph.out {
+        Tree::Expr(_) => Vec::new(),
+        Tree::Record(_, entries) => entries.iter().map(|(name, _)| name.text.as_str()).collect(),
+    }
+}
+
+/// The document of the library that a role's type names, if that is built upon another model.
+pub(super) fn head(documents: &mut Documents<'_>, ty: &Word) -> Option<Rc<ScopedModel>> {
+    let head = documents.model(ty, Path::new(""))?;
+    if head.model.models.is_empty() {
+        let diag = Diag::error(format!("found the type `{}`, expected `causal_lm`, `value` or `any`", ty.text));
+        documents.error(diag.label(ty.span, ""));
+        return None;
+    }
+    Some(head)
+}
+
+/// The config of a model over `trunk`, for the role `role`. Its entries have the defaults of its document.
+pub(super) fn config_over(
+    documents: &mut Documents<'_>,
+    head: &ScopedModel,
+    trunk: &Trunk,
+    role: &Word,
+    pad: Option<i32>,
+) -> Option<Config> {
+    let asked = Asked { name: &role.text, span: role.span, folder: None };
+    let own = config::from_scratch(&head.model, &[], None, &asked, &mut documents.errors)?;
+    let host = head.model.host_over(&trunk.document.model, &trunk.config.host, pad);
+    Some(Config { host, ..own })
+}
 
 /// What ends the names of Hugging Face's classes: that of a language model, and that of its body alone.
 const ENDINGS: [&str; 2] = ["ForCausalLM", "Model"];
@@ -11,10 +61,10 @@ const ENDINGS: [&str; 2] = ["ForCausalLM", "Model"];
 impl Model {
     /// The host side of this model over the `trunk` with the host side `host`.
     ///
-    /// Files are those of the trunk with other ends: they may lack the head's parameters, and may have those of the
-    /// trunk in `left`, which nothing here reads. `config.json` is the trunk's with the architecture that the `suffix`
+    /// Files are those of the trunk with another end: they may lack the head's parameters. Which of the trunk's they may
+    /// have left over is known when the graphs are lowered ([`crate::lower::Lowered`]). `config.json` is the trunk's with the architecture that the `suffix`
     /// makes of its own, one label, and the padding token: transformers scores the last token that is no padding.
-    pub fn host_over(&self, trunk: &Model, host: &HostModel, left: &[String], pad: Option<i32>) -> HostModel {
+    pub fn host_over(&self, trunk: &Model, host: &HostModel, pad: Option<i32>) -> HostModel {
         let mut over = HostModel { family: self.name.text.clone(), ..host.clone() };
         let rules = self.from_hf.as_ref();
         if let Some(own) = rules.map(|rules| &rules.tensors) {
@@ -28,7 +78,6 @@ impl Model {
         }
         let of_blocks = self.blocks.iter().flat_map(|block| &block.params).map(|p| format!("*.{}", p.name.text));
         over.tensors.may_be_new = self.params.iter().map(|p| p.name.text.clone()).chain(of_blocks).collect();
-        over.tensors.may_be_left = left.to_vec();
         if let Some(suffix) = rules.and_then(|rules| rules.suffix.as_ref()) {
             if let Some(family) = family(trunk.from_hf.as_ref(), host, &suffix.text) {
                 over.config.insert("architectures".into(), vec![format!("{family}{}", suffix.text)].into());
@@ -78,15 +127,12 @@ mod tests {
     fn a_reward_model_is_a_classifier_with_one_label() {
         let (value, opt) = (std_model("value"), std_model("opt"));
         let bare = host(json!({"architectures": ["OPTForCausalLM"], "hidden_size": 16, "pad_token_id": null}));
-        let over = value.host_over(&opt, &bare, &["lm_head.weight".into()], Some(2));
+        let over = value.host_over(&opt, &bare, Some(2));
         assert_eq!(
             Json::Object(over.config),
             json!({"architectures": ["OPTForSequenceClassification"], "hidden_size": 16, "pad_token_id": 2, "num_labels": 1})
         );
-        assert_eq!(
-            (over.tensors.may_be_new, over.tensors.may_be_left),
-            (vec!["score.weight".into()], vec!["lm_head.weight".into()])
-        );
+        assert_eq!(over.tensors.may_be_new, ["score.weight"]);
         assert_eq!(over.tensors.also_called["score.weight"], ["v_head.weight"]);
         assert_eq!(over.tensors.also_called["model.decoder.*"], ["decoder.*"]);
         assert_eq!(over.tensors.strip_prefixes, bare.tensors.strip_prefixes);
@@ -96,14 +142,14 @@ mod tests {
     #[test]
     fn the_architecture_is_of_the_family_of_the_trunk() {
         let (value, opt) = (std_model("value"), std_model("opt"));
-        let of = |config: Json| value.host_over(&opt, &host(config), &[], None).config["architectures"].clone();
+        let of = |config: Json| value.host_over(&opt, &host(config), None).config["architectures"].clone();
         assert_eq!(
             of(json!({"architectures": ["OPTForSequenceClassification"]})),
             json!(["OPTForSequenceClassification"])
         );
         assert_eq!(of(json!({"architectures": ["MistralModel"]})), json!(["MistralForSequenceClassification"]));
         assert_eq!(of(json!({})), json!(["OPTForSequenceClassification"]));
-        let kept = value.host_over(&opt, &host(json!({"pad_token_id": 1})), &[], Some(2));
+        let kept = value.host_over(&opt, &host(json!({"pad_token_id": 1})), Some(2));
         assert_eq!(kept.config["pad_token_id"], 1);
     }
 }

@@ -8,6 +8,7 @@ use dsgc_ir::diag::{Diag, Sources, Span};
 
 use crate::document::Document;
 use crate::expr::Word;
+use crate::graph::RoleDecl;
 use crate::literal::{Constant, Literal};
 use crate::lower::TokenIds;
 use crate::recipe::Recipe;
@@ -17,6 +18,7 @@ use super::config::{self, Asked, Config};
 use super::declared::typed;
 use super::documents::{Documents, Found, ScopedModel, ScopedRecipe};
 use super::graphs::{self, Part};
+use super::heads::{self, Trunk};
 use super::plan::{Planning, SourceShape};
 use super::{Device, Loaded, stage};
 
@@ -74,7 +76,14 @@ fn model(documents: &mut Documents<'_>, scoped: &Rc<ScopedModel>) {
         return;
     }
     if let Some(config) = scratch(documents, scoped, &[]) {
-        let part = Part { name: "model", document: scoped, config: &config, trained: true };
+        // A model over another one is checked over a small model of the library.
+        let trunk = if scoped.model.models.is_empty() {
+            None
+        } else {
+            let Some(trunk) = stand_in(documents) else { return };
+            Some(trunk)
+        };
+        let part = Part { name: "model", document: scoped, config: &config, trained: true, trunk: trunk.as_ref() };
         graphs::lower_model(documents, part, ROWS, LENGTH);
     }
 }
@@ -106,10 +115,24 @@ fn recipe(documents: &mut Documents<'_>, scoped: &Rc<ScopedRecipe>) {
             batch_size: ROWS as usize,
         }
     });
-    let Some((document, config)) = stand_in(documents) else { return };
-    let mut parts = Vec::new();
+    let Some(small) = stand_in(documents) else { return };
+    let mut heads = Vec::new();
     for role in &scoped.recipe.models {
-        parts.push(Part { name: &role.name.text, document: &document, config: &config, trained: role.trained });
+        let Some(ty) = type_of(&scoped.recipe, role).filter(|ty| !["causal_lm", "any"].contains(&&*ty.text)) else {
+            heads.push(None);
+            continue;
+        };
+        let Some(head) = heads::head(documents, ty) else { return };
+        let Some(config) = heads::config_over(documents, &head, &small, &role.name, None) else { return };
+        heads.push(Some((head, config)));
+    }
+    let mut parts = Vec::new();
+    for (role, head) in scoped.recipe.models.iter().zip(&heads) {
+        let (document, config, trunk) = match head {
+            Some((document, config)) => (document, config, Some(&small)),
+            None => (&small.document, &small.config, None),
+        };
+        parts.push(Part { name: &role.name.text, document, config, trained: role.trained, trunk });
     }
     let ids = TokenIds { pad: Some(1), eos: Some(2), bos: Some(2) };
     let planning = Planning {
@@ -126,8 +149,15 @@ fn recipe(documents: &mut Documents<'_>, scoped: &Rc<ScopedRecipe>) {
     }
 }
 
-/// A language model that a recipe can be checked with.
-fn stand_in(documents: &mut Documents<'_>) -> Option<(Rc<ScopedModel>, Config)> {
+/// The type of a role, or of the one that it copies.
+fn type_of<'r>(recipe: &'r Recipe, role: &'r RoleDecl) -> Option<&'r Word> {
+    let of = role.snapshot.as_ref().or(role.average.as_ref());
+    let copied = || recipe.models.iter().find(|other| of.is_some_and(|of| of.text == other.name.text));
+    role.ty.as_ref().or_else(|| copied()?.ty.as_ref())
+}
+
+/// A language model that a recipe, or a model over models, can be checked with.
+fn stand_in(documents: &mut Documents<'_>) -> Option<Trunk> {
     let document = documents.model(&Word { span: Span::NONE, text: "opt".into() }, Path::new(""))?;
     let sizes = [("vocab", 32), ("hidden", 8), ("layers", 1), ("heads", 2), ("ffn", 16), ("embed", 8)];
     let given = sizes.map(|(name, size)| {
@@ -135,7 +165,7 @@ fn stand_in(documents: &mut Documents<'_>) -> Option<(Rc<ScopedModel>, Config)> 
         (name, Literal { span: Span::NONE, value: Constant::Int(size) })
     });
     let config = scratch(documents, &document, &given)?;
-    Some((document, config))
+    Some(Trunk { document, config })
 }
 
 fn defaults(documents: &mut Documents<'_>, recipe: &Recipe) -> BTreeMap<String, Constant> {

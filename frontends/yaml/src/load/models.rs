@@ -12,6 +12,7 @@ use crate::pipeline::ModelSource;
 use super::config::{self, Asked, Config};
 use super::declared::typed;
 use super::documents::{Documents, ScopedModel, is_file};
+use super::heads::Trunk;
 use super::settings::literal;
 use super::{Places, TokenizerFacts};
 
@@ -38,6 +39,8 @@ pub(super) struct FoundTokenizer {
 pub(super) struct Known {
     pub document: Rc<ScopedModel>,
     pub config: Config,
+    /// The model that it is built upon.
+    pub trunk: Option<Trunk>,
     pub weights: Weights,
     /// What is wrong with the tokenizer, if there is none: said only where one is needed.
     pub tokenizer: Result<FoundTokenizer, Diag>,
@@ -112,7 +115,7 @@ fn one(documents: &mut Documents<'_>, source: &ModelSource, places: &Places) -> 
         );
         return None;
     }
-    Some(Known { document, config, weights, tokenizer })
+    Some(Known { document, config, trunk: None, weights, tokenizer })
 }
 
 type Json = serde_json::Map<String, serde_json::Value>;

@@ -245,6 +245,7 @@ impl Planned {
         let before = self.errors.len();
         let mut body = Vec::new();
         self.result(scope, call, None, &env, &mut body);
+        forget(&mut body);
         if self.errors.len() > before {
             return;
         }
@@ -382,5 +383,12 @@ impl SourceShape {
             fields.extend(of_sequence.into_iter().map(|(field, shape)| (format!("{name}.{field}"), shape)));
         }
         Value { path, fields, table: Some(table.clone()) }
+    }
+}
+
+/// Takes the name from the last call: nobody looks at its rows.
+fn forget(statements: &mut [Statement]) {
+    if let Some(Statement::Call(call)) = statements.last_mut() {
+        call.name = None;
     }
 }

@@ -15,6 +15,7 @@ use crate::schema::{unknown_key, words};
 
 use super::declared::shown;
 use super::documents::{Documents, ScopedRecipe};
+use super::heads::{self, Trunk};
 use super::models::{Known, looks_like_path};
 use super::settings::{Decided, Layers, Provenance, TRAINING_RULES};
 use super::stage::{Surroundings, not_yet, role_named};
@@ -129,19 +130,7 @@ pub(super) fn roles(
                 continue;
             }
         };
-        if let Some(output) = role.ty.as_ref().and_then(|ty| match ty.text.as_str() {
-            "causal_lm" => Some("logits"),
-            "value" => Some("value"),
-            _ => None,
-        }) && !has_output(&known, output)
-        {
-            documents.error(
-                Diag::error(format!("role `{}` needs a model with the output `{output}`", role.name.text))
-                    .label(named.map_or(role.name.span, |n| n.span), format!("`{}` has none", known.config.host.family))
-                    .label(role.name.span, "the role"),
-            );
-            continue;
-        }
+        let Some(known) = as_typed(documents, role, named, known) else { continue };
         bound.push(BoundRole {
             name: role.name.text.clone(),
             bound_to,
@@ -160,10 +149,29 @@ fn bound_later(recipe: &ScopedRecipe, role: &Word, of: &Word) -> bool {
     at(&role.text) <= at(&of.text)
 }
 
-fn has_output(known: &Known, name: &str) -> bool {
-    match &known.document.model.graph.out {
-        crate::graph::Tree::Expr(_) => false,
-        crate::graph::Tree::Record(_, entries) => entries.iter().any(|(n, _)| n.text == name),
+/// The model as the role's type wants it: with a head of that name over it, unless it has the outputs of one.
+fn as_typed(documents: &mut Documents<'_>, role: &RoleDecl, named: Option<&Node>, known: Known) -> Option<Known> {
+    let Some(ty) = role.ty.as_ref().filter(|ty| ty.text != "any") else { return Some(known) };
+    let head = if ty.text == "causal_lm" { None } else { Some(heads::head(documents, ty)?) };
+    let found = heads::outputs(&known.document.model);
+    let wanted = head.as_ref().map_or(vec!["logits"], |head| heads::outputs(&head.model));
+    let Some(missing) = wanted.into_iter().find(|output| !found.contains(output)) else { return Some(known) };
+    match head {
+        Some(head) if known.trunk.is_none() => {
+            let Known { document, config, weights, tokenizer, .. } = known;
+            let trunk = Trunk { document, config };
+            let pad = tokenizer.as_ref().ok().and_then(|t| t.facts.pad.or(t.facts.eos));
+            let config = heads::config_over(documents, &head, &trunk, &role.name, pad)?;
+            Some(Known { document: head, config, trunk: Some(trunk), weights, tokenizer })
+        }
+        _ => {
+            documents.error(
+                Diag::error(format!("role `{}` needs a model with the output `{missing}`", role.name.text))
+                    .label(named.map_or(role.name.span, |n| n.span), format!("`{}` has none", known.config.host.family))
+                    .label(role.name.span, "the role"),
+            );
+            None
+        }
     }
 }
 

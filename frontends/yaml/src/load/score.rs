@@ -46,14 +46,14 @@ fn program(documents: &mut Documents<'_>, folder: &Path, rows: usize, length: us
     let inputs = Inputs {
         recipe: &recipe,
         values: &BTreeMap::new(),
-        parts: vec![Part { name: "model", document: &document, config: &config, trained: false }],
+        parts: vec![Part { name: "model", document: &document, config: &config, trained: false, trunk: None }],
         ids: TokenIds::default(),
         entries: vec![entry],
         sets: Vec::new(),
         averages: Vec::new(),
         at: None,
     };
-    let mut program = lower(documents, &inputs)?;
+    let mut program = lower(documents, &inputs)?.program;
     program.sources = documents.sources.names().map(String::from).collect();
     let role = Role {
         name: "model".into(),

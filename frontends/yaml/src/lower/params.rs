@@ -74,31 +74,23 @@ impl<'a> Lowering<'a> {
     /// Checks that a model which is built upon another has exactly this one.
     fn trunk(&mut self, role: usize) -> R<()> {
         let RoleState { model, trunk, is_trunk, .. } = &self.roles[role];
-        let (declared, bound, is_trunk) = (&model.models, trunk.map(|(_, trunk)| trunk), *is_trunk);
-        match (declared.as_slice(), bound) {
-            ([], None) => Ok(()),
+        let name = &model.name.text;
+        let (diag, decl) = match (model.models.first(), trunk) {
+            (None, None) => return Ok(()),
             // What is wrong with it has been said.
-            ([_], Some(trunk)) if self.roles[trunk].broken => Err(Reported),
-            ([_], Some(_)) => Ok(()),
-            ([decl, ..], None) if is_trunk => {
-                let diag = Diag::error(format!(
-                    "found a model over `{}`, which is built upon a model itself",
-                    model.name.text
-                ));
-                self.fail(diag.label(decl.name.span, "").help("a model is built upon one that has no `models`"))
+            (Some(_), Some((_, trunk))) if self.roles[*trunk].broken => return Err(Reported),
+            (Some(_), Some(_)) => return Ok(()),
+            (Some(decl), None) if *is_trunk => {
+                let diag = Diag::error(format!("found a model over `{name}`, which is built upon a model itself"));
+                (diag.help("a model is built upon one that has no `models`"), decl)
             }
-            ([decl], None) => {
-                let diag = Diag::error(format!("found `{}` alone, expected it over another model", model.name.text));
-                self.fail(
-                    diag.label(decl.name.span, "").help("let the role have a `type`, and bind it to the other model"),
-                )
+            (Some(decl), None) => {
+                let diag = Diag::error(format!("found `{name}` alone, expected it over another model"));
+                (diag.help("let the role have a `type`, and bind it to the other model"), decl)
             }
-            ([_, second, ..], _) => {
-                let diag = Diag::error("found a second model, expected one to build upon");
-                self.fail(diag.label(second.name.span, ""))
-            }
-            ([], Some(_)) => panic!("bug: model `{}` is bound over another one", model.name.text),
-        }
+            (None, Some(_)) => panic!("bug: model `{name}` is bound over another one"),
+        };
+        self.fail(diag.label(decl.name.span, ""))
     }
 
     /// Declares parameters, unless that has been done for an earlier call of the model.

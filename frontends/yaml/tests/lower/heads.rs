@@ -146,8 +146,6 @@ fn mistakes_in_heads_are_told_in_the_head() {
     assert!(arguments.contains("misses its input `segment`"), "{arguments}");
     let shadowed = said(&HEAD.replace("- scores:", "- trunk:").replace("scores[", "trunk["));
     assert!(shadowed.contains("`trunk` has two meanings"), "{shadowed}");
-    let two = said(&HEAD.replace("{trunk: any}", "{trunk: any, other: any}"));
-    assert!(two.contains("found a second model, expected one to build upon"), "{two}");
     let wide = said(&HEAD.replace("[1, trunk.hidden.size]", "[1, 2 * trunk.hidden.size]"));
     assert!(wide.contains("found 16 features, expected 32"), "{wide}");
 }

@@ -9,7 +9,7 @@ use crate::literal::Constant;
 use crate::schema::words;
 
 use super::types::{Entry, Extent, Shape, Table, Value, shown};
-use super::{Env, Planned, Scope, forward_graph};
+use super::{Env, Planned, Scope, forget, forward_graph};
 
 /// Functions whose results have names.
 const FUNCTIONS: [&str; 5] = ["generate", "join", "recent", "next", "cached"];
@@ -58,10 +58,11 @@ impl Planned {
                     }
                 }
                 let path = name.map(|n| n.text.clone());
-                if let Some(value) = self.result(scope, call, path, env, out)
-                    && let Some(name) = name
-                {
-                    env.push((name.text.clone(), value));
+                if let Some(value) = self.result(scope, call, path, env, out) {
+                    match name {
+                        Some(name) => env.push((name.text.clone(), value)),
+                        None => forget(out),
+                    }
                 }
             }
         }
