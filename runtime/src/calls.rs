@@ -51,15 +51,13 @@ impl<'a> Parts<'a> {
     pub fn of_call(steps: &'a CallSteps) -> Option<Parts<'a>> {
         match steps {
             CallSteps::Whole => None,
-            CallSteps::Split { count, rows, finish } => {
-                Some(Parts { count: count.as_slice(), rows, finish: finish.as_deref() })
-            }
+            CallSteps::Split { count, rows, finish } => Some(Parts { count, rows, finish: finish.as_deref() }),
         }
     }
 
     /// The graphs of a term of an update.
     pub fn of_term(steps: &'a TermSteps) -> Parts<'a> {
-        Parts { count: steps.count.as_slice(), rows: &steps.grad, finish: Some(&steps.finish) }
+        Parts { count: &steps.count, rows: &steps.grad, finish: Some(&steps.finish) }
     }
 
     /// Most rows of a part; `None` where the graphs have no batch.
