@@ -88,11 +88,8 @@ impl Ran {
     /// The numbers of all steps of a stage that has come to its end.
     pub fn steps(&self) -> Vec<&Metrics> {
         assert!(self.end.is_ok(), "{:?}", self.end);
-        let step = |event| match event {
-            Event::Step { metrics, .. } => Some(metrics),
-            _ => None,
-        };
-        self.events.iter().filter_map(step).collect()
+        let events = self.events.iter();
+        events.filter_map(|event| if let Event::Step { metrics, .. } = event { Some(metrics) } else { None }).collect()
     }
 
     /// A metric of all steps; NaN where a step does not have it.

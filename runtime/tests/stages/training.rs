@@ -204,11 +204,8 @@ fn held(body: Value, more: Value) -> Ran {
 }
 
 fn evaluations(ran: &Ran) -> Vec<&Metrics> {
-    let of = |event| match event {
-        &Event::Evaluated { ref metrics, .. } => Some(metrics),
-        _ => None,
-    };
-    ran.events.iter().filter_map(of).collect()
+    let events = ran.events.iter();
+    events.filter_map(|event| if let Event::Evaluated { metrics, .. } = event { Some(metrics) } else { None }).collect()
 }
 
 #[test]
