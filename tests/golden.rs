@@ -11,8 +11,49 @@ use compare::{Golden, On, ZERO_GRADIENT, relative_error};
 use dsgc_ir::Tensor;
 
 fn references() -> Golden {
+    of("opt")
+}
+
+fn of(family: &str) -> Golden {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    Golden::open(&folder, "opt").expect("the references are there")
+    Golden::open(&folder, family).expect("the references are there")
+}
+
+/// Reward model, PPO, DPO and generation of a family.
+fn check_stages(family: &str, on: On) {
+    let compared = of(family).compare_stages(on).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(compared.len(), 6 + 2 * 14 + 4 + 1, "everything that the references hold");
+    let worse: Vec<String> =
+        compared.iter().filter(|c| c.error > on.tolerance()).map(|c| format!("{}: {:.1e}", c.what, c.error)).collect();
+    assert!(worse.is_empty(), "{family} on {on:?} differs from the references:\n{}", worse.join("\n"));
+}
+
+#[test]
+fn stages_of_opt_in_doubles() {
+    check_stages("opt", On::Doubles);
+}
+
+#[test]
+fn stages_of_opt_on_the_cpu() {
+    check_stages("opt", On::Cpu(2));
+}
+
+#[test]
+fn stages_of_llama_in_doubles() {
+    check_stages("llma", On::Doubles);
+}
+
+#[test]
+fn stages_of_llama_on_the_cpu() {
+    check_stages("llma", On::Cpu(2));
+}
+
+#[test]
+fn llama_has_the_logits_of_the_references() {
+    for on in [On::Doubles, On::Cpu(2)] {
+        let logits = of("llma").logits(on).unwrap_or_else(|e| panic!("{e}"));
+        assert!(logits.error < on.tolerance(), "{on:?}: {:.1e}", logits.error);
+    }
 }
 
 fn check(on: On) {

@@ -11,8 +11,13 @@
 //! | 20 losses and norms at a constant rate; with clipping, warm-up and cosine | each its own reference |
 //! | every parameter after the 20 steps at a constant rate | as gradients |
 //!
+//! The stages behind sft are compared by [`rlhf`].
+//!
 //! The gradient of OPT's `k_proj.bias` is zero in exact arithmetic, since softmax does not see what is added to all
 //! keys; AdamW makes steps of full size out of its rounding errors, so it is left out after steps.
+
+#[path = "rlhf.rs"]
+pub mod rlhf;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -114,11 +119,12 @@ impl Golden {
         Ok(all)
     }
 
-    fn logits(&self, on: On) -> Result<Compared, String> {
+    /// Logits of the first batch.
+    pub fn logits(&self, on: On) -> Result<Compared, String> {
         let (batch, reference) = (self.batch(0), self.tensor("fp64.forward.logits"));
         let rows = reference.shape[0];
         let (tokens, segment) = (batch["text.tokens"].rows(0..rows), batch["text.segment"].rows(0..rows));
-        let program = load::score(&self.model, rows, tokens.shape[1], &Machine).map_err(explained)?;
+        let program = load::score(&self.model, rows, tokens.shape[1], &self.machine()).map_err(explained)?;
         let (program, mut device) = on.open(program);
         load_weights(&program, device.as_mut(), &self.model);
         let given = [("tokens", &tokens), ("segment", &segment)];
@@ -175,17 +181,28 @@ impl Golden {
 
     /// The stage `sft` of `pipeline.yaml` with this family's model.
     pub fn trainer(&self, on: On, settings: &[&str]) -> Result<Trainer, String> {
-        let mut sets = vec![format!("models.base={}", self.model.display())];
-        sets.extend(settings.iter().map(|s| format!("stages.sft.{s}")));
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/pipeline.yaml");
-        let loaded = load::load(&file, &Options { sets, stage: None }, &Machine).map_err(explained)?;
-        let [program] = <[Program; 1]>::try_from(loaded.stages).expect("the pipeline has one stage");
+        let sets = settings.iter().map(|s| format!("stages.sft.{s}")).collect();
+        let program = self.load("pipeline.yaml", None, sets)?;
         let (program, mut device) = on.open(program);
         load_weights(&program, device.as_mut(), &self.model);
         let Some(Statement::For { body, .. }) = program.stage.plan.first() else { panic!("sft goes through rows") };
         let Some(Statement::Update(update)) = body.first() else { panic!("sft updates its model") };
         let (steps, args) = (update.steps.clone().expect("autodiff derived the update"), update.terms[0].args.clone());
         Ok(Trainer { program, device, steps, args, taken: 0 })
+    }
+
+    /// A stage of a pipeline beside this file, with this family's model.
+    fn load(&self, file: &str, stage: Option<&str>, mut sets: Vec<String>) -> Result<Program, String> {
+        sets.push(format!("models.base={}", self.model.display()));
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file);
+        let options = Options { sets, stage: stage.map(String::from) };
+        let loaded = load::load(&file, &options, &self.machine()).map_err(explained)?;
+        let [program] = <[Program; 1]>::try_from(loaded.stages).expect("one stage is asked for");
+        Ok(program)
+    }
+
+    fn machine(&self) -> Machine {
+        Machine { pad: self.scalars["about"]["pad_token_id"].as_i64().map(|pad| pad as i32) }
     }
 
     /// Rows of tokens, as the runtime makes them from files: `text.tokens`, `text.segment`, `text.trained`.
@@ -316,7 +333,10 @@ fn explained(failed: Failed) -> String {
 }
 
 /// The disk, with a file of rows that nobody reads: the references bring their tokens.
-struct Machine;
+struct Machine {
+    /// The padding with which the references were made, whatever the tokenizer's is.
+    pad: Option<i32>,
+}
 
 impl Host for Machine {
     fn text(&self, path: &Path) -> io::Result<String> {
@@ -329,10 +349,10 @@ impl Host for Machine {
 
     fn tokenizer(&self, folder: &Path) -> Result<TokenizerFacts, Diag> {
         let t = dsgc_hf::Tokenizer::load(folder)?;
-        Ok(TokenizerFacts { vocab: t.vocab_size(), pad: t.pad(), eos: t.eos(), bos: t.bos() })
+        Ok(TokenizerFacts { vocab: t.vocab_size(), pad: self.pad.or(t.pad()), eos: t.eos(), bos: t.bos() })
     }
 
     fn columns(&self, _: &Path) -> Result<Vec<String>, Diag> {
-        Ok(vec!["text".into()])
+        Ok(["text", "prompt", "chosen", "rejected"].map(String::from).into())
     }
 }

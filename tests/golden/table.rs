@@ -57,7 +57,10 @@ fn show(folder: &Path, family: &str) -> bool {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let mut good = true;
     for on in [On::Doubles, On::Cpu(threads)] {
-        let compared = match golden.compare(on) {
+        let compared = match golden
+            .compare(on)
+            .and_then(|all| Ok([all, golden.compare_stages(on)?].into_iter().flatten().collect()))
+        {
             Ok(compared) => compared,
             Err(message) => {
                 eprintln!("{family}: not compared\n{message}");

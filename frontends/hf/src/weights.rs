@@ -10,8 +10,8 @@
 //!    for heads that do not lie inside the base model;
 //! 3. where a prefix was taken off, any of those in `add_prefix` is tried last: who wraps a base model in another one,
 //!    as DeepSpeed-Chat does in its `rwtransformer`, keeps the architecture of the whole in `config.json`;
-//! 4. it is then a parameter, another name of one (`also_called`), a repetition (`may_repeat`), or to be left (`skip`,
-//!    `may_be_left`).
+//! 4. it is then a parameter, another name of one (`also_called`), to be left (`may_be_left`), a repetition
+//!    (`may_repeat`), or not ours (`skip`).
 //!
 //! Files are mapped into memory, so only what is read is held twice, one tensor at a time.
 
@@ -222,11 +222,15 @@ impl<'a> Places<'a> {
         if let Some(&at) = called.find_map(|param| self.params.get(param.as_str())) {
             return Some(Place::Param(at));
         }
+        let named = |patterns: &[String]| patterns.iter().any(|pattern| glob(pattern, name));
+        // What nothing here reads need not be a copy either.
+        if named(&self.rules.may_be_left) {
+            return Some(Place::Skipped);
+        }
         if let Some(of) = self.rules.may_repeat.get(name) {
             return Some(Place::Repeats(of));
         }
-        let mut left = self.rules.skip.iter().chain(&self.rules.may_be_left);
-        left.any(|pattern| glob(pattern, name)).then_some(Place::Skipped)
+        named(&self.rules.skip).then_some(Place::Skipped)
     }
 }
 

@@ -109,11 +109,17 @@ pub(super) unsafe fn product(
     }
 }
 
+/// Whether a query of the segment `own` sees a key of another: 0 is padding, which sees all text and is seen by nobody.
+#[inline(always)]
+fn sees(own: i32, segment: i32) -> bool {
+    segment != 0 && (segment == own || own == 0)
+}
+
 /// Sets scores of keys that the query does not see to minus infinity.
 #[inline(always)]
 fn mask(scores: &mut [f32], segments: &[i32], own: i32, t: usize, causal: bool) {
     for (s, (score, &segment)) in scores.iter_mut().zip(segments).enumerate() {
-        let seen = segment == own && own != 0 && (!causal || s <= t);
+        let seen = sees(own, segment) && (!causal || s <= t);
         *score = if seen { *score } else { f32::NEG_INFINITY };
     }
 }
@@ -133,7 +139,7 @@ pub(super) fn softmax_row(scores: &mut [f32], segments: &[i32], own: i32, t: usi
     most = lanes.iter().fold(most, |a, &b| larger(a, b));
     if most == f32::NEG_INFINITY {
         // Nothing is seen, or what is seen has no softmax.
-        let seen = |(s, &segment): (usize, &i32)| segment == own && own != 0 && (!causal || s <= t);
+        let seen = |(s, &segment): (usize, &i32)| sees(own, segment) && (!causal || s <= t);
         let none = if segments.iter().enumerate().any(seen) { f32::NAN } else { 0.0 };
         scores.fill(none);
         return (none, none);

@@ -173,7 +173,10 @@ pub(super) fn position_in(l: &mut Launch) {
             let (segments, out) =
                 unsafe { (segments.slice(row * places, places), out.slice_mut(row * places, places)) };
             for t in 0..places {
-                out[t] = segments[..t].iter().filter(|&&s| s == segments[t]).count() as i32;
+                out[t] = match segments[t] {
+                    0 => t as i32,
+                    own => segments[..t].iter().filter(|&&s| s == own).count() as i32,
+                };
             }
         }
     });

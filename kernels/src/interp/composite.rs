@@ -149,7 +149,7 @@ pub(super) fn cached_attention<F: Real>(args: &[&Tensor], scale: f64) -> Results
     for (b, t, h) in (0..rows).flat_map(|b| (0..new).flat_map(move |t| (0..heads).map(move |h| (b, t, h)))) {
         let query = ((b * new + t) * heads + h) * width;
         let own = segment[b * columns + first + t];
-        let seen: Vec<usize> = (0..=first + t).filter(|&s| own != 0 && segment[b * columns + s] == own).collect();
+        let seen: Vec<usize> = (0..=first + t).filter(|&s| sees(own, segment[b * columns + s])).collect();
         if seen.is_empty() {
             continue;
         }
@@ -168,6 +168,11 @@ pub(super) fn cached_attention<F: Real>(args: &[&Tensor], scale: f64) -> Results
     Ok(vec![tensor(&args[0].shape, out)])
 }
 
+/// Whether a query of one segment sees a key of another: 0 is padding.
+fn sees(query: i32, key: i32) -> bool {
+    key != 0 && (key == query || query == 0)
+}
+
 /// What attention and its gradient have in common: which query sees which key, and where their rows begin.
 pub(super) struct Heads<'a> {
     /// `B`, `T`, `H` (heads of queries), `K` (heads of keys), `D`.
@@ -183,12 +188,12 @@ impl<'a> Heads<'a> {
         Heads { extents, segment: ints(segment), causal, scale }
     }
 
-    /// The places of the keys that the query at `t` of row `b` sees; none in padding.
+    /// The places of the keys that the query at `t` of row `b` sees: its own text, or from padding all text.
     fn seen(&self, b: usize, t: usize) -> Vec<usize> {
         let places = self.extents[1];
         let own = self.segment[b * places + t];
         let end = if self.causal { t + 1 } else { places };
-        (0..end).filter(|&s| own != 0 && self.segment[b * places + s] == own).collect()
+        (0..end).filter(|&s| sees(own, self.segment[b * places + s])).collect()
     }
 
     /// Every `(row, query head, place)`.
@@ -296,12 +301,12 @@ pub(super) fn token_logp_grad<F: Real>(logits: &Tensor, tokens: &Tensor, grad: &
     Ok(vec![tensor(&logits.shape, out)])
 }
 
-/// How many places with the same segment number come before, in the same row.
+/// How many places with the same segment number come before, in the same row; on padding, how many there are.
 pub(super) fn position_in(segment: &Tensor) -> Results {
     let places = segment.shape[1];
     let mut out = Vec::with_capacity(segment.len());
     for row in ints(segment).chunks(places.max(1)) {
-        out.extend((0..row.len()).map(|t| row[..t].iter().filter(|&&s| s == row[t]).count() as i32));
+        out.extend((0..row.len()).map(|t| row[..t].iter().filter(|&&s| s == row[t] || row[t] == 0).count() as i32));
     }
     Ok(vec![Tensor::i32(&segment.shape, out)])
 }
