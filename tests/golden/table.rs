@@ -57,10 +57,11 @@ fn show(folder: &Path, family: &str) -> bool {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let mut good = true;
     for on in [On::Doubles, On::Cpu(threads)] {
-        let compared = match golden
-            .compare(on)
-            .and_then(|all| Ok([all, golden.compare_stages(on)?].into_iter().flatten().collect()))
-        {
+        let both = golden.compare(on).and_then(|mut all| {
+            all.extend(golden.compare_stages(on)?);
+            Ok(all)
+        });
+        let compared = match both {
             Ok(compared) => compared,
             Err(message) => {
                 eprintln!("{family}: not compared\n{message}");
