@@ -22,7 +22,7 @@ fn of(family: &str) -> Golden {
 /// Reward model, PPO, DPO and generation of a family.
 fn check_stages(family: &str, on: On) {
     let compared = of(family).compare_stages(on).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(compared.len(), 6 + 2 * 14 + 4 + 1, "everything that the references hold");
+    assert_eq!(compared.len(), 6 + 2 * 14 + 4 + 2, "everything that the references hold");
     let worse: Vec<String> =
         compared.iter().filter(|c| c.error > on.tolerance()).map(|c| format!("{}: {:.1e}", c.what, c.error)).collect();
     assert!(worse.is_empty(), "{family} on {on:?} differs from the references:\n{}", worse.join("\n"));
@@ -53,6 +53,17 @@ fn llama_has_the_logits_of_the_references() {
     for on in [On::Doubles, On::Cpu(2)] {
         let logits = of("llma").logits(on).unwrap_or_else(|e| panic!("{e}"));
         assert!(logits.error < on.tolerance(), "{on:?}: {:.1e}", logits.error);
+    }
+}
+
+/// Left-padded prompts, a token at a time with keys and values in a cache, beside one pass over all columns.
+#[test]
+fn decoding_is_the_full_forward() {
+    for family in ["opt", "llma"] {
+        for (on, allowed) in [(On::Doubles, 1e-12), (On::Cpu(2), 1e-5)] {
+            let worst = of(family).decoding(on).unwrap_or_else(|e| panic!("{family} on {on:?}: {e}"));
+            assert!(worst < allowed, "{family} on {on:?}: logits differ by {worst:.1e}");
+        }
     }
 }
 

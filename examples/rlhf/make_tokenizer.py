@@ -30,6 +30,9 @@ config = {
     "bos_token": "<s>",
     "eos_token": "</s>",
     "pad_token": "<pad>",
+    # How `dsgc chat` writes a conversation: as the rows are.
+    "chat_template": "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}Question: {{ message.content }}\nAnswer:"
+    "{% else %} {{ message.content }}{{ eos_token }}\n{% endif %}{% endfor %}",
 }
 (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 lengths = [len(tokenizer.encode(text).ids) for text in texts]

@@ -64,6 +64,20 @@ pub fn say(line: impl std::fmt::Display) {
     }
 }
 
+/// Writes a part of a line to standard output, at once.
+pub fn say_part(text: &str) {
+    let mut out = io::stdout().lock();
+    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    if written.is_err_and(|e| e.kind() == io::ErrorKind::BrokenPipe) {
+        process::exit(0);
+    }
+}
+
+/// Tells something beside the results.
+pub fn note(text: impl std::fmt::Display) {
+    tell(format_args!("note: {text}"));
+}
+
 /// Writes a line to standard output of work that goes on whether anybody reads it or not.
 pub fn say_on(line: impl std::fmt::Display) {
     let mut out = io::stdout().lock();

@@ -2,6 +2,7 @@
 //!
 //! One file per command in `commands/`. Exit codes: 0 done, 1 the user's input (usage errors too), 2 ours.
 
+mod answers;
 mod commands;
 mod console;
 mod device;
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{check, compile, library, opt, run, score};
+use commands::{chat, check, compile, generate, library, opt, run, score};
 
 /// A compiler for training pipelines: YAML graphs to planned programs.
 #[derive(Parser)]
@@ -34,6 +35,10 @@ enum Command {
     Run(run::Args),
     /// Score texts with a model.
     Score(score::Args),
+    /// Continue a text with a model.
+    Generate(generate::Args),
+    /// Talk with a model.
+    Chat(chat::Args),
     /// Run passes on a program in text form.
     Opt(opt::Args),
     /// Look into the standard library.
@@ -55,6 +60,8 @@ fn main() -> ExitCode {
         Command::Compile(args) => compile::run(&args),
         Command::Run(args) => run::run(&args),
         Command::Score(args) => score::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Chat(args) => chat::run(&args),
         Command::Opt(args) => opt::run(&args),
         Command::Std(args) => library::run(&args),
     };

@@ -62,6 +62,11 @@ impl Decoder {
         self.rows
     }
 
+    /// Most columns of one call.
+    pub fn most(&self) -> usize {
+        self.most
+    }
+
     /// Columns that there is room for after those so far.
     pub fn room(&self) -> usize {
         self.width - self.place
@@ -69,8 +74,14 @@ impl Decoder {
 
     /// Forgets all columns.
     pub fn reset(&mut self) {
-        self.place = 0;
-        self.segment.fill(0);
+        self.rewind(0);
+    }
+
+    /// Forgets all columns but the first ones, of which there are at least so many.
+    pub fn rewind(&mut self, columns: usize) {
+        debug_assert!(columns <= self.place, "bug: {columns} columns of {}", self.place);
+        self.place = columns;
+        self.segment.chunks_mut(self.width).for_each(|row| row[columns..].fill(0));
     }
 
     /// Adds columns: `tokens` and `segment` are `[B, Q]`, row-major, with segment 0 where there is none. `row` numbers

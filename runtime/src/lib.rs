@@ -7,12 +7,13 @@
 //!
 //! [`data`] turns files of rows into batches of tokens; [`Session`] walks the plan and tells an observer what happens;
 //! [`calls`] runs graphs on the parts of a batch, and a [`Decoder`] continues sequences. [`MetricsFile`] is an observer.
-//! [`Scorer`] runs a model without training it.
+//! A [`Scorer`] and a [`Generator`] run a model without training it.
 
 pub mod calls;
 pub mod data;
 mod evaluate;
 mod generate;
+mod generator;
 mod metrics;
 mod plan;
 mod roles;
@@ -23,6 +24,7 @@ mod steps;
 mod values;
 
 pub use generate::{Decoder, Next};
+pub use generator::Generator;
 pub use metrics::MetricsFile;
 pub use schedule::learning_rate;
 pub use score::{Score, Scorer};

@@ -34,7 +34,7 @@ use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_passes::PassContext;
 use dsgc_runtime::calls::{self, Named, Parts};
 use dsgc_runtime::learning_rate;
-use dsgc_yaml::load::{self, Failed, Host, Options, TokenizerFacts};
+use dsgc_yaml::load::{self, Failed, FolderModel, Host, Options, TokenizerFacts};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
 
@@ -119,24 +119,30 @@ impl Golden {
         Ok(all)
     }
 
+    /// Logits of the family's model on whole rows: tokens and segments `[B, T]`.
+    pub fn forward(&self, on: On, tokens: &Tensor, segment: &Tensor) -> Result<Tensor, String> {
+        let machine = self.machine();
+        let model = FolderModel::open(&self.model, &machine).map_err(explained)?;
+        let program = model.score(tokens.shape[0], tokens.shape[1]).map_err(explained)?;
+        let (program, mut device) = on.open(program);
+        load_weights(&program, device.as_mut(), &self.model);
+        let outputs = device.run("score", &[("tokens", tokens), ("segment", segment)]).map_err(|e| e.to_string())?;
+        Ok(outputs.into_iter().find(|(name, _)| name == "logits").expect("`score` gives logits").1)
+    }
+
     /// Logits of the first batch.
     pub fn logits(&self, on: On) -> Result<Compared, String> {
         let (batch, reference) = (self.batch(0), self.tensor("fp64.forward.logits"));
         let rows = reference.shape[0];
         let (tokens, segment) = (batch["text.tokens"].rows(0..rows), batch["text.segment"].rows(0..rows));
-        let program = load::score(&self.model, rows, tokens.shape[1], &self.machine()).map_err(explained)?;
-        let (program, mut device) = on.open(program);
-        load_weights(&program, device.as_mut(), &self.model);
-        let given = [("tokens", &tokens), ("segment", &segment)];
-        let outputs = device.run("score", &given).map_err(|e| e.to_string())?;
-        let logits = &outputs.iter().find(|(name, _)| name == "logits").expect("`score` gives logits").1;
+        let logits = self.forward(on, &tokens, &segment)?;
         // Scores on padding mean nothing: a model may see whatever it likes there.
         let vocab = reference.shape[2];
         let text = |tensor: &Tensor| -> Vec<f64> {
             let places = segment.to_f64().into_iter();
             tensor.to_f64().chunks(vocab).zip(places).filter(|(_, s)| *s == 1.0).flat_map(|(l, _)| l.to_vec()).collect()
         };
-        Ok(Compared { what: "logits".into(), error: relative_error(&text(logits), &text(&reference), 0.0) })
+        Ok(Compared { what: "logits".into(), error: relative_error(&text(&logits), &text(&reference), 0.0) })
     }
 
     fn gradients(&self, on: On) -> Result<Vec<Compared>, String> {

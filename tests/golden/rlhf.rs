@@ -78,6 +78,7 @@ impl Golden {
         all.extend(self.ppo(on, "ppo_eos")?);
         all.extend(self.dpo(on)?);
         all.push(self.generated(on)?);
+        all.push(Compared { what: "decode: logits beside the full forward".into(), error: self.decoding(on)? });
         Ok(all)
     }
 
@@ -267,28 +268,61 @@ impl Golden {
         (whole("in.ppo.prompt"), whole("in.ppo.prompt_att_mask"))
     }
 
-    fn generated(&self, on: On) -> Result<Compared, String> {
+    /// The left-padded prompts continued greedily: all tokens, row by row, and per step the logits after it, `[B, V]`.
+    fn decoded(&self, on: On) -> Result<(Vec<Vec<i32>>, Vec<Tensor>), String> {
         let mut stage = self.stage(on, "ppo", &["micro_batch_size=4"])?;
         let (tokens, segment) = self.prompts();
         let generate = stage.generate();
         let steps = generate.steps.expect("decode derived them");
         let mut decoder = Decoder::new(&stage.program, &steps);
-        let ints = |t: &Tensor| match &t.data {
-            Data::I32(v) => v.clone(),
-            other => panic!("found {other:?}"),
-        };
         let (rows, width) = (tokens.shape[0], tokens.shape[1]);
-        let mut found: Vec<Vec<i32>> = ints(&tokens).chunks(width).map(<[i32]>::to_vec).collect();
         let (mut new, mut segment) = (ints(&tokens), ints(&segment));
+        let mut all: Vec<Vec<i32>> = new.chunks(width).map(<[i32]>::to_vec).collect();
+        let mut logits = Vec::new();
         for _ in 0..generate.max_new_tokens {
             let next = decoder.extend(stage.device.as_mut(), &stage.program, &new, &segment, [0, 0], &vec![0; rows]);
-            new = next.map_err(|e| e.to_string())?.tokens;
-            segment = vec![1; rows];
-            found.iter_mut().zip(&new).for_each(|(row, token)| row.push(*token));
+            let next = next.map_err(|e| e.to_string())?;
+            (new, segment) = (next.tokens, vec![1; rows]);
+            logits.push(next.logits);
+            all.iter_mut().zip(&new).for_each(|(row, token)| row.push(*token));
         }
-        let found: Vec<f64> = found.into_iter().flatten().map(f64::from).collect();
+        Ok((all, logits))
+    }
+
+    fn generated(&self, on: On) -> Result<Compared, String> {
+        let (tokens, _) = self.decoded(on)?;
+        let found: Vec<f64> = tokens.into_iter().flatten().map(f64::from).collect();
         let wrong = found.iter().zip(self.numbers("generate", "tokens")).filter(|(a, b)| **a != *b).count();
         Ok(Compared { what: "generate: tokens that differ".into(), error: wrong as f64 })
+    }
+
+    /// The largest difference of a logit of any step of decoding from the one that a forward pass over all columns
+    /// gives, relative to the largest; an error if another token would follow.
+    pub fn decoding(&self, on: On) -> Result<f64, String> {
+        let (tokens, logits) = self.decoded(on)?;
+        let (prompt, segment) = self.prompts();
+        let (rows, first, width) = (tokens.len(), prompt.shape[1], tokens[0].len());
+        let texts: Vec<i32> =
+            ints(&segment).chunks(first).flat_map(|row| row.iter().copied().chain(vec![1; width - first])).collect();
+        let whole = tokens.iter().flatten().copied().collect();
+        let full = self.forward(on, &Tensor::i32(&[rows, width], whole), &Tensor::i32(&[rows, width], texts))?;
+        let (vocab, full) = (full.shape[2], full.to_f64());
+        let mut worst: f64 = 0.0;
+        for (step, found) in logits.iter().enumerate() {
+            let column = first + step;
+            for (row, found) in found.to_f64().chunks(vocab).enumerate() {
+                let expected = &full[(row * width + column - 1) * vocab..][..vocab];
+                worst = worst.max(relative_error(found, expected, 0.0));
+                let best = (0..vocab).rev().max_by(|a, b| expected[*a].total_cmp(&expected[*b]));
+                if best != usize::try_from(tokens[row][column]).ok() {
+                    return Err(format!(
+                        "row {row}, column {column}: {} was chosen, not {best:?}",
+                        tokens[row][column]
+                    ));
+                }
+            }
+        }
+        Ok(worst)
     }
 
     /// The norms of all gradients of a batch, from a stage whose batch is cut in two: there they stand in accumulators.
@@ -330,6 +364,13 @@ fn each(section: &str, what: &str, found: &[f64], reference: &[f64]) -> Compared
     assert_eq!(found.len(), reference.len(), "{section}: {what}");
     let error = found.iter().zip(reference).map(|(a, b)| relative_error(&[*a], &[*b], 0.0)).fold(0.0, f64::max);
     Compared { what: format!("{section}: {what}"), error }
+}
+
+fn ints(tensor: &Tensor) -> Vec<i32> {
+    match &tensor.data {
+        Data::I32(v) => v.clone(),
+        other => panic!("found {other:?}"),
+    }
 }
 
 fn mean(numbers: &[f64]) -> f64 {

@@ -1,7 +1,9 @@
 //! The commands, one file each.
 
+pub mod chat;
 pub mod check;
 pub mod compile;
+pub mod generate;
 pub mod library;
 pub mod opt;
 pub mod run;

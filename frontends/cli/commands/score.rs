@@ -8,7 +8,7 @@ use dsgc_ir::diag::{Diag, Sources, Span};
 use dsgc_ir::{Data, Tensor};
 use dsgc_passes::PassContext;
 use dsgc_runtime::Scorer;
-use dsgc_yaml::load;
+use dsgc_yaml::load::FolderModel;
 use serde::Deserialize;
 use serde_json::json;
 
@@ -69,7 +69,7 @@ pub fn run(args: &Args) -> Done {
         return Err(fail(vec![Diag::error(format!("found no row in `{name}`"))]));
     }
     let length = texts.iter().map(|t| t.tokens.len()).max().unwrap_or(0).max(2);
-    let program = load::score(&args.model, 1, length, &Disk)?;
+    let program = FolderModel::open(&args.model, &Disk)?.score(1, length)?;
     let target = args.device.target();
     let context = PassContext { target: target.as_ref() };
     let planned = dsgc_passes::compile(program, &context, &mut |_, _, _| {})?;

@@ -6,17 +6,20 @@
 //! ```text
 //! Folder::open(path) -> Folder -- read_params(folder, rules, wanted) --> tensors in the order asked for, as far as there are
 //! Tokenizer::load(path) -> Tokenizer -- encode(text) --> ids, and where in the text each begins
+//! ChatTemplate::of_folder(path) -> ChatTemplate -- render(messages) --> the text that the model continues
 //! save(path, model, params, tokenizer_from) --> a folder that transformers opens
 //! ```
 
+mod chat;
 mod config;
 mod save;
 mod tokenizer;
 mod weights;
 
+pub use chat::{ChatTemplate, Message, PLAIN_TEMPLATE};
 pub use config::Folder;
 pub use save::save;
-pub use tokenizer::{Encoded, Tokenizer};
+pub use tokenizer::{Encoded, Tokenizer, end_tokens};
 pub use weights::read_params;
 
 use std::path::Path;

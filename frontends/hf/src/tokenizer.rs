@@ -1,6 +1,6 @@
 //! `tokenizer.json`, and what the files beside it say about special tokens.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use dsgc_ir::diag::Diag;
@@ -54,6 +54,11 @@ impl Tokenizer {
         self.inner.encode(text, true).map(encoded).map_err(encode_error)
     }
 
+    /// Tokens of a text that names its special tokens itself, as chat templates do.
+    pub fn encode_whole(&self, text: &str) -> Result<Vec<i32>, Diag> {
+        self.inner.encode(text, false).map(|e| encoded(e).ids).map_err(encode_error)
+    }
+
     /// [`Tokenizer::encode`] of many texts on all cores; the results are in the order of the texts.
     pub fn encode_all(&self, texts: &[&str]) -> Result<Vec<Encoded>, Diag> {
         let all = self.inner.encode_batch(texts.to_vec(), true).map_err(encode_error)?;
@@ -72,6 +77,11 @@ impl Tokenizer {
     /// The id of a token by its exact text, e.g. `<|endoftext|>`.
     pub fn id(&self, token: &str) -> Option<i32> {
         self.inner.token_to_id(token).and_then(|id| i32::try_from(id).ok())
+    }
+
+    /// The text of a token.
+    pub fn token(&self, id: i32) -> Option<String> {
+        self.inner.id_to_token(u32::try_from(id).ok()?)
     }
 
     /// Number of rows that an embedding of all tokens needs: the largest id and one.
@@ -158,6 +168,24 @@ fn token_text(value: &Value) -> Option<&str> {
 fn token_id(value: &Value, vocab_size: usize) -> Option<i32> {
     let id = value.as_i64().or_else(|| value.get(0)?.as_i64())?;
     i32::try_from(id).ok().filter(|&id| id >= 0 && (id as usize) < vocab_size)
+}
+
+/// Ids of the tokens that end an answer, by all files of a folder that name some: Llama 3 has several.
+pub fn end_tokens(folder: impl AsRef<Path>) -> Result<Vec<i32>, Diag> {
+    let folder = Folder::check(folder.as_ref())?;
+    let mut ends = BTreeSet::new();
+    for (_, object) in objects(folder, ["config.json", "generation_config.json"])? {
+        let ids = match object.get("eos_token_id") {
+            Some(Value::Array(ids)) => ids.clone(),
+            Some(id) => vec![id.clone()],
+            None => Vec::new(),
+        };
+        ends.extend(ids.iter().filter_map(|id| i32::try_from(id.as_i64()?).ok()).filter(|id| *id >= 0));
+    }
+    if folder.join("tokenizer.json").is_file() {
+        ends.extend(Tokenizer::load(folder)?.eos());
+    }
+    Ok(ends.into_iter().collect())
 }
 
 #[cfg(test)]

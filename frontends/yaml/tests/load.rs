@@ -7,7 +7,7 @@ use std::path::Path;
 use common::{Machine, machine};
 use dsgc_ir::diag::Span;
 use dsgc_ir::stage::{Held, Operand, Origin, ScheduleKind, Stage, Statement};
-use dsgc_yaml::load::{Loaded, Options, load, score};
+use dsgc_yaml::load::{FolderModel, Loaded, Options, load};
 use dsgc_yaml::render::{Look, render};
 
 const SFT: &str = "\
@@ -263,13 +263,13 @@ fn paths_start_from_the_file_that_names_them() {
 
 #[test]
 fn any_folder_can_be_scored() {
-    let program = score(Path::new("tiny"), 3, 16, &machine()).unwrap();
+    let program = FolderModel::open(Path::new("tiny"), &machine()).unwrap().score(3, 16).unwrap();
     dsgc_ir::verify::verify(&program).unwrap();
     let graph = program.graph("score").unwrap();
     let ty = |name: &str| graph.ty(graph.output_named(name).unwrap()).to_string();
     assert_eq!((ty("logits").as_str(), ty("logp").as_str()), ("f32[B, T, 104]", "f32[B, T-1]"));
     assert_eq!(graph.dim_range("B").map(|d| d.max), Some(3));
-    let too_long = score(Path::new("tiny"), 3, 65, &machine()).unwrap_err();
+    let too_long = FolderModel::open(Path::new("tiny"), &machine()).unwrap().score(3, 65).unwrap_err();
     assert_eq!(too_long.diags[0].message, "found rows of 65 tokens, but `tiny` has 64 positions");
 }
 

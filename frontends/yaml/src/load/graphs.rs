@@ -139,7 +139,7 @@ pub(super) fn token_ids(roles: &[BoundRole]) -> TokenIds {
 }
 
 /// The recipe, with a graph `<role>.forward` for each of these roles that calls its model and does nothing else.
-fn with_forwards(recipe: &Rc<ScopedRecipe>, roles: &[String]) -> Rc<ScopedRecipe> {
+pub(super) fn with_forwards(recipe: &Rc<ScopedRecipe>, roles: &[String]) -> Rc<ScopedRecipe> {
     if roles.is_empty() {
         return Rc::clone(recipe);
     }

@@ -15,6 +15,7 @@ mod config;
 mod data;
 mod declared;
 mod documents;
+mod folder;
 mod graphs;
 mod heads;
 mod lone;
@@ -22,7 +23,6 @@ mod models;
 mod plan;
 mod resolved;
 mod roles;
-mod score;
 mod sets;
 mod settings;
 mod sources;
@@ -48,7 +48,7 @@ use documents::{Documents, beside};
 use settings::Provenance;
 use stage::Surroundings;
 
-pub use score::score;
+pub use folder::FolderModel;
 
 /// The machine around a pipeline: files and Hugging Face folders.
 pub trait Host {
