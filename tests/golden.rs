@@ -3,6 +3,8 @@
 
 #[path = "golden/compare.rs"]
 mod compare;
+#[path = "golden/tiny.rs"]
+mod tiny;
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -62,7 +62,7 @@ impl On {
     }
 
     /// A device with the program in it.
-    fn open(self, program: Program) -> (Planned, Box<dyn Device>) {
+    pub fn open(self, program: Program) -> (Planned, Box<dyn Device>) {
         let compile = |target| dsgc_passes::compile(program, &PassContext { target }, &mut |_, _, _| {});
         let planned = match self {
             On::Doubles => compile(&InterpTarget),

@@ -25,10 +25,8 @@ use super::{Compared, Golden, On, relative_error};
 
 /// A stage in a device.
 pub struct Stage {
-    /// The program.
-    pub program: Planned,
-    /// Where it runs.
-    pub device: Box<dyn Device>,
+    program: Planned,
+    device: Box<dyn Device>,
     taken: BTreeMap<String, i32>,
 }
 
@@ -68,7 +66,7 @@ impl Golden {
         if let Some(init) = &program.stage.init {
             device.run(init, &[]).map_err(|e| e.to_string())?;
         }
-        Ok(Stage { program, device, taken: BTreeMap::new() })
+        Ok(Stage::new(program, device))
     }
 
     /// Compares all sections behind sft.
@@ -270,23 +268,8 @@ impl Golden {
 
     /// The left-padded prompts continued greedily: all tokens, row by row, and per step the logits after it, `[B, V]`.
     fn decoded(&self, on: On) -> Result<(Vec<Vec<i32>>, Vec<Tensor>), String> {
-        let mut stage = self.stage(on, "ppo", &["micro_batch_size=4"])?;
         let (tokens, segment) = self.prompts();
-        let generate = stage.generate();
-        let steps = generate.steps.expect("decode derived them");
-        let mut decoder = Decoder::new(&stage.program, &steps);
-        let (rows, width) = (tokens.shape[0], tokens.shape[1]);
-        let (mut new, mut segment) = (ints(&tokens), ints(&segment));
-        let mut all: Vec<Vec<i32>> = new.chunks(width).map(<[i32]>::to_vec).collect();
-        let mut logits = Vec::new();
-        for _ in 0..generate.max_new_tokens {
-            let next = decoder.extend(stage.device.as_mut(), &stage.program, &new, &segment, [0, 0], &vec![0; rows]);
-            let next = next.map_err(|e| e.to_string())?;
-            (new, segment) = (next.tokens, vec![1; rows]);
-            logits.push(next.logits);
-            all.iter_mut().zip(&new).for_each(|(row, token)| row.push(*token));
-        }
-        Ok((all, logits))
+        self.stage(on, "ppo", &["micro_batch_size=4"])?.decode(&tokens, &segment)
     }
 
     fn generated(&self, on: On) -> Result<Compared, String> {
@@ -391,6 +374,11 @@ fn inputs(args: &[(String, Operand)], values: &Values, stage: &Stage) -> Named {
 }
 
 impl Stage {
+    /// A stage whose weights are in the device.
+    pub fn new(program: Planned, device: Box<dyn Device>) -> Stage {
+        Stage { program, device, taken: BTreeMap::new() }
+    }
+
     fn find<T>(&self, wanted: impl Fn(&Statement) -> Option<T>) -> T {
         fn walk<T>(body: &[Statement], wanted: &dyn Fn(&Statement) -> Option<T>) -> Option<T> {
             body.iter().find_map(|statement| match statement {
@@ -415,8 +403,27 @@ impl Stage {
     }
 
     /// The plan's generation.
-    pub fn generate(&self) -> Generate {
+    fn generate(&self) -> Generate {
         self.find(|s| if let Statement::Generate(generate) = s { Some(generate.clone()) } else { None })
+    }
+
+    /// Continues left-padded prompts, tokens and segments `[B, P]`, greedily and up to the last column: all tokens, row by
+    /// row, and per step the logits after it, `[B, V]`.
+    pub fn decode(&mut self, tokens: &Tensor, segment: &Tensor) -> Result<(Vec<Vec<i32>>, Vec<Tensor>), String> {
+        let generate = self.generate();
+        let mut decoder = Decoder::new(&self.program, &generate.steps.expect("decode derived them"));
+        let (rows, width) = (tokens.shape[0], tokens.shape[1]);
+        let (mut new, mut segment) = (ints(tokens), ints(segment));
+        let mut all: Vec<Vec<i32>> = new.chunks(width).map(<[i32]>::to_vec).collect();
+        let mut logits = Vec::new();
+        for _ in 0..generate.max_new_tokens {
+            let next = decoder.extend(self.device.as_mut(), &self.program, &new, &segment, [0, 0], &vec![0; rows]);
+            let next = next.map_err(|e| e.to_string())?;
+            (new, segment) = (next.tokens, vec![1; rows]);
+            logits.push(next.logits);
+            all.iter_mut().zip(&new).for_each(|(row, token)| row.push(*token));
+        }
+        Ok((all, logits))
     }
 
     /// Calls a graph on a batch that is one call, or on its parts.
