@@ -108,7 +108,7 @@ fn check(program: &Program, after: &str) {
 #[test]
 fn inner_layers_are_equal_after_every_pass() {
     for micro in [4, 2] {
-        let options = Options { sets: vec![format!("sft.micro_batch_size={micro}")], stage: None };
+        let options = Options { sets: vec![format!("sft.micro_batch_size={micro}")], ..Options::default() };
         let loaded = load(Path::new("p.yaml"), &options, &Files).unwrap_or_else(|e| panic!("{:#?}", e.diags));
         let program = loaded.stages.into_iter().next().expect("there is a stage");
         check(&program, "lowering");

@@ -65,7 +65,7 @@ impl Place {
         if !sets.iter().any(|s| s.starts_with("output_dir=")) {
             sets.push(format!("output_dir={}", self.path("runs").display()));
         }
-        let loaded = load::load(&self.path("pipeline.yaml"), &Options { sets, stage: None }, &host::Disk);
+        let loaded = load::load(&self.path("pipeline.yaml"), &Options { sets, ..Options::default() }, &host::Disk);
         loaded.unwrap_or_else(|e| panic!("{}", said(&e.diags))).stages.remove(0)
     }
 

@@ -52,7 +52,7 @@ impl Host for Files {
 
 /// The stage with its gradients, for calls of so many rows.
 fn program(rows: usize) -> Program {
-    let options = Options { sets: vec![format!("stages.sft.micro_batch_size={rows}")], stage: None };
+    let options = Options { sets: vec![format!("stages.sft.micro_batch_size={rows}")], ..Options::default() };
     let loaded = load(Path::new("p.yaml"), &options, &Files).unwrap_or_else(|e| panic!("{:#?}", e.diags));
     let [stage] = loaded.stages.try_into().unwrap_or_else(|_| panic!("the pipeline has one stage"));
     let context = PassContext { target: &InterpTarget };

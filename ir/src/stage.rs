@@ -135,6 +135,8 @@ pub struct Source {
     pub span: Span,
     /// Held-out rows.
     pub eval: Option<Held>,
+    /// Only so many rows of each file, from its beginning.
+    pub max_rows: Option<usize>,
     /// Field -> column of the file.
     pub fields: BTreeMap<String, String>,
     /// The sequences that a row is made into, in order.

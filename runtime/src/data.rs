@@ -56,7 +56,7 @@ impl Dataset {
     /// Reads and tokenises a source for a stage with this seed.
     pub fn open(source: &Source, seed: u64, tokenizer: &Tokenizer) -> Result<Dataset, Vec<Diag>> {
         let columns = columns(source)?;
-        let texts = rows::read(&source.path, &columns, source.span)?;
+        let texts = rows::read(&source.path, &columns, source.max_rows, source.span)?;
         let all: Vec<usize> = (0..texts.len()).collect();
         let (train, eval) = match &source.eval {
             None => (all, None),
@@ -66,7 +66,7 @@ impl Dataset {
                 (train, Some(tokenise(source, &texts, &eval, tokenizer)?))
             }
             Some(Held::Path(path)) => {
-                let texts = rows::read(path, &columns, source.span)?;
+                let texts = rows::read(path, &columns, source.max_rows, source.span)?;
                 let eval = order::take(source, seed, (0..texts.len()).collect()).map_err(|e| vec![e])?;
                 (all, Some(tokenise(source, &texts, &eval, tokenizer)?))
             }

@@ -201,7 +201,7 @@ impl Golden {
     fn load(&self, file: &str, stage: Option<&str>, mut sets: Vec<String>) -> Result<Program, String> {
         sets.push(format!("models.base={}", self.model.display()));
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file);
-        let options = Options { sets, stage: stage.map(String::from) };
+        let options = Options { sets, stage: stage.map(String::from), ..Options::default() };
         let loaded = load::load(&file, &options, &self.machine()).map_err(explained)?;
         let [program] = <[Program; 1]>::try_from(loaded.stages).expect("one stage is asked for");
         Ok(program)

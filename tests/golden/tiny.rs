@@ -60,7 +60,7 @@ impl Host for Files {
 
 /// A stage whose parameters are sines; `offset` of a role's phase.
 fn stage(name: &str, offset: impl Fn(&str) -> f64) -> Stage {
-    let options = Options { sets: Vec::new(), stage: Some(name.into()) };
+    let options = Options { stage: Some(name.into()), ..Options::default() };
     let loaded = load(Path::new("p.yaml"), &options, &Files).unwrap_or_else(|e| panic!("{:#?}", e.diags));
     let [program] = <[Program; 1]>::try_from(loaded.stages).expect("one stage is asked for");
     let (program, mut device) = On::Doubles.open(program);

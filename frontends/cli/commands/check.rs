@@ -28,7 +28,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Done {
-    let options = Options { sets: args.sets.clone(), stage: None };
+    let options = Options { sets: args.sets.clone(), ..Options::default() };
     let loaded = check(&args.file, &options, &Disk)?;
     show(&loaded.warnings, &loaded.sources);
     for program in &loaded.stages {

@@ -41,7 +41,11 @@ struct PipelineArgs {
 impl PipelineArgs {
     /// Loads the pipeline and shows its warnings.
     fn open(&self) -> Result<(Loaded, DeviceName), Failure> {
-        let options = Options { sets: self.sets.clone(), stage: self.stage.clone() };
+        self.open_as(Options { sets: self.sets.clone(), stage: self.stage.clone(), smoke: false })
+    }
+
+    /// The same with other options.
+    fn open_as(&self, options: Options) -> Result<(Loaded, DeviceName), Failure> {
         let loaded = load(&self.file, &options, &Disk)?;
         show(&loaded.warnings, &loaded.sources);
         let device = self.device.unwrap_or(loaded.device.into());

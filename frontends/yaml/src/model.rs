@@ -22,6 +22,8 @@ pub struct Model {
     pub uses: Vec<Word>,
     /// Its sizes and switches.
     pub config: Vec<Declaration>,
+    /// Sizes with which it can be tried.
+    pub small: Vec<(Word, Literal)>,
     /// Initial values of parameters that name none.
     pub init: Option<Expr>,
     /// Models it is built upon.
@@ -98,6 +100,11 @@ pub const MODEL: Table = Table {
             "config",
             Form::Map(&Form::Either(&[Form::Keys(&DECLARATION), Form::Literal])),
             "sizes and switches: `name: int` is required, `name: 32` has a default",
+        ),
+        key(
+            "small",
+            Form::Map(&Form::Literal),
+            "config entries with which the model can be tried, by `dsgc check` and `dsgc run --smoke`",
         ),
         key("init", Form::Expr, "initial values of parameters that name none"),
         key("models", Form::Map(&Form::Either(&[Form::Keys(&ROLE), Form::Name])), "models it is built upon"),
@@ -177,6 +184,7 @@ pub(crate) fn read(reader: &mut Reader, node: &Node) -> Option<Model> {
     let doc = fields.get("doc").and_then(|n| reader.word(n, "a text"));
     let uses = fields.get("use").map_or_else(Vec::new, |n| reader.words(n, "a list of files"));
     let config = fields.get("config").map_or_else(Vec::new, |n| reader.declarations(n));
+    let small = fields.get("small").map_or_else(Vec::new, |n| reader.named_literals(n));
     let init = fields.get("init").and_then(|n| reader.expr(n));
     let models = fields.get("models").map_or_else(Vec::new, |n| reader.roles(n));
     let params = fields.get("params").map_or_else(Vec::new, |n| reader.params(n));
@@ -188,9 +196,25 @@ pub(crate) fn read(reader: &mut Reader, node: &Node) -> Option<Model> {
         return None;
     };
     let graph = reader.graph(key, graph)?;
-    let model = Model { name: name?, doc, uses, config, init, models, params, blocks, graph, from_hf, tests };
+    let model = Model { name: name?, doc, uses, config, small, init, models, params, blocks, graph, from_hf, tests };
     check_trunk(reader, &model);
+    check_small(reader, &model);
     Some(model)
+}
+
+/// The small sizes are config entries.
+fn check_small(reader: &mut Reader, model: &Model) {
+    for (name, _) in &model.small {
+        if !model.config.iter().any(|declared| declared.name.text == name.text) {
+            let diag = Diag::error(format!("found `{}`, which is no entry of `config`", name.text));
+            let near = dsgc_ir::diag::nearest(&name.text, model.config.iter().map(|d| d.name.text.as_str()));
+            let diag = diag.label(name.span, "");
+            reader.error(match near {
+                Some(near) => diag.help(format!("write `{near}`")),
+                None => diag,
+            });
+        }
+    }
 }
 
 /// A model is built upon one other at most, of which it says nothing but its name.

@@ -136,6 +136,7 @@ pub const DATA_SOURCE: Table = Table {
         key("path", Form::Text, "file of rows, from the folder of this file"),
         key("fields", Form::Map(&Form::Text), "field of the recipe to column of the file"),
         key("eval", Form::Either(&[Form::Float, Form::Text]), "held-out rows: a share, or another file"),
+        key("max_rows", COUNT_OR_NONE, "read only so many rows, from the beginning of the file"),
         key("split", Form::Map(&Form::Float), "stage to its share, where several stages share a file"),
         key("chat_template", Form::Text, "`tokenizer` or a .jinja file"),
         key("shuffle", Form::Choice(&["none", "each_epoch", "deepspeed_chat"]), "order of the rows"),

@@ -25,7 +25,7 @@ fn messages_are_as_blessed() {
         let name = file.file_name().unwrap().to_string_lossy().into_owned();
         let sets = text.lines().map_while(|line| line.strip_prefix("# --set ")).map(str::to_owned).collect();
         let machine = machine().with(&name, &text);
-        let (diags, sources) = match check(Path::new(&name), &Options { sets, stage: None }, &machine) {
+        let (diags, sources) = match check(Path::new(&name), &Options { sets, ..Options::default() }, &machine) {
             Ok(loaded) => (loaded.warnings, loaded.sources),
             Err(failed) => (failed.diags, failed.sources),
         };

@@ -29,7 +29,7 @@ stages:
 /// Loads a text as the file `pipeline.yaml`; a panic with the messages if it does not load.
 #[track_caller]
 fn loaded(machine: Machine, text: &str, sets: &[&str]) -> Loaded {
-    let options = Options { sets: sets.iter().map(|s| s.to_string()).collect(), stage: None };
+    let options = Options { sets: sets.iter().map(|s| s.to_string()).collect(), ..Options::default() };
     match load(Path::new("pipeline.yaml"), &options, &machine.with("pipeline.yaml", text)) {
         Ok(loaded) => loaded,
         Err(failed) => panic!("{}", render(&failed.diags, &failed.sources, Look::Plain)),
@@ -253,7 +253,7 @@ fn paths_start_from_the_file_that_names_them() {
         .with("deep/tok/tokenizer.json", "[100, 1, 2, 2]")
         .with("deep/pipeline.yaml", SFT);
     let load = |sets: &[&str]| {
-        let options = Options { sets: sets.iter().map(|s| s.to_string()).collect(), stage: None };
+        let options = Options { sets: sets.iter().map(|s| s.to_string()).collect(), ..Options::default() };
         let loaded = load(Path::new("deep/pipeline.yaml"), &options, &files).unwrap();
         loaded.stages[0].stage.sources[0].clone()
     };

@@ -14,9 +14,16 @@ use serde_json::value::RawValue;
 /// Mistakes of a file that are told one by one: enough to see a pattern, few enough to read.
 const SHOWN: usize = 10;
 
-/// The rows of a file: for each the texts of `columns`, in that order. `span` is where the user named the file.
-pub(super) fn read(path: &str, columns: &[String], span: Span) -> Result<Vec<Vec<String>>, Vec<Diag>> {
-    let mut reader = Reader { path, columns, rows: Vec::new(), errors: Vec::new(), more: 0 };
+/// The rows of a file, or its first `most`: for each the texts of `columns`, in that order. `span` is where the user
+/// named the file.
+pub(super) fn read(
+    path: &str,
+    columns: &[String],
+    most: Option<usize>,
+    span: Span,
+) -> Result<Vec<Vec<String>>, Vec<Diag>> {
+    let most = most.unwrap_or(usize::MAX);
+    let mut reader = Reader { path, columns, most, rows: Vec::new(), errors: Vec::new(), more: 0 };
     let done = match Path::new(path).extension().and_then(|e| e.to_str()) {
         Some("jsonl") => reader.lines(),
         Some("json") => reader.list(),
@@ -47,7 +54,7 @@ pub fn columns_of_file(path: &str) -> Result<Vec<String>, Diag> {
         return Ok(row.into_iter().map(|(column, _)| column).collect());
     }
     // Whatever stands in the way has its message in `read`.
-    let errors = read(path, &[], Span::NONE).err().unwrap_or_default();
+    let errors = read(path, &[], None, Span::NONE).err().unwrap_or_default();
     Err(errors.into_iter().next().unwrap_or_else(|| Diag::error(format!("found no first row in `{path}`"))))
 }
 
@@ -65,6 +72,7 @@ fn first_row(path: &str) -> Option<String> {
 struct Reader<'a> {
     path: &'a str,
     columns: &'a [String],
+    most: usize,
     rows: Vec<Vec<String>>,
     errors: Vec<Diag>,
     more: usize,
@@ -76,6 +84,9 @@ impl Reader<'_> {
         let (mut bytes, mut number) = (Vec::new(), 0);
         loop {
             bytes.clear();
+            if self.rows.len() == self.most {
+                return Ok(());
+            }
             if file.read_until(b'\n', &mut bytes).map_err(|e| self.unreadable(e))? == 0 {
                 return Ok(());
             }
@@ -108,7 +119,7 @@ impl Reader<'_> {
             Ok(rows) => {
                 // Lines are counted along with the rows, not from the start for each of them.
                 let (mut line, mut counted) = (1, 0);
-                for row in rows.iter().map(|r| r.get()) {
+                for row in rows.iter().take(self.most).map(|r| r.get()) {
                     let start = offset(text, row);
                     line += text[counted..start].matches('\n').count();
                     counted = start;
@@ -214,7 +225,7 @@ mod tests {
         let path = dir.path().join(name).display().to_string();
         std::fs::write(&path, text).unwrap();
         let errors = |es: Vec<Diag>| es.iter().map(|e| e.to_string().replace(&path, name)).collect();
-        read(&path, &["a".to_owned(), "body".to_owned()], Span::NONE).map_err(errors)
+        read(&path, &["a".to_owned(), "body".to_owned()], None, Span::NONE).map_err(errors)
     }
 
     #[test]
@@ -231,6 +242,21 @@ mod tests {
             check("d.json", "[{\"body\": \"é\\n\", \"a\": \"1\"},\n {\"a\": \"2\", \"body\": \"\", \"c\": 3}]"),
             expect
         );
+    }
+
+    #[test]
+    fn of_the_first_rows_nothing_behind_them_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in
+            [("d.jsonl", "{\"a\": \"1\"}\n{\"a\": \"2\"}\nno row"), ("d.json", r#"[{"a": "1"}, {"a": "2"}, 3]"#)]
+        {
+            let path = dir.path().join(name).display().to_string();
+            std::fs::write(&path, text).unwrap();
+            let first = |most| read(&path, &["a".to_owned()], most, Span::NONE);
+            assert_eq!(first(Some(2)).unwrap(), [["1"], ["2"]]);
+            assert_eq!(first(Some(1)).unwrap(), [["1"]]);
+            assert!(first(Some(3)).is_err() && first(None).is_err());
+        }
     }
 
     #[test]
@@ -272,7 +298,7 @@ mod tests {
             assert_eq!(check(name, text).unwrap_err(), [format!("error: there are no rows in `{name}`")]);
         }
         assert!(check("d.csv", "a,b").unwrap_err()[0].contains("expected one that ends in `.jsonl` or `.json`"));
-        let error = &read("no such file.jsonl", &[], Span { line: 3, ..Span::NONE }).unwrap_err()[0];
+        let error = &read("no such file.jsonl", &[], None, Span { line: 3, ..Span::NONE }).unwrap_err()[0];
         assert!(error.message.starts_with("cannot read the data file `no such file.jsonl`"));
         assert_eq!(error.labels[0].span.line, 3);
     }

@@ -21,6 +21,7 @@ const fn rule(key: &'static str, default: &'static str) -> Rule {
 /// Defaults of [`crate::pipeline::DATA_SOURCE`], but for `path`, `fields` and `split`, which have none.
 const RULES: &[Rule] = &[
     rule("eval", "none"),
+    Rule { key: "max_rows", default: "none", range: Range::AtLeast(1.0) },
     rule("chat_template", "none"),
     rule("shuffle", "each_epoch"),
     rule("prefix", "''"),
@@ -132,6 +133,7 @@ pub(super) fn bind(
         path: path.display().to_string(),
         span: set.path.span,
         eval: held?,
+        max_rows: find("max_rows").count().map(|n| n as usize),
         fields: form
             .fields
             .iter()

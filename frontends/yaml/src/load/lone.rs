@@ -20,7 +20,7 @@ use super::documents::{Documents, Found, ScopedModel, ScopedRecipe};
 use super::graphs::{self, Part};
 use super::heads::{self, Trunk};
 use super::plan::{Planning, SourceShape};
-use super::{Device, Loaded, stage};
+use super::{Device, Loaded, TokenizerFacts, stage};
 
 /// Rows of a batch, and their length, where no pipeline says them: any would do.
 const ROWS: u64 = 4;
@@ -59,11 +59,11 @@ pub(super) fn check(documents: &mut Documents<'_>, document: Document, folder: P
     })
 }
 
-/// A model with the defaults of its config, if all entries have one.
+/// A model with its small sizes, or else the defaults of its config, if all entries have a value.
 fn model(documents: &mut Documents<'_>, scoped: &Rc<ScopedModel>) {
     let open: Vec<&str> =
         scoped.model.config.iter().filter(|d| d.default.is_none()).map(|d| d.name.text.as_str()).collect();
-    if !open.is_empty() {
+    if scoped.model.small.is_empty() && !open.is_empty() {
         documents.warnings.push(
             Diag::warning(format!(
                 "the shapes of model `{}` were not checked: there is no default for {}",
@@ -71,11 +71,11 @@ fn model(documents: &mut Documents<'_>, scoped: &Rc<ScopedModel>) {
                 words(&open)
             ))
             .label(scoped.model.name.span, "")
-            .help("check a pipeline that uses it: it says the sizes"),
+            .help("give sizes to try it with, `small: {hidden: 16}`, or check a pipeline that uses it"),
         );
         return;
     }
-    if let Some(config) = scratch(documents, scoped, &[]) {
+    if let Some(config) = scratch(documents, scoped, &scoped.model.small) {
         // A model over another one is checked over a small model of the library.
         let trunk = if scoped.model.models.is_empty() {
             None
@@ -88,9 +88,11 @@ fn model(documents: &mut Documents<'_>, scoped: &Rc<ScopedModel>) {
     }
 }
 
+/// A config with these values, over the vocabulary of a small tokenizer.
 fn scratch(documents: &mut Documents<'_>, scoped: &ScopedModel, given: &[(Word, Literal)]) -> Option<Config> {
     let asked = Asked { name: &scoped.model.name.text, span: scoped.model.name.span, folder: None };
-    config::from_scratch(&scoped.model, given, None, &asked, &mut documents.errors)
+    let tokenizer = TokenizerFacts { vocab: 32, pad: Some(1), eos: Some(2), bos: Some(2) };
+    config::from_scratch(&scoped.model, given, Some(&tokenizer), &asked, &mut documents.errors)
 }
 
 /// A recipe with the defaults of its options, rows of the first form of each source, and a small model of the library
@@ -159,12 +161,7 @@ fn type_of<'r>(recipe: &'r Recipe, role: &'r RoleDecl) -> Option<&'r Word> {
 /// A language model that a recipe, or a model over models, can be checked with.
 fn stand_in(documents: &mut Documents<'_>) -> Option<Trunk> {
     let document = documents.model(&Word { span: Span::NONE, text: "opt".into() }, Path::new(""))?;
-    let sizes = [("vocab", 32), ("hidden", 8), ("layers", 1), ("heads", 2), ("ffn", 16), ("embed", 8)];
-    let given = sizes.map(|(name, size)| {
-        let name = Word { span: Span::NONE, text: name.into() };
-        (name, Literal { span: Span::NONE, value: Constant::Int(size) })
-    });
-    let config = scratch(documents, &document, &given)?;
+    let config = scratch(documents, &document, &document.model.small)?;
     Some(Trunk { document, config })
 }
 

@@ -25,6 +25,7 @@ mod resolved;
 mod roles;
 mod sets;
 mod settings;
+mod smoke;
 mod sources;
 mod stage;
 
@@ -82,6 +83,8 @@ pub struct Options {
     pub sets: Vec<String>,
     /// Only this stage; all of them otherwise.
     pub stage: Option<String>,
+    /// Make the pipeline small: two steps of every stage, a few rows, small models with random weights.
+    pub smoke: bool,
 }
 
 /// Where a pipeline runs.
@@ -172,7 +175,9 @@ fn read(documents: &mut Documents<'_>, path: &Path, options: &Options) -> Option
     let name = path.display().to_string();
     // The file first, so that it is the first source.
     documents.sources.add(&name, &text);
-    let changes = sets::parse(&options.sets, &mut documents.sources, &mut documents.errors);
+    let small = if options.smoke { smoke::sets(&text) } else { Vec::new() };
+    let arguments: Vec<String> = small.into_iter().chain(options.sets.iter().cloned()).collect();
+    let changes = sets::parse(&arguments, &mut documents.sources, &mut documents.errors);
     let folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
     let places = Places { folder, sets: sets::sources(&changes) };
     let change = |tree: &mut Node, errors: &mut Vec<Diag>| sets::apply(changes, tree, errors);
@@ -207,7 +212,7 @@ fn pipeline(
     options: &Options,
 ) -> Option<Loaded> {
     let device = compile(documents, pipeline);
-    let models = models::known(documents, &pipeline.models, places);
+    let models = models::known(documents, &pipeline.models, places, options.smoke);
     let (output_dir, output_from) = output_dir(documents, pipeline, path);
     let stage_names: Vec<String> = pipeline.stages.iter().map(|s| s.name.text.clone()).collect();
     if let Some(wanted) = options.stage.as_ref().filter(|wanted| !stage_names.contains(wanted)) {

@@ -14,6 +14,7 @@ use super::declared::typed;
 use super::documents::{Documents, ScopedModel, is_file};
 use super::heads::Trunk;
 use super::settings::literal;
+use super::smoke;
 use super::{Places, TokenizerFacts};
 
 /// Where a model's weights are.
@@ -51,11 +52,12 @@ pub(super) fn known(
     documents: &mut Documents<'_>,
     sources: &[ModelSource],
     places: &Places,
+    smoke: bool,
 ) -> Vec<(Word, Option<Known>)> {
-    sources.iter().map(|source| (source.name.clone(), one(documents, source, places))).collect()
+    sources.iter().map(|source| (source.name.clone(), one(documents, source, places, smoke))).collect()
 }
 
-fn one(documents: &mut Documents<'_>, source: &ModelSource, places: &Places) -> Option<Known> {
+fn one(documents: &mut Documents<'_>, source: &ModelSource, places: &Places, smoke: bool) -> Option<Known> {
     let given: Vec<(Word, Literal)> =
         source.config.iter().map(|s| (crate::model::word(&s.key), literal(&s.value))).collect();
     let folder = match &source.path {
@@ -90,13 +92,18 @@ fn one(documents: &mut Documents<'_>, source: &ModelSource, places: &Places) -> 
             let asked = Asked { name: &source.name.text, span, folder: Some(&name) };
             let (document, json) = folder_model(documents, &folder, source.model.as_ref(), span, places)?;
             check_names(documents, &document, &given)?;
+            let small = if smoke { smoke::small(documents, &document.model, &given) } else { None };
+            let weights = if small.is_some() { Weights::Random } else { Weights::Folder(name.clone()) };
+            let given = small.unwrap_or(given);
             let config = config::from_folder(&document.model, json, &given, &asked, &mut documents.errors)?;
-            (document, config, Weights::Folder(name))
+            (document, config, weights)
         }
         None => {
             let name = source.model.as_ref()?;
             let document = documents.model(name, places.folder(name.span))?;
             check_names(documents, &document, &given)?;
+            let small = if smoke { smoke::small(documents, &document.model, &given) } else { None };
+            let given = small.unwrap_or(given);
             let asked = Asked { name: &source.name.text, span: source.name.span, folder: None };
             let facts = tokenizer.as_ref().ok().map(|t| &t.facts);
             let config = config::from_scratch(&document.model, &given, facts, &asked, &mut documents.errors)?;
