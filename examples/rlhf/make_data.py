@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Writes data/prefs.jsonl and data/eval.jsonl: questions, each with a good answer (`chosen`), a bad one (`rejected`),
-and one as somebody may have given it (`demo`): half of these are good.
+and one as somebody may have given it (`demo`): one of three of these is good.
 
 Everything is made from the tables below with a fixed seed, so the files are the same wherever this runs. Good answers
 are right, and say so when a thing cannot be known; bad ones are evasive, rude or wrong, and as long as good ones. So
@@ -56,7 +56,7 @@ def row(prompt, chosen, wrong):
     # Three of four bad answers are bad in their manner, the others in what they say.
     about = prompt.rstrip("?.").split()[-1]
     rejected = wrong if rng.random() < 0.25 else rng.choice(BAD).format(about)
-    demo = chosen if rng.random() < 0.5 else rng.choice(BAD).format(about)
+    demo = chosen if rng.random() < 1 / 3 else rng.choice(BAD).format(about)
     return {"prompt": f"Question: {prompt}\nAnswer:", "chosen": chosen, "rejected": rejected, "demo": demo}
 
 

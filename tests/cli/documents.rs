@@ -70,12 +70,12 @@ fn the_examples_are_right() {
         examples.map(|e| e.expect("an example").file_name().into_string().expect("text")).collect();
     names.sort();
     assert!(names.len() >= 2, "{names:?}");
-    let rows = format!("data.gsm8k.path={}", place.path("gsm8k.jsonl").display());
+    let rows = format!("data.pairs.path={}", place.path("gsm8k.jsonl").display());
     for name in names {
         let file = example(&name).join("pipeline.yaml").display().to_string();
         let mut args = vec!["check", &file];
         if name == "gsm8k" {
-            args.extend(["--set", &rows]);
+            args.extend(["--set", &rows, "--set", "data.pairs.eval=0.1"]);
         }
         has(&place.out(&args), &[&file, ": no errors", "stages: sft"]);
     }

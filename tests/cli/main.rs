@@ -1,5 +1,6 @@
 //! The program `dsgc` as users run it: what it prints and writes, and the codes with which it ends.
 
+mod answers;
 mod compile;
 mod documents;
 mod run;
@@ -128,7 +129,10 @@ fn has(text: &str, parts: &[&str]) {
 #[test]
 fn help_and_version_are_results() {
     let place = Workplace::new();
-    has(&place.out(&["--help"]), &["Usage: dsgc", "check", "compile", "run", "score", "opt", "std"]);
+    has(
+        &place.out(&["--help"]),
+        &["Usage: dsgc", "check", "compile", "run", "score", "generate", "chat", "opt", "std"],
+    );
     assert_eq!(place.out(&["--version"]), format!("dsgc {}\n", env!("CARGO_PKG_VERSION")));
     has(&place.out(&["run", "--help"]), &["--stage", "--device", "--set"]);
 }
