@@ -176,12 +176,35 @@ fn products_of_every_layout() {
         ("0, 3", "3, 2", "ab,bc->ac"),
         ("2, 0", "0, 3", "ab,bc->ac"),
         ("3, 0, 5", "4, 5, 0", "acd,bdc->ab"),
+        // Few rows and a large matrix, as in decoding; with and without rests.
+        ("1, 1, 768", "1000, 768", "btd,vd->btv"),
+        ("4, 1, 333", "303, 333", "btd,vd->btv"),
+        ("7, 515", "401, 515", "md,nd->mn"),
+        ("16, 1024", "66, 1024", "md,nd->mn"),
+        ("17, 1024", "66, 1024", "md,nd->mn"),
         // Large enough for the GEMM library to use threads.
         ("2, 90, 128", "200, 128", "btd,vd->btv"),
         ("2, 90, 200", "2, 90, 128", "btv,btd->vd"),
         ("300, 40", "40", "ab,b->a"),
     ] {
         compare(&format!("%a: f32[{a}], %b: f32[{b}]"), &format!("%y = contract %a, %b spec={spec}"), &[]);
+    }
+}
+
+/// So an answer does not depend on the others of its batch.
+#[test]
+fn a_row_of_a_small_product_is_the_same_in_any_company() {
+    let product = |rows: usize| {
+        let program =
+            program(&format!("%a: f32[{rows}, 515], %b: f32[401, 515]"), "%y = contract %a, %b spec=md,nd->mn");
+        let mut device = Cpu::new(plan(&program, 2), 2);
+        let given = |rows: i64, seed| numbers(&Type::new(DType::F32, vec![rows.into(), 515i64.into()]), seed);
+        let (a, b) = (given(16, 1), given(401, 2));
+        device.run("g", &[("a", &a.rows(0..rows)), ("b", &b)]).unwrap_or_else(|e| panic!("{e}")).remove(0).1
+    };
+    let all = product(16);
+    for rows in 1..16 {
+        assert_eq!(product(rows), all.rows(0..rows));
     }
 }
 

@@ -11,6 +11,7 @@ use gemm::Parallelism;
 use super::Launch;
 use super::memory::Ptr;
 use super::reduce;
+use super::skinny;
 use super::structure::strides;
 
 /// A letter: its extent, and its strides in the left operand, the right operand and the result.
@@ -62,6 +63,18 @@ pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
     }
     if batch.is_empty() && more_k.is_empty() && (m.extent, n.extent) == (1, 1) && (k.left, k.right) == (1, 1) {
         reduce::dot(l, left, right, out, k.extent);
+        return Ok(());
+    }
+    let dense = (k.left, k.right, n.out) == (1, 1, 1);
+    if batch.is_empty()
+        && more_k.is_empty()
+        && dense
+        && m.extent <= skinny::ROWS
+        && n.extent * k.extent >= skinny::LARGE
+    {
+        let (x, w, out) = ((left, m.left), (right, n.right), (out, m.out));
+        // SAFETY: extents and strides are those of the operands and the result.
+        unsafe { skinny::run(l.threads, (m.extent, n.extent, k.extent), x, w, out) };
         return Ok(());
     }
     let loops: usize = batch.iter().map(|x| x.extent).product();

@@ -15,6 +15,7 @@ mod memory;
 mod norm;
 mod parallel;
 mod reduce;
+mod skinny;
 mod structure;
 mod tokens;
 mod update;
