@@ -68,6 +68,10 @@ pub struct Role {
     pub trained: bool,
     /// Folder with its `tokenizer.json`, as the user gave it.
     pub tokenizer: Option<String>,
+    /// Parameters of a snapshot that are those of the role it is taken of, by their Hugging Face names: nothing changes
+    /// them. Filled in by the pass `adapt`.
+    #[serde(default)]
+    pub shared: Vec<String>,
 }
 
 /// Where weights come from.
@@ -255,6 +259,18 @@ pub struct Training {
     pub schedule: Schedule,
     /// Global L2 norm above which gradients are scaled down.
     pub max_grad_norm: Option<f64>,
+    /// Parameters that are not trained, by their Hugging Face names.
+    #[serde(default)]
+    pub freeze: Vec<Pattern>,
+}
+
+/// A glob over names, as the user wrote it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pattern {
+    /// The glob, in which `*` is any run of characters.
+    pub glob: String,
+    /// Where it stands.
+    pub span: Span,
 }
 
 /// AdamW (Loshchilov and Hutter 2019), decoupled decay, bias correction on.

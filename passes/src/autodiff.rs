@@ -32,7 +32,7 @@ use crate::rebuild::{Rebuild, without_dead_ops};
 /// The pass.
 pub const PASS: Pass = Pass {
     name: "autodiff",
-    requires: &[Fact::Typed],
+    requires: &[Fact::Typed, Fact::Adapted],
     provides: &[Fact::Differentiated],
     numerics: Numerics::Exact,
     run,

@@ -74,11 +74,11 @@ fn init(program: &Program, device: &mut dyn Device, role: &Role) -> Result<(), D
     device.run(&role.init, &inputs).map(drop)
 }
 
-/// Copies the parameters of another role, by their Hugging Face names.
+/// Copies the parameters of another role, by their Hugging Face names; those that the two share are there already.
 fn snapshot(program: &Program, device: &mut dyn Device, role: &Role, of: &str) -> Result<(), Vec<Diag>> {
     let mut errors = Vec::new();
     for (id, name) in program.params_of(&role.name) {
-        let from = program.state_named(&format!("{of}/{name}"));
+        let from = program.param(of, name);
         match from.filter(|&from| program.state(from).ty == program.state(id).ty) {
             Some(from) => device.set_state(id, &device.state(from)),
             None => errors.push(Diag::error(format!(
@@ -129,7 +129,7 @@ pub(crate) fn save_all(program: &Program, device: &dyn Device, observer: Observe
         let role = stage.roles.iter().find(|r| r.name == *name).expect("the loader saw the role");
         let folder = result_folder(stage, name);
         let params: Vec<(String, Tensor)> =
-            program.params_of(name).map(|(id, param)| (param.to_string(), device.state(id).single())).collect();
+            program.all_params_of(name).into_iter().map(|(id, param)| (param, device.state(id).single())).collect();
         if let Some((param, _)) = params.iter().find(|(_, t)| t.to_f64().iter().any(|x| !x.is_finite())) {
             let message = format!("`{param}` is not finite after the stage `{}`: nothing is written", stage.name);
             return Err(Diag::error(message).help("a smaller `learning_rate` usually keeps it finite"));

@@ -274,8 +274,7 @@ pub(super) fn trainings(
         let lost = if by_ratio { "warmup_steps" } else { "warmup_ratio" };
         role.training.retain(|d| d.key != lost);
         for decided in &role.training {
-            let lora = decided.key.starts_with("lora_") && decided.from != Provenance::Default;
-            if lora || (decided.key == "freeze" && !decided.words().is_empty()) {
+            if decided.key.starts_with("lora_") && decided.from != Provenance::Default {
                 documents.error(not_yet(&format!("`{}`", decided.key), decided.node.span));
             }
             if decided.key == "adam_betas" && decided.floats().len() != 2 {
@@ -315,5 +314,6 @@ pub(super) fn training(role: &BoundRole) -> Training {
             clamp: true,
         },
         max_grad_norm: find("max_grad_norm").float(),
+        freeze: find("freeze").patterns(),
     }
 }

@@ -62,6 +62,7 @@ fn program(documents: &mut Documents<'_>, folder: &Path, rows: usize, length: us
         init: crate::lower::init_graph("model"),
         trained: false,
         tokenizer: None,
+        shared: Vec::new(),
     };
     program.stage = Stage { name: "score".into(), recipe: "score".into(), roles: vec![role], ..Stage::default() };
     Some(program)

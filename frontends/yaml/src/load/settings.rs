@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use dsgc_ir::diag::{Diag, Span};
+use dsgc_ir::stage::Pattern;
 
 use crate::literal::{Constant, Literal, constant};
 use crate::node::{self, Node, Value};
@@ -251,6 +252,16 @@ impl Decided {
             Value::List(items) => items.iter().filter_map(|n| n.scalar()).map(|t| t.text.clone()).collect(),
             _ => self.node.scalar().map(|t| t.text.clone()).into_iter().collect(),
         }
+    }
+
+    /// The words with their places.
+    pub fn patterns(&self) -> Vec<Pattern> {
+        let nodes = match &self.node.value {
+            Value::List(items) => &items[..],
+            _ => std::slice::from_ref(&self.node),
+        };
+        let words = nodes.iter().filter_map(|node| Some((node.scalar()?, node.span)));
+        words.map(|(text, span)| Pattern { glob: text.text.clone(), span }).collect()
     }
 
     pub fn floats(&self) -> Vec<f64> {

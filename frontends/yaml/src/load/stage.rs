@@ -424,5 +424,7 @@ fn host_role(role: &BoundRole) -> Role {
         init: crate::lower::init_graph(&role.name),
         trained: role.trained,
         tokenizer: role.known.tokenizer.as_ref().ok().map(|t| t.folder.clone()),
+        // The pass `adapt` says which.
+        shared: Vec::new(),
     }
 }
