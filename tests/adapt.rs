@@ -137,3 +137,77 @@ fn what_is_frozen_has_no_state_and_is_shared_with_the_reference() {
     assert_eq!(memory(&all, "persistent") - memory(&some, "persistent"), 3 * 4 * embeddings);
     assert!(memory(&some, "peak") < memory(&all, "peak") - 3 * 4 * embeddings);
 }
+
+/// LoRA on queries and values.
+const LORA: [&str; 4] = ["lora_r=2", "lora_alpha=4", "lora_target_modules=[q_proj, v_proj]", "learning_rate=5e-2"];
+
+#[test]
+fn lora_trains_factors_only_and_leaves_a_merged_model() {
+    let place = Place::new();
+    let before = place.tensors("runs/sft/model.safetensors");
+    let losses = place.run("dpo", &LORA);
+    assert!(losses[3] < losses[0], "{losses:?}");
+    let merged = place.tensors("runs/dpo/model.safetensors");
+    let targets: Vec<&String> =
+        before.keys().filter(|name| name.ends_with("q_proj.weight") || name.ends_with("v_proj.weight")).collect();
+    assert_eq!(changed(&before, &merged).iter().collect::<Vec<_>>(), targets);
+    let factors = place.tensors("runs/dpo/adapter/adapter_model.safetensors");
+    assert_eq!(factors.len(), 2 * targets.len());
+    let name = "base_model.model.model.decoder.layers.1.self_attn.q_proj.lora_B.weight";
+    assert_eq!(factors[name].shape, [16, 2]);
+    assert!(factors[name].to_f64().iter().all(|&x| x != 0.0));
+
+    let config = fs::read_to_string(place.path("runs/dpo/adapter/adapter_config.json")).expect("a file");
+    let config: Value = serde_json::from_str(&config).expect("JSON");
+    assert_eq!(config["target_modules"], serde_json::json!(["q_proj", "v_proj"]));
+    assert_eq!((&config["base_model_name_or_path"], &config["r"]), (&"runs/sft".into(), &2.into()));
+
+    // An adapter is a model like any other.
+    fs::write(place.path("texts.jsonl"), "{\"text\": \"Is it 3? Yes.\"}\n").expect("a new file");
+    let score = |model: &str| place.out(&["score", model, "--input", "texts.jsonl"]);
+    assert_eq!(score("runs/dpo"), score("runs/dpo/adapter"));
+    assert_ne!(score("runs/dpo"), score("runs/sft"));
+    // Micro-batches change no number, with fewer roundings in common.
+    for (whole, cut) in losses.iter().zip(place.run("dpo", &[&LORA[..], &["micro_batch_size=1"]].concat())) {
+        assert!((whole - cut).abs() < 1e-5, "{whole} and {cut}");
+    }
+}
+
+#[test]
+fn the_reference_of_lora_is_free() {
+    let place = Place::new();
+    let (all, lora) = (place.report(&[]), place.report(&LORA));
+    let model = all["roles"][0]["trained"].as_u64().expect("a number");
+    let factors = 2 * 2 * (2 * 16 + 16 * 2);
+    let roles = serde_json::json!([
+        {"role": "policy", "trained": factors, "frozen": model, "shared": 0},
+        {"role": "ref", "trained": 0, "frozen": 0, "shared": model},
+    ]);
+    assert_eq!(lora["roles"], roles);
+    let memory = |report: &Value, what: &str| report["memory"][what].as_u64().expect("bytes");
+    // One model instead of a model, its moments and its reference; and factors with their moments.
+    let padding = 64 * 6 * 8;
+    assert!(memory(&lora, "persistent") <= 4 * (model + 3 * factors) + padding, "{lora}");
+    assert!(memory(&all, "persistent") >= 4 * 4 * model, "{all}");
+    assert!(memory(&lora, "peak") < memory(&all, "peak") - 4 * 2 * model);
+}
+
+#[test]
+fn a_stage_goes_on_from_an_adapter_alone() {
+    let place = Place::new();
+    let text = fs::read_to_string(place.path("pipeline.yaml")).expect("a file");
+    let more = "  more: {recipe: sft, model: dpo, data: prefs, batch_size: 4, max_length: 40, max_steps: 1}\n";
+    fs::write(place.path("pipeline.yaml"), format!("{text}{more}")).expect("a file");
+    place.run("dpo", &LORA);
+    let merged = place.run("more", &[]);
+    fs::remove_file(place.path("runs/dpo/model.safetensors")).expect("it was there");
+    fs::remove_file(place.path("runs/dpo/config.json")).expect("it was there");
+    let sets: Vec<String> = LORA.iter().chain(&["lora_save=adapter"]).map(|set| format!("stages.dpo.{set}")).collect();
+    let args = ["run", "pipeline.yaml"].into_iter().chain(sets.iter().flat_map(|set| ["--set", set.as_str()]));
+    place.out(&args.collect::<Vec<_>>());
+    assert!(!place.path("runs/dpo/model.safetensors").exists());
+    let metrics = fs::read_to_string(place.path("runs/more/metrics.jsonl")).expect("metrics");
+    let step = metrics.lines().map(|line| serde_json::from_str::<Value>(line).expect("an object"));
+    let step = step.filter(|line| line.get("epoch").is_some()).last().expect("a step");
+    assert_eq!(step["loss"].as_f64(), merged.last().copied());
+}

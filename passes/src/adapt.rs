@@ -1,5 +1,5 @@
-//! Does what a training asks of its model beside the gradient: parameters that `freeze` names stay as they are, and a
-//! snapshot shares every parameter that nothing changes.
+//! Does what a training asks of its model beside the gradient: parameters that `freeze` names stay as they are, LoRA
+//! puts factors beside its targets (`lora`), and a snapshot shares every parameter that nothing changes.
 //!
 //! ```text
 //! param @actor/w : f32[2] trained               param @actor/w : f32[2]
@@ -10,9 +10,11 @@
 //! What is not trained has no gradient, no state of the optimizer and no backward op, as `autodiff` makes these for
 //! trained parameters only.
 
+mod lora;
+
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::Origin;
-use dsgc_ir::trained::choose;
+use dsgc_ir::trained::{Choice, choose};
 use dsgc_ir::{Graph, Op, Program, StateId, StateKind};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
@@ -24,18 +26,27 @@ pub const PASS: Pass =
 
 /// Runs the pass.
 pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> {
+    let mut trainings = std::mem::take(&mut program.stage.trainings);
     let mut errors = Vec::new();
-    for training in program.stage.trainings.clone() {
-        match choose(&program, &training) {
-            Ok(choice) => choice.frozen.iter().for_each(|&id| freeze(&mut program, id)),
-            Err(mut found) => errors.append(&mut found),
+    for training in &mut trainings {
+        let Choice { trained, frozen, adapted } = match choose(&program, training) {
+            Ok(choice) => choice,
+            Err(mut found) => {
+                errors.append(&mut found);
+                continue;
+            }
+        };
+        for id in frozen {
+            program.states[id.0 as usize].kind = StateKind::Param { trained: false };
+        }
+        if let Some(lora) = &mut training.lora {
+            let name = |id: &StateId| program.state(*id).name[training.role.len() + 1..].to_string();
+            let whole = trained.iter().map(name).collect();
+            lora.adapter = Some(lora::adapt(&mut program, &training.role, lora, &adapted, whole));
         }
     }
+    program.stage.trainings = trainings;
     if errors.is_empty() { Ok(share(program)) } else { Err(errors) }
-}
-
-fn freeze(program: &mut Program, id: StateId) {
-    program.states[id.0 as usize].kind = StateKind::Param { trained: false };
 }
 
 /// Lets snapshots read the parameters that they have in common with the role they are taken of for as long as the stage

@@ -7,13 +7,18 @@
 //! Folder::open(path) -> Folder -- read_params(folder, rules, wanted) --> tensors in the order asked for, as far as there are
 //! Tokenizer::load(path) -> Tokenizer -- encode(text) --> ids, and where in the text each begins
 //! save(path, model, params, tokenizer_from) --> a folder that transformers opens
+//! save_adapter(path, model, about, factors, tokenizer_from) --> a folder that PEFT opens
 //! ```
+//!
+//! A LoRA adapter's folder is read as its base model with the adapter merged in.
 
+mod adapter;
 mod config;
 mod save;
 mod tokenizer;
 mod weights;
 
+pub use adapter::{Adapter, AdapterConfig, merge, save_adapter};
 pub use config::Folder;
 pub use save::save;
 pub use tokenizer::{Encoded, Tokenizer};

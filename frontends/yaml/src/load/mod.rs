@@ -18,6 +18,7 @@ mod documents;
 mod graphs;
 mod heads;
 mod lone;
+mod lora;
 mod models;
 mod plan;
 mod resolved;

@@ -129,10 +129,12 @@ pub(super) const TRAINING_RULES: &[Rule] = &[
     rule("no_decay", "[bias, norm.weight, ln_1.weight, ln_2.weight, ln_f.weight]", Range::Any),
     rule("max_grad_norm", "1.0", Range::Above(0.0)),
     rule("freeze", "[]", Range::Any),
-    rule("lora_r", "none", Range::Any),
-    rule("lora_alpha", "none", Range::Any),
-    rule("lora_dropout", "none", Range::Any),
+    rule("lora_r", "none", Range::AtLeast(1.0)),
+    // What these are without a value follows from `lora_r`.
+    rule("lora_alpha", "none", Range::Above(0.0)),
+    rule("lora_dropout", "none", Range::Share),
     rule("lora_target_modules", "none", Range::Any),
+    rule("lora_save", "none", Range::Any),
 ];
 
 /// Places that set something, from weak to strong.
