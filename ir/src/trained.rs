@@ -99,19 +99,25 @@ fn adapted(program: &Program, role: &str, lora: &Lora, params: &[Named], errors:
             // A glob may span layers of all kinds; a name means its own.
             (_, Some((_, name))) if !is_glob || fit.is_empty() => {
                 let diag = Diag::error(format!("`{name}` is no linear layer, which LoRA needs"));
-                errors.push(diag.label(pattern.span, "named here").help("its weight is used by more than `linear`"));
+                errors.push(diag.label(pattern.span, "named here").help("it goes beside weights of `linear`: not of norms, and not of embeddings, which may be the head too"));
             }
             (true, _) => {
                 let linear = layers.iter().filter(|(id, _)| linear.contains(id)).map(|(_, name)| *name);
-                let short = !is_glob && !pattern.glob.contains('.');
+                // Of a name that is no glob, ends of as many parts.
+                let parts = pattern.glob.matches('.').count() + 1;
                 let known: BTreeSet<&str> =
-                    linear.map(|name| if short { name.rsplit('.').next().unwrap_or(name) } else { name }).collect();
+                    linear.map(|name| if is_glob { name } else { end_of(name, parts) }).collect();
                 errors.push(names_nothing(("lora_target_modules", "layer"), pattern, role, known.into_iter()));
             }
             (false, _) => found.extend(fit.iter().map(|(id, _)| *id)),
         }
     }
     found.into_iter().collect()
+}
+
+/// The last parts of a name.
+fn end_of(name: &str, parts: usize) -> &str {
+    name.rmatch_indices('.').nth(parts - 1).map_or(name, |(dot, _)| &name[dot + 1..])
 }
 
 /// The values of parameters and states in a graph.

@@ -226,3 +226,140 @@ fn target_modules(about: &AdapterConfig) -> Vec<String> {
     own.sort_unstable();
     if meant == own { ends } else { modules.clone() }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::{Folder, read_params, save};
+
+    fn model() -> Model {
+        let config = json!({"architectures": ["XForCausalLM"]});
+        let Value::Object(config) = config else { panic!() };
+        Model { config, ..Model::default() }
+    }
+
+    fn factors() -> Factors {
+        let modules = vec!["h.0.q".to_owned(), "h.1.q".to_owned()];
+        Factors { modules, whole: vec!["head.weight".to_owned()], init: String::new() }
+    }
+
+    /// A base model and an adapter beside it.
+    fn folders(dir: &Path) -> PathBuf {
+        let weight = Tensor::f32(&[2, 2], vec![1., 2., 3., 4.]);
+        let head = Tensor::f32(&[1], vec![5.]);
+        let names = ["h.0.q.weight", "h.1.q.weight", "h.1.k.weight"];
+        let mut params: Vec<(String, &Tensor)> = names.iter().map(|n| ((*n).to_owned(), &weight)).collect();
+        params.push(("head.weight".to_owned(), &head));
+        save(&dir.join("base"), &model(), &params, None).unwrap();
+
+        let (a, b) = (Tensor::f32(&[1, 2], vec![1., 10.]), Tensor::f32(&[2, 1], vec![1., 100.]));
+        let head = Tensor::f32(&[1], vec![6.]);
+        let mut tensors: Vec<(String, &Tensor)> = Vec::new();
+        for module in factors().modules {
+            let [first, second] = Factors::factors(&module);
+            tensors.extend([(first, &a), (second, &b)]);
+        }
+        tensors.push(("head.weight".to_owned(), &head));
+        let params = vec!["h.0.q.weight", "h.1.q.weight", "h.1.k.weight", "head.weight"];
+        let about = AdapterConfig { factors: &factors(), r: 1, alpha: 0.5, base: "../base", params };
+        let path = dir.join("adapter");
+        save_adapter(&path, &model(), &about, &tensors, None).unwrap();
+        path
+    }
+
+    fn read(path: &Path) -> Result<Vec<Option<Tensor>>, Vec<Diag>> {
+        let matrix = vec![2, 2];
+        let wanted = ["h.0.q.weight", "h.1.q.weight", "h.1.k.weight"].map(|name| (name, matrix.clone()));
+        let wanted = wanted.into_iter().chain([("head.weight", vec![1])]);
+        let wanted: Vec<(String, Vec<usize>)> = wanted.map(|(n, s)| (n.to_owned(), s)).collect();
+        read_params(&Folder::open(path).map_err(|e| vec![e])?, &model().tensors, &wanted)
+    }
+
+    #[test]
+    fn an_adapter_is_read_as_its_base_with_it_merged_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = folders(dir.path());
+        let merged = Some(Tensor::f32(&[2, 2], vec![1.5, 7., 53., 504.]));
+        let base = Some(Tensor::f32(&[2, 2], vec![1., 2., 3., 4.]));
+        assert_eq!(read(&path).unwrap(), [merged.clone(), merged, base, Some(Tensor::f32(&[1], vec![6.]))]);
+        let config = fs::read_to_string(path.join(CONFIG)).unwrap();
+        let config: Value = serde_json::from_str(&config).unwrap();
+        // `q` alone means these layers and no others.
+        assert_eq!((&config["target_modules"], &config["task_type"]), (&json!(["q"]), &json!("CAUSAL_LM")));
+        assert_eq!((&config["modules_to_save"], &config["lora_alpha"]), (&json!(["head"]), &json!(0.5)));
+    }
+
+    #[test]
+    fn layers_are_named_in_full_where_their_ends_mean_others_too() {
+        let factors = Factors { modules: vec!["h.0.q".to_owned()], ..factors() };
+        let about = AdapterConfig {
+            factors: &factors,
+            r: 1,
+            alpha: 1.0,
+            base: "",
+            params: vec!["h.0.q.weight", "h.1.q.weight"],
+        };
+        assert_eq!(target_modules(&about), ["h.0.q"]);
+    }
+
+    #[test]
+    fn the_scale_is_that_of_the_config() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = folders(dir.path());
+        let config = fs::read_to_string(path.join(CONFIG)).unwrap();
+        fs::write(path.join(CONFIG), config.replace("\"lora_alpha\": 0.5", "\"lora_alpha\": 0")).unwrap();
+        assert_eq!(read(&path).unwrap()[0], Some(Tensor::f32(&[2, 2], vec![1., 2., 3., 4.])));
+    }
+
+    #[test]
+    fn what_cannot_be_merged_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = folders(dir.path());
+        let config = fs::read_to_string(path.join(CONFIG)).unwrap();
+        let error = |from: &str, to: &str| {
+            assert!(config.contains(from), "{config}");
+            fs::write(path.join(CONFIG), config.replace(from, to)).unwrap();
+            read(&path).unwrap_err()[0].to_string()
+        };
+        for (from, to, expected) in [
+            ("\"LORA\"", "\"IA3\"", "is of the type \"IA3\""),
+            ("\"use_dora\": false", "\"use_dora\": true", "uses DoRA"),
+            ("\"lora_alpha\": 0.5", "\"lora_alpha\": null", "has no number for `lora_alpha`"),
+            ("\"lora_alpha\": 0.5", "\"lora_alpha\": 1, \"alpha_pattern\": {\"q\": 2}", "has an `alpha_pattern`"),
+            ("\"../base\"", "null", "names no base model"),
+            ("\"../base\"", "\"owner/name\"", "is an adapter to the model `owner/name`"),
+            ("\"../base\"", "\"owner/name\"", "huggingface-cli download owner/name"),
+        ] {
+            let found = error(from, to);
+            assert!(found.contains(expected), "{found}");
+        }
+        fs::write(path.join(CONFIG), &config).unwrap();
+        fs::remove_file(path.join(WEIGHTS)).unwrap();
+        assert!(read(&path).unwrap_err()[0].to_string().contains("has no `adapter_model.safetensors`"));
+    }
+
+    #[test]
+    fn every_tensor_of_an_adapter_has_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = folders(dir.path());
+        let tensor = Tensor::f32(&[2, 2], vec![0.; 4]);
+        let errors = |names: &[&str]| -> Vec<String> {
+            let tensors: Vec<(String, &Tensor)> = names.iter().map(|n| ((*n).to_owned(), &tensor)).collect();
+            let about = AdapterConfig { factors: &factors(), r: 2, alpha: 1.0, base: "../base", params: Vec::new() };
+            save_adapter(&path, &model(), &about, &tensors, None).unwrap();
+            let here = format!("error: the adapter in `{}` ", path.display());
+            read(&path).unwrap_err().iter().map(|e| e.to_string().replace(&here, "it ")).collect()
+        };
+        let unknown = errors(&["h.0.v.lora_A.weight", "h.0.v.lora_B.weight", "h.0.q.lora_embedding_A"]);
+        assert_eq!(unknown.len(), 2, "{unknown:?}");
+        assert_eq!(
+            unknown[0],
+            "it has the tensor `base_model.model.h.0.q.lora_embedding_A`, which belongs to no parameter"
+        );
+        assert_eq!(errors(&["h.0.q.lora_A.weight"]), ["it has no `base_model.model.h.0.q.lora_B.weight`"]);
+        assert_eq!(errors(&["h.0.q.lora_B.weight"]), ["it has no `base_model.model.h.0.q.lora_A.weight`"]);
+        assert!(errors(&["head.weight"])[0].contains("has shape [2, 2], expected [1] for parameter `head.weight`"));
+    }
+}

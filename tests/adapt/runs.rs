@@ -1,101 +1,12 @@
-//! Freezing as a user asks for it: what stays as it is to the bit, what shares memory, and that every number is the one
-//! that it was.
+//! Pipelines that run from strings, as users run them.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
-use std::process::Command;
 
 use dsgc_ir::Tensor;
-use safetensors::SafeTensors;
 use serde_json::Value;
-use tempfile::TempDir;
 
-/// A model from random weights, and preferences on it. OPT's head is the embedding.
-const PIPELINE: &str = "
-dsgc: 1
-output_dir: runs
-seed: 5
-models:
-  base:
-    model: opt
-    tokenizer: TOKENIZER
-    config: {hidden: 16, layers: 2, heads: 2, ffn: 32, max_positions: 48}
-data:
-  prefs: {path: rows.jsonl}
-stages:
-  sft:
-    model: base
-    data: prefs
-    batch_size: 4
-    max_length: 40
-    max_steps: 1
-    learning_rate: 1e-3
-  dpo:
-    policy: sft
-    data: prefs
-    batch_size: 4
-    max_length: 40
-    num_epochs: 2
-    learning_rate: 1e-2
-    lr_scheduler_type: constant
-    beta: 0.5
-    logging_steps: 1
-";
-
-/// A folder with the pipeline, whose first stage has run.
-struct Place(TempDir);
-
-impl Place {
-    fn new() -> Place {
-        let place = Place(tempfile::tempdir().expect("a temporary folder"));
-        let tokenizer = format!("{}/examples/rlhf/tokenizer", env!("CARGO_MANIFEST_DIR"));
-        let rows =
-            (0..8).map(|i| format!("{{\"prompt\": \"Is it {i}?\", \"chosen\": \" Yes.\", \"rejected\": \" {i}\"}}\n"));
-        fs::write(place.path("pipeline.yaml"), PIPELINE.replace("TOKENIZER", &tokenizer)).expect("a new file");
-        fs::write(place.path("rows.jsonl"), rows.collect::<String>()).expect("a new file");
-        place.run("sft", &[]);
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    /// What a command prints.
-    fn out(&self, args: &[&str]) -> String {
-        let ran = Command::new(env!("CARGO_BIN_EXE_dsgc")).current_dir(&self.0).args(args).output().expect("dsgc runs");
-        assert!(ran.status.success(), "{args:?}: {}", String::from_utf8_lossy(&ran.stderr));
-        String::from_utf8_lossy(&ran.stdout).into_owned()
-    }
-
-    /// Runs a stage with further settings; gives the losses of its steps.
-    fn run(&self, stage: &str, sets: &[&str]) -> Vec<f64> {
-        let sets: Vec<String> = sets.iter().map(|set| format!("stages.{stage}.{set}")).collect();
-        let sets = sets.iter().flat_map(|set| ["--set", set.as_str()]);
-        self.out(&["run", "pipeline.yaml", "--stage", stage].into_iter().chain(sets).collect::<Vec<_>>());
-        let metrics = fs::read_to_string(self.path(&format!("runs/{stage}/metrics.jsonl"))).expect("metrics");
-        let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).expect("an object"));
-        lines.filter(|line| line.get("epoch").is_some()).map(|line| line["loss"].as_f64().expect("a loss")).collect()
-    }
-
-    /// The report of a compiled stage.
-    fn report(&self, sets: &[&str]) -> Value {
-        let sets: Vec<String> = sets.iter().map(|set| format!("stages.dpo.{set}")).collect();
-        let sets = sets.iter().flat_map(|set| ["--set", set.as_str()]);
-        let args = ["compile", "pipeline.yaml", "--stage", "dpo", "--json"];
-        let text = self.out(&args.into_iter().chain(sets).collect::<Vec<_>>());
-        serde_json::from_str::<Value>(&text).expect("JSON")[0].clone()
-    }
-
-    /// The tensors of a file.
-    fn tensors(&self, file: &str) -> BTreeMap<String, Tensor> {
-        let bytes = fs::read(self.path(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
-        let read = SafeTensors::deserialize(&bytes).expect("safetensors");
-        let floats = |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        read.tensors().into_iter().map(|(name, t)| (name, Tensor::f32(t.shape(), floats(t.data())))).collect()
-    }
-}
+use super::{LORA, Place};
 
 /// Names of the tensors that differ.
 fn changed(before: &BTreeMap<String, Tensor>, after: &BTreeMap<String, Tensor>) -> Vec<String> {
@@ -137,9 +48,6 @@ fn what_is_frozen_has_no_state_and_is_shared_with_the_reference() {
     assert_eq!(memory(&all, "persistent") - memory(&some, "persistent"), 3 * 4 * embeddings);
     assert!(memory(&some, "peak") < memory(&all, "peak") - 3 * 4 * embeddings);
 }
-
-/// LoRA on queries and values.
-const LORA: [&str; 4] = ["lora_r=2", "lora_alpha=4", "lora_target_modules=[q_proj, v_proj]", "learning_rate=5e-2"];
 
 #[test]
 fn lora_trains_factors_only_and_leaves_a_merged_model() {
@@ -202,12 +110,68 @@ fn a_stage_goes_on_from_an_adapter_alone() {
     let merged = place.run("more", &[]);
     fs::remove_file(place.path("runs/dpo/model.safetensors")).expect("it was there");
     fs::remove_file(place.path("runs/dpo/config.json")).expect("it was there");
-    let sets: Vec<String> = LORA.iter().chain(&["lora_save=adapter"]).map(|set| format!("stages.dpo.{set}")).collect();
-    let args = ["run", "pipeline.yaml"].into_iter().chain(sets.iter().flat_map(|set| ["--set", set.as_str()]));
-    place.out(&args.collect::<Vec<_>>());
+    let all: Vec<String> = LORA.iter().chain(&["lora_save=adapter"]).map(|set| format!("stages.dpo.{set}")).collect();
+    let sets = || all.iter().flat_map(|set| ["--set", set.as_str()]);
+    place.out(&["run", "pipeline.yaml"].into_iter().chain(sets()).collect::<Vec<_>>());
     assert!(!place.path("runs/dpo/model.safetensors").exists());
     let metrics = fs::read_to_string(place.path("runs/more/metrics.jsonl")).expect("metrics");
     let step = metrics.lines().map(|line| serde_json::from_str::<Value>(line).expect("an object"));
     let step = step.filter(|line| line.get("epoch").is_some()).last().expect("a step");
     assert_eq!(step["loss"].as_f64(), merged.last().copied());
+    // An adapter to an adapter is nothing that others could load.
+    let twice = ["--set", "stages.more.lora_r=2", "--stage", "more"];
+    let ran = place.command(&["run", "pipeline.yaml"].into_iter().chain(twice).chain(sets()).collect::<Vec<_>>());
+    let told = String::from_utf8_lossy(&ran.stderr).into_owned();
+    assert!(told.contains("would have another adapter as its base") && told.contains("lora_save: merged"), "{told}");
+}
+
+#[test]
+fn ppo_trains_factors_of_two_models_and_averages_one() {
+    let place = Place::new();
+    let text = fs::read_to_string(place.path("pipeline.yaml")).expect("a file");
+    let more = "
+  reward: {reward: sft, data: prefs, batch_size: 4, max_length: 40, max_steps: 2, lora_r: 2, learning_rate: 1e-2}
+  ppo:
+    actor: sft
+    critic: reward
+    data: prefs
+    batch_size: 4
+    minibatch_size: 2
+    max_prompt_len: 16
+    max_new_tokens: 4
+    max_steps: 1
+    enable_ema: true
+    ema_decay: 0.5
+    warmup_steps: 0
+    learning_rate: 1e-2
+    lora_r: 2
+";
+    fs::write(place.path("pipeline.yaml"), text + more).expect("a file");
+    place.out(&["run", "pipeline.yaml", "--stage", "reward"]);
+    // The head is new: it is trained as a whole, beside the factors.
+    let adapter = place.tensors("runs/reward/adapter/adapter_model.safetensors");
+    assert!(adapter.contains_key("base_model.model.score.weight"), "{:?}", adapter.keys());
+    assert_eq!(adapter.len(), 2 * 2 * 6 + 1);
+
+    place.out(&["run", "pipeline.yaml", "--stage", "ppo"]);
+    let [before, actor, ema] =
+        ["sft", "ppo/actor", "ppo/ema"].map(|f| place.tensors(&format!("runs/{f}/model.safetensors")));
+    let [q, embed] = ["layers.0.self_attn.q_proj.weight", "embed_tokens.weight"].map(|n| format!("model.decoder.{n}"));
+    assert_eq!(before[&embed], actor[&embed]);
+    assert_ne!(before[&q], actor[&q]);
+    // Two optimizer steps: the average has seen half of the last and a quarter of the first, all merged.
+    assert_ne!(before[&q], ema[&q]);
+    let far = |a: &Tensor, b: &Tensor| -> f64 { a.to_f64().iter().zip(b.to_f64()).map(|(a, b)| (a - b).abs()).sum() };
+    assert!(far(&before[&q], &ema[&q]) < far(&before[&q], &actor[&q]));
+    assert!(place.path("runs/ppo/critic/adapter/adapter_config.json").exists());
+    assert!(!place.path("runs/ppo/ema/adapter").exists());
+    let report = place.out(&["compile", "pipeline.yaml", "--stage", "ppo"]);
+    let model: usize = before.values().map(Tensor::len).sum();
+    let line = |role: &str| {
+        let line = report.lines().find(|line| line.trim_start().starts_with(role));
+        line.unwrap_or_else(|| panic!("{report}")).replace(',', "")
+    };
+    assert!(line("ref ").ends_with(&format!("{model} shared")), "{report}");
+    // The head of the critic is trained, so the reward model has its own.
+    assert!(line("reward ").ends_with(&format!("16 frozen {model} shared")), "{report}");
 }
