@@ -177,7 +177,7 @@ fn is_head(program: &Program, role: &str, weight: StateId) -> bool {
             let depends = own || op.args.iter().any(|a| after[a.0 as usize]);
             op.results().for_each(|r| after[r.0 as usize] = depends);
             let others = op.args.iter().filter_map(|a| reads.get(a)).any(|s| *s != weight && matrices.contains(s));
-            !(own && op.site.tag.is_some()) && !(depends && others)
+            !(own && op.site.tag.is_some() || depends && others)
         })
     })
 }
