@@ -268,7 +268,7 @@ pub struct Training {
 }
 
 /// LoRA (Hu et al. 2021) in PEFT's meaning: where a weight `W: [out, in]` is a target, `x W^T` becomes
-/// `x W^T + (alpha / r) * (x A^T) B^T`. The factors `A: [r, in]` and `B: [out, r]` are trained, and of the model's own
+/// `x W^T + (alpha / r) * (dropout(x) A^T) B^T`. The factors `A: [r, in]` and `B: [out, r]` are trained, and of the model's own
 /// parameters only those of [`TensorRules::may_be_new`]: the head of a model over a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Lora {
@@ -276,6 +276,8 @@ pub struct Lora {
     pub r: usize,
     /// `r` times the factor on their product.
     pub alpha: f64,
+    /// Share of the elements of `x` that are left out before `A`, in updates only.
+    pub dropout: f64,
     /// Weights that get factors.
     pub targets: Targets,
     /// What a stage writes at its end.

@@ -181,6 +181,7 @@ impl<'a> Model<'a> {
             Op::LayerNorm { .. } | Op::RmsNorm { .. } | Op::TokenLogp {} => !last(0),
             Op::Embed {} => axes[0].is_none(),
             Op::Rope { .. } | Op::Reshape { .. } | Op::Transpose { .. } | Op::Broadcast { .. } | Op::Stop {} => true,
+            Op::Dropout { .. } => true,
             op if op.class() == Class::Elementwise => true,
             _ => false,
         };

@@ -248,6 +248,7 @@ impl Saving<'_> {
             factors: adapter,
             r: lora.r,
             alpha: lora.alpha,
+            dropout: lora.dropout,
             base,
             params: params.iter().map(|(_, name)| name.as_str()).collect(),
         };

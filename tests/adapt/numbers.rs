@@ -34,10 +34,11 @@ struct Step {
 }
 
 impl Step {
-    fn new(place: &Place) -> Step {
+    fn new(place: &Place, dropout: &str) -> Step {
         let context = PassContext { target: &InterpTarget };
         let passes = ["infer", "adapt", "canonicalize", "autodiff", "canonicalize"];
-        let program = run_passes(program(place, &STILL), &passes, &context).unwrap_or_else(|e| panic!("{e:?}"));
+        let program = run_passes(program(place, &[&STILL[..], &[dropout]].concat()), &passes, &context)
+            .unwrap_or_else(|e| panic!("{e:?}"));
         let lora = program.stage.trainings[0].lora.as_ref().expect("LoRA is on");
         let id = |name: &str| program.state_named(&format!("policy/{name}")).unwrap_or_else(|| panic!("no {name}"));
         let modules = &lora.adapter.as_ref().expect("the pass fills it in").modules;
@@ -72,8 +73,12 @@ impl Step {
             ("ref_rejected", reference(-31.0)),
             ("lr", Tensor::f64(&[], vec![0.0])),
             ("t", Tensor::i32(&[], vec![1])),
+            ("dropout.key", Tensor::key([7, 9])),
+            ("dropout.row", Tensor::i32(&[2], vec![0, 1])),
         ];
-        let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
+        let graph = self.interp.program().graph("policy.dpo_loss.step").expect("the step");
+        let taken = inputs.iter().filter(|(name, _)| graph.input_named(name).is_some());
+        let inputs: Vec<(&str, &Tensor)> = taken.map(|(name, tensor)| (*name, tensor)).collect();
         let outputs = self.interp.run("policy.dpo_loss.step", &inputs).unwrap_or_else(|e| panic!("{e}"));
         outputs.iter().find(|(name, _)| name == "loss").expect("there is a loss").1.scalar()
     }
@@ -82,7 +87,7 @@ impl Step {
 #[test]
 fn merged_and_unmerged_are_one_model() {
     let place = Place::new();
-    let mut step = Step::new(&place);
+    let mut step = Step::new(&place, STILL[0]);
     let apart = step.loss();
     for (weight, [a, b]) in step.factors.clone() {
         let [w, a_now, b_now] = [weight, a, b].map(|id| step.interp.state(id));
@@ -96,7 +101,7 @@ fn merged_and_unmerged_are_one_model() {
         assert!(a_now.to_f64().iter().any(|x| *x != 0.0) && b_now.to_f64().iter().all(|x| *x == 0.0));
     }
     // The factors do count.
-    assert!((Step::new(&place).loss() - apart).abs() == 0.0);
+    assert!((Step::new(&place, STILL[0]).loss() - apart).abs() == 0.0);
     let (_, [_, b]) = step.factors[0];
     step.interp.set_state(b, &Tensor::f64(&[16, 2], vec![0.1; 32]));
     assert!((step.loss() - merged).abs() > 1e-6);
@@ -104,9 +109,16 @@ fn merged_and_unmerged_are_one_model() {
 
 #[test]
 fn gradients_of_factors_are_finite_differences() {
-    const STEP: f64 = 1e-4;
     let place = Place::new();
-    let mut step = Step::new(&place);
+    for dropout in ["lora_dropout=0", "lora_dropout=0.5"] {
+        differences(Step::new(&place, dropout));
+    }
+    let [without, with] = ["lora_dropout=0", "lora_dropout=0.5"].map(|dropout| Step::new(&place, dropout).loss());
+    assert!((without - with).abs() > 1e-3, "{without} and {with}");
+}
+
+fn differences(mut step: Step) {
+    const STEP: f64 = 1e-4;
     step.loss();
     let program = step.interp.program().clone();
     let moment = |id: StateId| program.state_named(&format!("{}.m", program.state(id).name)).expect("it is trained");
@@ -136,7 +148,7 @@ fn gradients_of_factors_are_finite_differences() {
 fn micro_batches_change_no_number_of_lora() {
     let place = Place::new();
     let run = |micro: &str| {
-        let sets = ["lora_r=2", "learning_rate=1e-2", "weight_decay=0.1", micro];
+        let sets = ["lora_r=2", "lora_dropout=0.3", "learning_rate=1e-2", "weight_decay=0.1", micro];
         let context = PassContext { target: &InterpTarget };
         let planned = compile(program(&place, &sets), &context, &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e:?}"));
         let device = Box::new(Interp::planned(planned.clone(), Precision::F64));

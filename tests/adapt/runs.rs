@@ -115,8 +115,8 @@ fn a_stage_goes_on_from_an_adapter_alone() {
     place.out(&["run", "pipeline.yaml"].into_iter().chain(sets()).collect::<Vec<_>>());
     assert!(!place.path("runs/dpo/model.safetensors").exists());
     let metrics = fs::read_to_string(place.path("runs/more/metrics.jsonl")).expect("metrics");
-    let step = metrics.lines().map(|line| serde_json::from_str::<Value>(line).expect("an object"));
-    let step = step.filter(|line| line.get("epoch").is_some()).last().expect("a step");
+    let mut step = metrics.lines().map(|line| serde_json::from_str::<Value>(line).expect("an object"));
+    let step = step.rfind(|line| line.get("epoch").is_some()).expect("a step");
     assert_eq!(step["loss"].as_f64(), merged.last().copied());
     // An adapter to an adapter is nothing that others could load.
     let twice = ["--set", "stages.more.lora_r=2", "--stage", "more"];
@@ -174,4 +174,39 @@ fn ppo_trains_factors_of_two_models_and_averages_one() {
     assert!(line("ref ").ends_with(&format!("{model} shared")), "{report}");
     // The head of the critic is trained, so the reward model has its own.
     assert!(line("reward ").ends_with(&format!("16 frozen {model} shared")), "{report}");
+}
+
+#[test]
+fn dropout_of_a_users_model_is_live_in_updates_only() {
+    let place = Place::new();
+    let plain = place.out(&["std", "show", "opt"]);
+    let line = "y: mid + linear(activation(linear(g, fc1)), fc2)";
+    assert!(plain.contains(line), "{plain}");
+    let with = plain.replace(line, "y: mid + dropout(linear(activation(linear(g, fc1)), fc2), 0.5)");
+    let text = fs::read_to_string(place.path("pipeline.yaml")).expect("a file");
+    let text = text.replace("model: opt", "model: ./mine.yaml").replace("rows.jsonl}", "rows.jsonl, eval: 0.5}");
+    fs::write(place.path("pipeline.yaml"), text).expect("a file");
+    let lines = |micro: &str| -> Vec<Value> {
+        place.run("sft", &["learning_rate=0", "max_steps=none", "num_epochs=2", "logging_steps=1", micro]);
+        let metrics = fs::read_to_string(place.path("runs/sft/metrics.jsonl")).expect("metrics");
+        metrics.lines().map(|line| serde_json::from_str(line).expect("an object")).collect()
+    };
+    let numbers = |lines: &[Value], step: bool| -> Vec<f64> {
+        let lines = lines.iter().filter(|line| line.get("epoch").is_some() == step);
+        lines.map(|line| line["loss"].as_f64().or(line["eval/loss"].as_f64()).expect("a loss")).collect()
+    };
+    fs::write(place.path("mine.yaml"), plain).expect("a file");
+    let without = lines("micro_batch_size=4");
+    fs::write(place.path("mine.yaml"), with).expect("a file");
+    let (whole, cut) = (lines("micro_batch_size=4"), lines("micro_batch_size=1"));
+    assert_eq!(numbers(&without, false), numbers(&whole, false), "held-out rows see the whole model");
+    assert_eq!(numbers(&whole, false).len(), 2);
+    let [without, whole, cut] = [without, whole, cut].map(|lines| numbers(&lines, true));
+    assert_eq!(without.len(), 2);
+    for ((without, whole), cut) in without.iter().zip(&whole).zip(&cut) {
+        assert!((without - whole).abs() > 1e-4, "{without} and {whole}");
+        assert!((whole - cut).abs() < 1e-5, "{whole} and {cut}");
+    }
+    // The same rows and weights in another step: other elements are left out.
+    assert!((without[0] - without[1]).abs() < 1e-6 && (whole[0] - whole[1]).abs() > 1e-6, "{without:?} {whole:?}");
 }

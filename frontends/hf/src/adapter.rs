@@ -156,6 +156,8 @@ pub struct AdapterConfig<'a> {
     pub r: usize,
     /// `r` times the factor on their product.
     pub alpha: f64,
+    /// Dropout with which they were trained.
+    pub dropout: f64,
     /// Folder of the model that they belong to.
     pub base: &'a str,
     /// Names of all parameters of that model.
@@ -196,7 +198,7 @@ fn config(model: &Model, about: &AdapterConfig) -> Map<String, Value> {
         "base_model_name_or_path": about.base,
         "r": about.r,
         "lora_alpha": number(about.alpha),
-        "lora_dropout": 0.0,
+        "lora_dropout": about.dropout,
         "target_modules": target_modules(about),
         "modules_to_save": if whole.is_empty() { Value::Null } else { json!(whole) },
         "bias": "none",
@@ -263,7 +265,7 @@ mod tests {
         }
         tensors.push(("head.weight".to_owned(), &head));
         let params = vec!["h.0.q.weight", "h.1.q.weight", "h.1.k.weight", "head.weight"];
-        let about = AdapterConfig { factors: &factors(), r: 1, alpha: 0.5, base: "../base", params };
+        let about = AdapterConfig { factors: &factors(), r: 1, alpha: 0.5, dropout: 0.1, base: "../base", params };
         let path = dir.join("adapter");
         save_adapter(&path, &model(), &about, &tensors, None).unwrap();
         path
@@ -298,6 +300,7 @@ mod tests {
             factors: &factors,
             r: 1,
             alpha: 1.0,
+            dropout: 0.1,
             base: "",
             params: vec!["h.0.q.weight", "h.1.q.weight"],
         };
@@ -347,7 +350,14 @@ mod tests {
         let tensor = Tensor::f32(&[2, 2], vec![0.; 4]);
         let errors = |names: &[&str]| -> Vec<String> {
             let tensors: Vec<(String, &Tensor)> = names.iter().map(|n| ((*n).to_owned(), &tensor)).collect();
-            let about = AdapterConfig { factors: &factors(), r: 2, alpha: 1.0, base: "../base", params: Vec::new() };
+            let about = AdapterConfig {
+                factors: &factors(),
+                r: 2,
+                alpha: 1.0,
+                dropout: 0.0,
+                base: "../base",
+                params: Vec::new(),
+            };
             save_adapter(&path, &model(), &about, &tensors, None).unwrap();
             let here = format!("error: the adapter in `{}` ", path.display());
             read(&path).unwrap_err().iter().map(|e| e.to_string().replace(&here, "it ")).collect()

@@ -10,7 +10,7 @@
 //!                                                       %y = add %p, %u
 //! ```
 //!
-//! The scale goes to the narrow value. Where a weight is used otherwise, as in an average of models, it is
+//! The scale goes to the narrow value, dropout, if there is any, to `x` before `A`. Where a weight is used otherwise, as in an average of models, it is
 //! `W + (alpha / r) B A`. The graph `<role>.adapter.init` draws `A` evenly between `-1/sqrt(in)` and `1/sqrt(in)`, which is
 //! PEFT's Kaiming initialisation with `a = sqrt(5)`; `B` is zero as every state is at first.
 
@@ -56,9 +56,9 @@ pub fn adapt(program: &mut Program, role: &str, lora: &Lora, weights: &[StateId]
         factors.insert(weight, Factors { a, b, tag: tag_of(program, weight) });
         modules.push(module.to_string());
     }
-    let scale = lora.alpha / lora.r as f64;
-    let graphs = program.graphs.iter();
-    program.graphs = graphs.map(|graph| Adapting { program, factors: &factors, scale }.graph(graph)).collect();
+    let adapting =
+        Adapting { program, role, factors: &factors, scale: lora.alpha / lora.r as f64, dropout: lora.dropout };
+    program.graphs = program.graphs.iter().map(|graph| adapting.graph(graph)).collect();
     let init = format!("{role}.adapter.init");
     let graph = first_values(program, role, &init, factors.values());
     program.graphs.push(graph);
@@ -95,9 +95,12 @@ fn first_values<'a>(program: &Program, role: &str, name: &str, factors: impl Ite
 /// Rewriting a graph.
 struct Adapting<'a> {
     program: &'a Program,
+    role: &'a str,
     /// By the weight that they belong to.
     factors: &'a BTreeMap<StateId, Factors>,
     scale: f64,
+    /// Probability of dropout before `A`.
+    dropout: f64,
 }
 
 impl Adapting<'_> {
@@ -147,6 +150,7 @@ impl Adapting<'_> {
     ) -> Value {
         let mut builder = Builder::new(graph, op.site.clone());
         let a = builder.read(own.a, &self.program.state(own.a).ty);
+        let x = self.dropped(&mut builder, x);
         let narrow = builder.one(Op::Contract { spec: down }, &[x, a]);
         let narrow = self.scaled(&mut builder, narrow);
         let b = builder.read(own.b, &self.program.state(own.b).ty);
@@ -162,6 +166,15 @@ impl Adapting<'_> {
         let b = builder.read(own.b, &self.program.state(own.b).ty);
         let low = builder.one(Op::Contract { spec: "or,ri->oi".into() }, &[b, a]);
         builder.one(Op::Add {}, &[weight, low])
+    }
+
+    /// What is left of `x`; the op's place in the graph tells its numbers from those of others.
+    fn dropped(&self, builder: &mut Builder, x: Value) -> Value {
+        if self.dropout == 0.0 {
+            return x;
+        }
+        let stream = STREAM << 32 | builder.graph.len() as u64;
+        builder.one(Op::Dropout { p: self.dropout, role: self.role.into(), stream }, &[x])
     }
 
     fn scaled(&self, builder: &mut Builder, value: Value) -> Value {

@@ -9,7 +9,6 @@ use dsgc_ir::stage::{Lora, LoraSave, Targets};
 
 use super::models::Weights;
 use super::settings::{Decided, Provenance, parsed};
-use super::stage::not_yet;
 
 /// What the keys beside `lora_r` are where nobody says so, and why.
 fn defaults(random: bool) -> [(&'static str, &'static str, &'static str); 4] {
@@ -51,9 +50,6 @@ pub(super) fn settle(training: &mut [Decided], weights: &Weights, errors: &mut V
     if !on {
         return;
     }
-    if let Some(dropout) = find(training, "lora_dropout").filter(|d| d.float().is_some_and(|p| p != 0.0)) {
-        errors.push(not_yet(&format!("`lora_dropout: {}`", dropout.text()), dropout.node.span));
-    }
     if let Some(save) = find(training, "lora_save").filter(|save| random && save.text() != "merged") {
         errors.push(
             Diag::error("found an adapter to be saved of a model with random weights")
@@ -70,6 +66,7 @@ pub(super) fn lora(training: &[Decided]) -> Option<Lora> {
     Some(Lora {
         r: usize::try_from(r.count()?).ok()?,
         alpha: find(training, "lora_alpha")?.float()?,
+        dropout: find(training, "lora_dropout")?.float()?,
         // PEFT's spelling of it is another one.
         targets: match targets.words().iter().map(String::as_str).collect::<Vec<_>>()[..] {
             ["all_linear" | "all-linear"] => Targets::AllLinear,
