@@ -10,9 +10,10 @@
 //!                                                       %y = add %p, %u
 //! ```
 //!
-//! The scale goes to the narrow value, dropout, if there is any, to `x` before `A`. Where a weight is used otherwise, as in an average of models, it is
-//! `W + (alpha / r) B A`. The graph `<role>.adapter.init` draws `A` evenly between `-1/sqrt(in)` and `1/sqrt(in)`, which is
-//! PEFT's Kaiming initialisation with `a = sqrt(5)`; `B` is zero as every state is at first.
+//! The scale goes to the narrow value; dropout, if there is any, to `x` before `A`. Where a weight is used otherwise, as in
+//! an average of models, it is `W + (alpha / r) B A`. The graph `<role>.adapter.init` draws `A` evenly between
+//! `-1/sqrt(in)` and `1/sqrt(in)`, which is PEFT's Kaiming initialisation with `a = sqrt(5)`; `B` is zero as every state is
+//! at first.
 
 use std::collections::BTreeMap;
 
