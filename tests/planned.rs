@@ -47,7 +47,7 @@ fn near(found: &Tensor, expected: &Tensor) -> bool {
 fn compiled_programs_run_among_nan() {
     let (mut in_place, mut total) = (0, 0);
     for seed in 0..200 {
-        let program = random_program(5000 + seed, 24);
+        let program = random_program(8000 + seed, 24);
         let planned = plan(&program, 2);
         let text = |results: Result<Vec<Tensor>, String>| format!("{results:?}");
         let loose = run(Interp::new(program.clone(), Precision::F32), &program, seed);

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use dsgc_ir::cost::graph_cost;
-use dsgc_ir::stage::{CallSteps, Rows, Statement, TermSteps, UpdateSteps};
+use dsgc_ir::stage::{CallSteps, Role, Rows, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::verify::last_uses;
 use dsgc_ir::{Planned, Program, Region, StateKind};
 use serde_json::{Value, json};
@@ -14,6 +14,7 @@ pub struct StageReport {
     recipe: String,
     /// Numbers in parameters: all, and those that are trained.
     parameters: (u64, u64),
+    roles: Vec<RoleSize>,
     work: Work,
     /// Per pass: ops of all graphs before and after.
     passes: Vec<(&'static str, usize, usize)>,
@@ -21,6 +22,41 @@ pub struct StageReport {
     graphs: Vec<(String, usize, usize)>,
     /// Bytes of parameters and state, values, workspace.
     memory: [usize; 3],
+}
+
+/// Numbers in the parameters of a role.
+struct RoleSize {
+    name: String,
+    trained: u64,
+    /// Its own ones that are not trained.
+    frozen: u64,
+    /// Those of the role that it is a snapshot of.
+    shared: u64,
+}
+
+impl RoleSize {
+    fn new(program: &Program, role: &Role) -> RoleSize {
+        let mut size = RoleSize { name: role.name.clone(), trained: 0, frozen: 0, shared: 0 };
+        for (id, name) in program.all_params_of(&role.name) {
+            let state = program.state(id);
+            let part = match state.kind {
+                _ if role.shared.contains(&name) => &mut size.shared,
+                StateKind::Param { trained: true } => &mut size.trained,
+                _ => &mut size.frozen,
+            };
+            *part += state.ty.len().constant().unwrap_or(0) as u64;
+        }
+        size
+    }
+}
+
+impl fmt::Display for RoleSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = [(self.trained, "trained"), (self.frozen, "frozen"), (self.shared, "shared")];
+        let parts = parts.iter().filter(|(count, _)| *count > 0);
+        let parts: Vec<String> = parts.map(|(count, what)| format!("{} {what}", grouped(*count))).collect();
+        write!(f, "{:<13} {}", self.name, parts.join(", "))
+    }
 }
 
 impl StageReport {
@@ -48,6 +84,7 @@ impl StageReport {
             name: program.stage.name.clone(),
             recipe: program.stage.recipe.clone(),
             parameters: (count(false), count(true)),
+            roles: program.stage.roles.iter().map(|role| RoleSize::new(program, role)).collect(),
             work,
             passes,
             graphs,
@@ -75,12 +112,18 @@ impl StageReport {
             .iter()
             .map(|(name, ops, bytes)| json!({"graph": name, "ops": ops, "value_bytes": bytes}))
             .collect();
+        let roles: Vec<Value> = self
+            .roles
+            .iter()
+            .map(|r| json!({"role": r.name, "trained": r.trained, "frozen": r.frozen, "shared": r.shared}))
+            .collect();
         let [persistent, values, scratch] = self.memory;
         json!({
             "stage": self.name,
             "recipe": self.recipe,
             "parameters": self.parameters.0,
             "trained_parameters": self.parameters.1,
+            "roles": roles,
             "updates": updates,
             "calls": calls,
             "passes": passes,
@@ -97,6 +140,9 @@ impl fmt::Display for StageReport {
         writeln!(f, "stage {} (recipe {})", self.name, self.recipe)?;
         let (all, trained) = self.parameters;
         writeln!(f, "  parameters      {} ({} trained)", grouped(all), grouped(trained))?;
+        for role in &self.roles {
+            writeln!(f, "    {role}")?;
+        }
         for (what, flops) in &self.work.calls {
             writeln!(f, "  {what:<15} {:.3} GFLOP per full batch", *flops as f64 / 1e9)?;
         }

@@ -172,6 +172,14 @@ pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
         .map(|(_, k)| k)
 }
 
+/// The known words by edit distance from `word`, the nearest first, as many as `count`.
+pub fn closest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>, count: usize) -> Vec<&'a str> {
+    let mut all: Vec<(usize, &str)> = known.into_iter().map(|k| (edit_distance(word, k), k)).collect();
+    all.sort_by_key(|(distance, _)| *distance);
+    all.truncate(count);
+    all.into_iter().map(|(_, k)| k).collect()
+}
+
 /// Optimal string alignment distance: insertions, deletions, substitutions and swaps of neighbours.
 fn edit_distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());

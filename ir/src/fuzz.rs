@@ -256,6 +256,11 @@ impl<'a> Draw<'a> {
                 let x = self.value();
                 self.push(Op::Stop {}, &[x]);
             }
+            "dropout" => {
+                let x = self.any(DType::F32);
+                let stream = self.rng.bits();
+                self.push(Op::Dropout { p: 0.5, role: "model".into(), stream }, &[x]);
+            }
             "add" | "sub" | "mul" | "max" | "min" => {
                 let a = self.number();
                 let b = self.same_as(a);
@@ -445,6 +450,12 @@ impl<'a> Draw<'a> {
                     _ => Op::RandomUniform { shape, low: -1.0, high: 1.0 },
                 };
                 self.push(op, &[key]);
+            }
+            "row_uniform" => {
+                let key = self.value_of(&Type::scalar(DType::Key));
+                let shape = [vec![self.dim()], self.dims()].concat();
+                let rows = self.value_of(&Type::new(DType::I32, [shape[0].clone()]));
+                self.push(Op::RowUniform { shape }, &[key, rows]);
             }
             "adamw" => {
                 let param = self.any(DType::F32);

@@ -93,7 +93,7 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             same(&args[1], &Type::new(args[0].dtype, dims))?;
             one(args[0].clone())
         }
-        Op::Stop {} => one(args[0].clone()),
+        Op::Stop {} | Op::Dropout { .. } => one(args[0].clone()),
         Op::Add {} | Op::Sub {} | Op::Mul {} | Op::Div {} | Op::Max {} | Op::Min {} => {
             same(&args[0], &args[1])?;
             one(number(op, &args[0])?.clone())
@@ -248,6 +248,13 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
         Op::RandomNormal { shape, .. } | Op::RandomUniform { shape, .. } => {
             typed(op, &args[0], DType::Key)?;
             rank(op, &args[0], 0)?;
+            one(Type::new(DType::F32, shape.clone()))
+        }
+        Op::RowUniform { shape } => {
+            typed(op, &args[0], DType::Key)?;
+            rank(op, &args[0], 0)?;
+            let [rows, ..] = &shape[..] else { return Err("`row_uniform` of no dims, expected rows".into()) };
+            same(&args[1], &Type::new(DType::I32, [rows.clone()]))?;
             one(Type::new(DType::F32, shape.clone()))
         }
         Op::Sample { .. } => {

@@ -50,6 +50,7 @@ mod program;
 pub mod stage;
 mod target;
 mod tensor;
+pub mod trained;
 mod types;
 pub mod verify;
 

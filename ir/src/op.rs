@@ -250,6 +250,12 @@ ops! {
         axis: usize }
     /// The operand; no gradient flows through.
     Stop "stop" View 1 { }
+    /// The operand; where an update trains the role, its elements are 0 with the probability `p`, and divided by `1 - p`
+    /// otherwise (Srivastava et al. 2014). The pass `autodiff` writes that out.
+    Dropout "dropout" View 1 { /// The probability.
+        p: f64, /// The role that computes this.
+        role: String, /// What tells its numbers from those of other dropouts in the graph.
+        stream: u64 }
 
     // Elementwise arithmetic.
     /// `a + b`.
@@ -395,6 +401,10 @@ ops! {
         shape: Vec<Dim>, /// Smallest.
         low: f64, /// Bound never reached.
         high: f64 }
+    /// Evenly distributed numbers in `[0, 1)` for rows that have numbers: operands key and `i32[R]`; result `[R, ..]`. An
+    /// element depends on the key, its row's number and its other coordinates only, so it is the same in any batch.
+    RowUniform "row_uniform" Random 2 { /// Dims of the result.
+        shape: Vec<Dim> }
     /// A token per row by its probability: operands logits `[B, V]`, key, row `i32[B]`, place `i32[]`; result `i32[B]`.
     /// The number drawn depends on key, row and place only, so it is the same in any batch.
     Sample "sample" Random 4 { /// Divides the logits; 0 takes the most likely token, of equal ones the first.
@@ -446,7 +456,8 @@ impl Op {
             Op::Broadcast { shape }
             | Op::Reshape { shape }
             | Op::RandomNormal { shape, .. }
-            | Op::RandomUniform { shape, .. } => shape.iter().collect(),
+            | Op::RandomUniform { shape, .. }
+            | Op::RowUniform { shape } => shape.iter().collect(),
             Op::Slice { start: a, end: b, .. } | Op::Pad { before: a, after: b, .. } => vec![a, b],
             // All others have none.
             _ => vec![],

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::diag::Span;
 use crate::dim::Bindings;
 use crate::graph::{Buffer, Graph, StateId};
-use crate::stage::Stage;
+use crate::stage::{Origin, Stage};
 use crate::types::Type;
 
 /// What a state is for.
@@ -127,12 +127,34 @@ impl Program {
         self.graphs.iter().find(|g| g.name == name)
     }
 
-    /// Parameters of a role, `(id, Hugging Face name)`, in the order of declaration.
+    /// Parameters of a role that are its own, `(id, Hugging Face name)`, in the order of declaration.
     pub fn params_of<'a>(&'a self, role: &'a str) -> impl Iterator<Item = (StateId, &'a str)> {
         self.state_ids().filter_map(move |(id, s)| {
             let name = s.name.strip_prefix(role)?.strip_prefix('/')?;
             matches!(s.kind, StateKind::Param { .. }).then_some((id, name))
         })
+    }
+
+    /// The parameter of a role with this Hugging Face name: its own one, or the one that it shares with the role which it
+    /// is a snapshot of.
+    pub fn param(&self, role: &str, name: &str) -> Option<StateId> {
+        if let Some(own) = self.state_named(&format!("{role}/{name}")) {
+            return Some(own);
+        }
+        let role = self.stage.roles.iter().find(|r| r.name == role)?;
+        match &role.origin {
+            Origin::Snapshot(of) if role.shared.iter().any(|shared| shared == name) => self.param(of, name),
+            _ => None,
+        }
+    }
+
+    /// All parameters of a role, `(id, Hugging Face name)`: its own ones in the order of declaration, then those that it
+    /// shares.
+    pub fn all_params_of(&self, role: &str) -> Vec<(StateId, String)> {
+        let own = self.params_of(role).map(|(id, name)| (id, name.to_string()));
+        let known = self.stage.roles.iter().find(|r| r.name == role);
+        let shared = known.map_or(&[][..], |r| &r.shared[..]).iter();
+        own.chain(shared.filter_map(|name| Some((self.param(role, name)?, name.clone())))).collect()
     }
 
     /// How often each op name occurs in all graphs.

@@ -68,6 +68,10 @@ pub struct Role {
     pub trained: bool,
     /// Folder with its `tokenizer.json`, as the user gave it.
     pub tokenizer: Option<String>,
+    /// Parameters of a snapshot that are those of the role it is taken of, by their Hugging Face names: nothing changes
+    /// them. Filled in by the pass `adapt`.
+    #[serde(default)]
+    pub shared: Vec<String>,
 }
 
 /// Where weights come from.
@@ -257,6 +261,82 @@ pub struct Training {
     pub schedule: Schedule,
     /// Global L2 norm above which gradients are scaled down.
     pub max_grad_norm: Option<f64>,
+    /// Parameters that are not trained, by their Hugging Face names.
+    #[serde(default)]
+    pub freeze: Vec<Pattern>,
+    /// Low-rank factors that are trained in the place of the model's own weights.
+    #[serde(default)]
+    pub lora: Option<Lora>,
+}
+
+/// LoRA (Hu et al. 2021) in PEFT's meaning: where a weight `W: [out, in]` is a target, `x W^T` becomes
+/// `x W^T + (alpha / r) * (dropout(x) A^T) B^T`. The factors `A: [r, in]` and `B: [out, r]` are trained, and of the model's own
+/// parameters only those of [`TensorRules::may_be_new`]: the head of a model over a model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Lora {
+    /// Rank of the factors.
+    pub r: usize,
+    /// `r` times the factor on their product.
+    pub alpha: f64,
+    /// Share of the elements of `x` that are left out before `A`, in updates only.
+    pub dropout: f64,
+    /// Weights that get factors.
+    pub targets: Targets,
+    /// What a stage writes at its end.
+    pub save: LoraSave,
+    /// Where the user asks for it.
+    pub span: Span,
+    /// What has become of it; filled in by the pass `adapt`.
+    pub adapter: Option<Adapter>,
+}
+
+/// Weights that get low-rank factors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Targets {
+    /// All weights of linear layers but the head's.
+    AllLinear,
+    /// Linear layers whose name is one of these, ends with a dot and one of these, or matches one that is a glob.
+    Named(Vec<Pattern>),
+}
+
+/// What is written of a role that is trained by LoRA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LoraSave {
+    /// The factors, as a folder of PEFT's in the folder `adapter`.
+    Adapter,
+    /// The model with `W + (alpha / r) B A` in the place of `W`.
+    Merged,
+    /// The merged model, and the factors in the folder `adapter` of its folder.
+    Both,
+}
+
+/// The factors of a role.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Adapter {
+    /// Names of the layers that have some; the parameters are those of [`Adapter::factors`].
+    pub modules: Vec<String>,
+    /// The model's own parameters that are trained beside them.
+    pub whole: Vec<String>,
+    /// The graph that gives `A` its first values; its only input is a random key. `B` begins as zeros.
+    pub init: String,
+}
+
+impl Adapter {
+    /// Names of the parameters `A` and `B` of a layer.
+    pub fn factors(module: &str) -> [String; 2] {
+        ["A", "B"].map(|factor| format!("{module}.lora_{factor}.weight"))
+    }
+}
+
+/// A glob over names, as the user wrote it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Pattern {
+    /// The glob, in which `*` is any run of characters.
+    pub glob: String,
+    /// Where it stands.
+    pub span: Span,
 }
 
 /// AdamW (Loshchilov and Hutter 2019), decoupled decay, bias correction on.

@@ -25,6 +25,7 @@ fn stages_and_sources_read_back() {
         init: "model.init".into(),
         trained: true,
         tokenizer: None,
+        shared: vec![],
     };
     let stage = Stage {
         name: "sft".into(),

@@ -39,6 +39,11 @@ pub fn words(key: Key, linear: usize, inner: usize) -> [u32; 2] {
     threefry2x32(key, [(linear / inner) as u32, (linear % inner) as u32])
 }
 
+/// The words of an element of a row that has a number, wherever the row stands; `rest` is the linear index in the row.
+pub fn row_words(key: Key, row: i32, rest: usize) -> [u32; 2] {
+    threefry2x32(key, [row as u32, rest as u32])
+}
+
 /// The top 24 bits of a word as a number of `[0, 1)`: as many as single precision holds, so that every width starts
 /// from the same number.
 fn unit(word: u32) -> f64 {

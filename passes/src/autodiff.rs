@@ -14,6 +14,7 @@
 
 mod backward;
 mod batch;
+mod dropout;
 mod split;
 mod update;
 mod vjp;
@@ -32,7 +33,7 @@ use crate::rebuild::{Rebuild, without_dead_ops};
 /// The pass.
 pub const PASS: Pass = Pass {
     name: "autodiff",
-    requires: &[Fact::Typed],
+    requires: &[Fact::Typed, Fact::Adapted],
     provides: &[Fact::Differentiated],
     numerics: Numerics::Exact,
     run,
@@ -230,7 +231,7 @@ impl Derive {
         if let Some(derived) = self.updates.get(&key) {
             return Ok(derived.clone());
         }
-        let mut graph = graph_named(program, &term.graph)?;
+        let mut graph = dropout::live(&graph_named(program, &term.graph)?, program, role)?;
         let training = program.stage.trainings.iter().find(|t| t.role == role).cloned();
         let training = training
             .ok_or_else(|| Diag::error(format!("`update({role}, {}(..))` has no training settings", term.graph)))?;

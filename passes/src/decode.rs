@@ -23,7 +23,8 @@ use crate::infer::with_dims;
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 
 /// The pass. It adds graphs and leaves all others as they are.
-pub const PASS: Pass = Pass { name: "decode", requires: &[Fact::Typed], provides: &[], numerics: Numerics::Exact, run };
+pub const PASS: Pass =
+    Pass { name: "decode", requires: &[Fact::Typed, Fact::Adapted], provides: &[], numerics: Numerics::Exact, run };
 
 /// Runs the pass.
 pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> {
@@ -180,6 +181,7 @@ impl<'a> Model<'a> {
             Op::LayerNorm { .. } | Op::RmsNorm { .. } | Op::TokenLogp {} => !last(0),
             Op::Embed {} => axes[0].is_none(),
             Op::Rope { .. } | Op::Reshape { .. } | Op::Transpose { .. } | Op::Broadcast { .. } | Op::Stop {} => true,
+            Op::Dropout { .. } => true,
             op if op.class() == Class::Elementwise => true,
             _ => false,
         };

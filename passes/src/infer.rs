@@ -59,7 +59,8 @@ pub(crate) fn with_dims(op: &Op, with: &BTreeMap<Symbol, Dim>) -> Op {
         Op::Broadcast { shape }
         | Op::Reshape { shape }
         | Op::RandomNormal { shape, .. }
-        | Op::RandomUniform { shape, .. } => *shape = all(shape),
+        | Op::RandomUniform { shape, .. }
+        | Op::RowUniform { shape } => *shape = all(shape),
         Op::Slice { start: a, end: b, .. } | Op::Pad { before: a, after: b, .. } => (*a, *b) = (sub(a), sub(b)),
         // All other ops have no dim among their attributes.
         _ => {}

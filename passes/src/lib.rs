@@ -3,6 +3,7 @@
 //! A pass maps a whole [`dsgc_ir::Program`]: it reads the old one and builds a new one. [`PIPELINE`] says in which
 //! order they run; read it first.
 
+pub mod adapt;
 pub mod autodiff;
 pub mod canonicalize;
 pub mod decode;

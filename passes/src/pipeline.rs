@@ -4,7 +4,7 @@ use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
-use crate::{autodiff, canonicalize, decode, infer, plan_memory};
+use crate::{adapt, autodiff, canonicalize, decode, infer, plan_memory};
 
 /// What a program satisfies at a point of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -13,6 +13,8 @@ pub enum Fact {
     Logical,
     /// All types are inferred; dims with one value are numbers.
     Typed,
+    /// Freezing and sharing stand in the parameters and reads of the program.
+    Adapted,
     /// Gradient and optimizer graphs exist; every update and evaluation of the plan names them.
     Differentiated,
     /// Every value has a buffer.
@@ -26,6 +28,8 @@ pub enum Numerics {
     Exact,
     /// Equal in exact arithmetic; sums may be taken in another order.
     Reassociating,
+    /// It computes what the user wants changed in the models; without such wishes, bitwise equal results.
+    AsAsked,
 }
 
 /// What passes need besides the program.
@@ -49,8 +53,15 @@ pub struct Pass {
 }
 
 /// Every pass in the order it runs. Read this first.
-pub const PIPELINE: &[Pass] =
-    &[infer::PASS, canonicalize::PASS, decode::PASS, autodiff::PASS, canonicalize::PASS, plan_memory::PASS];
+pub const PIPELINE: &[Pass] = &[
+    infer::PASS,
+    adapt::PASS,
+    canonicalize::PASS,
+    decode::PASS,
+    autodiff::PASS,
+    canonicalize::PASS,
+    plan_memory::PASS,
+];
 
 /// What is told of a pass that has run: the pass, and the program before and after it.
 pub type Observer<'a> = &'a mut dyn FnMut(&Pass, &Program, &Program);

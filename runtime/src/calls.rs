@@ -35,6 +35,16 @@ pub(crate) fn graph_named<'a>(program: &'a Program, name: &str) -> &'a Graph {
     program.graph(name).unwrap_or_else(|| panic!("bug: the plan calls @{name}, which the program does not have"))
 }
 
+/// How many rows a batch has, by the inputs of a graph that have them.
+pub(crate) fn rows_of(graph: &Graph, inputs: &Named) -> usize {
+    let rows = graph.inputs().filter_map(|input| {
+        let (factor, symbol) = graph.ty(input).dims.first()?.as_scaled_symbol()?;
+        let tensor = inputs.get(graph.name_of(input)).filter(|_| Some(symbol) == graph.batch.as_ref())?;
+        Some(tensor.shape[0] / factor as usize)
+    });
+    rows.max().unwrap_or(0)
+}
+
 /// Graphs that run on a batch part by part.
 #[derive(Clone, Copy, Debug)]
 pub struct Parts<'a> {

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Call, Operand, Operands, Rows, Statement, Update, UpdateSteps};
 use dsgc_ir::{DType, Data, Tensor};
+use dsgc_kernels::random;
 
 use crate::calls::{self, Named, Parts};
 use crate::data::order;
@@ -21,6 +22,9 @@ pub(crate) struct Told {
     pub metrics: Metrics,
     pub events: Vec<Event>,
 }
+
+/// Folded into the stage's key for dropout, so that it has other numbers than all else.
+const DROPOUTS: u64 = 0xd409;
 
 /// Loops and generations so far: each has its own random numbers.
 #[derive(Clone, Copy, Debug, Default)]
@@ -267,8 +271,12 @@ impl Session {
             ("lr".to_string(), Tensor::f64(&[], vec![lr])),
             ("t".to_string(), Tensor::i32(&[], vec![i32::try_from(*taken).unwrap_or(i32::MAX)])),
         ]);
-        let inputs: Vec<Named> =
+        let taken = *taken;
+        let mut inputs: Vec<Named> =
             update.terms.iter().map(|term| self.inputs(&term.args, values)).collect::<Result<_, _>>()?;
+        for (number, inputs) in inputs.iter_mut().enumerate() {
+            self.add_dropout(update, number, taken, inputs);
+        }
         let steps = update.steps.as_ref().unwrap_or_else(|| panic!("bug: `autodiff` left an update as it was"));
         let device = self.device.as_mut();
         let mut outputs = Named::new();
@@ -298,6 +306,26 @@ impl Session {
         self.tell(&outputs, &prefix, told);
         told.metrics.insert(format!("{prefix}lr"), lr);
         Ok(())
+    }
+
+    /// What a term's graph needs to know which elements its dropout leaves out: a key of this update and term, and the
+    /// numbers of its rows.
+    fn add_dropout(&self, update: &Update, term: usize, taken: u64, inputs: &mut Named) {
+        let graph = match &update.steps {
+            Some(UpdateSteps::Whole { step }) => step,
+            Some(UpdateSteps::Split { terms, .. }) => &terms[term].grad,
+            None => return,
+        };
+        let graph = calls::graph_named(&self.program, graph);
+        if graph.input_named("dropout.key").is_none() {
+            return;
+        }
+        let role = self.program.stage.roles.iter().position(|role| role.name == update.role).unwrap_or_default();
+        let parts = [DROPOUTS, role as u64, taken, term as u64];
+        let key = parts.into_iter().fold(key_of(&self.program.stage), random::fold);
+        let rows = calls::rows_of(graph, inputs) as i32;
+        inputs.insert("dropout.key".into(), Tensor::key(key));
+        inputs.insert("dropout.row".into(), Tensor::i32(&[rows as usize], (0..rows).collect()));
     }
 
     /// Outputs that are one number are metrics.

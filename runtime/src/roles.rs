@@ -1,10 +1,11 @@
 //! The models of a stage: where their weights come from, and where they go.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use dsgc_hf::{Folder, read_params, save};
+use dsgc_hf::{AdapterConfig, Folder, merge, read_params, save, save_adapter};
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::{Origin, Role, Stage};
+use dsgc_ir::stage::{Adapter, Lora, LoraSave, Origin, Role, Stage};
 use dsgc_ir::{Bindings, Program, StateId, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::random::Key;
@@ -23,7 +24,11 @@ pub(crate) fn load(program: &Program, device: &mut dyn Device, observer: Observe
     let mut errors: Vec<Diag> = stage.roles.iter().filter_map(|role| overwritten(stage, role)).collect();
     let order = in_order(&stage.roles).map_err(|e| vec![e])?;
     for role in order {
-        match load_role(program, device, role) {
+        let loaded = load_role(program, device, role).and_then(|new| {
+            begin_factors(program, device, role).map_err(|e| vec![e])?;
+            Ok(new)
+        });
+        match loaded {
             Ok(new) if new.is_empty() => {}
             Ok(params) => observer(&Event::New { role: role.name.clone(), params }).map_err(|e| vec![e])?,
             Err(mut found) => errors.append(&mut found),
@@ -57,7 +62,7 @@ fn load_role(program: &Program, device: &mut dyn Device, role: &Role) -> Result<
         Origin::Random => return init(program, device, role).map(|()| Vec::new()).map_err(|e| vec![e]),
         Origin::Snapshot(of) => return snapshot(program, device, role, of).map(|()| Vec::new()),
         Origin::Folder(folder) => folder,
-        Origin::Stage(folder) if Path::new(folder).join("config.json").is_file() => folder,
+        Origin::Stage(folder) if CONFIGS.iter().any(|name| Path::new(folder).join(name).is_file()) => folder,
         Origin::Stage(folder) => {
             let diag = Diag::error(format!("found no model in `{folder}`, which an earlier stage writes"));
             return Err(vec![diag.help("run the whole pipeline, or that stage first with `--stage`")]);
@@ -66,19 +71,63 @@ fn load_role(program: &Program, device: &mut dyn Device, role: &Role) -> Result<
     load_folder(program, device, role, Path::new(folder))
 }
 
+/// What makes a folder that of a model, or of an adapter to one.
+const CONFIGS: [&str; 2] = ["config.json", "adapter_config.json"];
+
 /// Runs the graph that draws a role's parameters.
 fn init(program: &Program, device: &mut dyn Device, role: &Role) -> Result<(), Diag> {
-    let key = Tensor::key(key_of(&program.stage));
-    let graph = graph_named(program, &role.init);
-    let inputs: Vec<(&str, &Tensor)> = graph.inputs().map(|input| (graph.name_of(input), &key)).collect();
-    device.run(&role.init, &inputs).map(drop)
+    draw(program, device, &role.init)
 }
 
-/// Copies the parameters of another role, by their Hugging Face names.
+/// Runs a graph whose only input is the stage's key.
+fn draw(program: &Program, device: &mut dyn Device, graph: &str) -> Result<(), Diag> {
+    let key = Tensor::key(key_of(&program.stage));
+    let graph = graph_named(program, graph);
+    let inputs: Vec<(&str, &Tensor)> = graph.inputs().map(|input| (graph.name_of(input), &key)).collect();
+    device.run(&graph.name, &inputs).map(drop)
+}
+
+/// Draws the low-rank factors of a role that has some. An adapter that is to be written must have a base that others
+/// can load.
+fn begin_factors(program: &Program, device: &mut dyn Device, role: &Role) -> Result<(), Diag> {
+    let Some((lora, adapter)) = lora_of(&program.stage, &role.name) else { return Ok(()) };
+    if let (Some(base), LoraSave::Adapter | LoraSave::Both) = (base_of(&program.stage, role), lora.save)
+        && Folder::open(base)?.adapter().is_some()
+    {
+        let message = format!("the adapter of `{}` would have another adapter as its base, `{base}`", role.name);
+        let diag = Diag::error(message).label(lora.span, "LoRA is asked for here");
+        return Err(diag.help("nobody could load it: write `lora_save: merged`"));
+    }
+    draw(program, device, &adapter.init)
+}
+
+/// The folder that a role's model comes from, if it comes from one.
+fn base_of<'a>(stage: &'a Stage, role: &'a Role) -> Option<&'a str> {
+    match &role.origin {
+        Origin::Random => None,
+        Origin::Folder(folder) | Origin::Stage(folder) => Some(folder),
+        Origin::Snapshot(of) => base_of(stage, stage.roles.iter().find(|r| r.name == *of)?),
+    }
+}
+
+/// How a role is trained by LoRA, if it is.
+fn lora_of<'a>(stage: &'a Stage, role: &str) -> Option<(&'a Lora, &'a Adapter)> {
+    let lora = stage.trainings.iter().find(|t| t.role == role)?.lora.as_ref()?;
+    Some((lora, lora.adapter.as_ref().expect("the passes filled it in")))
+}
+
+/// The parameters of a role's model, `(id, Hugging Face name)`, with those that it shares and without factors.
+fn params_of(program: &Program, role: &str) -> Vec<(StateId, String)> {
+    let modules = lora_of(&program.stage, role).map_or(&[][..], |(_, adapter)| &adapter.modules[..]);
+    let factors: BTreeSet<String> = modules.iter().flat_map(|module| Adapter::factors(module)).collect();
+    program.all_params_of(role).into_iter().filter(|(_, name)| !factors.contains(name)).collect()
+}
+
+/// Copies the parameters of another role, by their Hugging Face names; those that the two share are there already.
 fn snapshot(program: &Program, device: &mut dyn Device, role: &Role, of: &str) -> Result<(), Vec<Diag>> {
     let mut errors = Vec::new();
     for (id, name) in program.params_of(&role.name) {
-        let from = program.state_named(&format!("{of}/{name}"));
+        let from = program.param(of, name);
         match from.filter(|&from| program.state(from).ty == program.state(id).ty) {
             Some(from) => device.set_state(id, &device.state(from)),
             None => errors.push(Diag::error(format!(
@@ -100,11 +149,11 @@ pub(crate) fn load_folder(
     folder: &Path,
 ) -> Result<Vec<String>, Vec<Diag>> {
     let folder = Folder::open(folder).map_err(|e| vec![e])?;
-    let (ids, wanted): (Vec<StateId>, Vec<(String, Vec<usize>)>) = program
-        .params_of(&role.name)
+    let (ids, wanted): (Vec<StateId>, Vec<(String, Vec<usize>)>) = params_of(program, &role.name)
+        .into_iter()
         .map(|(id, name)| {
             let shape = program.state(id).ty.shape(&Bindings::new()).expect("states have constant dims");
-            (id, (name.to_string(), shape))
+            (id, (name, shape))
         })
         .unzip();
     let tensors = read_params(&folder, &role.model.tensors, &wanted)?;
@@ -127,18 +176,86 @@ pub(crate) fn save_all(program: &Program, device: &dyn Device, observer: Observe
     let stage = &program.stage;
     for name in &stage.save {
         let role = stage.roles.iter().find(|r| r.name == *name).expect("the loader saw the role");
-        let folder = result_folder(stage, name);
-        let params: Vec<(String, Tensor)> =
-            program.params_of(name).map(|(id, param)| (param.to_string(), device.state(id).single())).collect();
-        if let Some((param, _)) = params.iter().find(|(_, t)| t.to_f64().iter().any(|x| !x.is_finite())) {
-            let message = format!("`{param}` is not finite after the stage `{}`: nothing is written", stage.name);
-            return Err(Diag::error(message).help("a smaller `learning_rate` usually keeps it finite"));
+        let saving = Saving { program, device, role, folder: result_folder(stage, name) };
+        let lora = lora_of(stage, name);
+        if let Some((lora, adapter)) = lora.filter(|(lora, _)| lora.save != LoraSave::Merged) {
+            let folder = saving.adapter(lora, adapter)?;
+            observer(&Event::Saved { role: name.clone(), folder })?;
         }
-        let params: Vec<(String, &Tensor)> = params.iter().map(|(n, t)| (n.clone(), t)).collect();
-        save(&folder, &role.model, &params, role.tokenizer.as_deref().map(Path::new))?;
-        observer(&Event::Saved { role: name.clone(), folder })?;
+        if lora.is_none_or(|(lora, _)| lora.save != LoraSave::Adapter) {
+            saving.model(lora)?;
+            observer(&Event::Saved { role: name.clone(), folder: saving.folder })?;
+        }
     }
     Ok(())
+}
+
+/// A role that is written.
+struct Saving<'a> {
+    program: &'a Program,
+    device: &'a dyn Device,
+    role: &'a Role,
+    folder: PathBuf,
+}
+
+impl Saving<'_> {
+    /// A parameter by its Hugging Face name, in single precision; an error if it is not finite.
+    fn param(&self, name: &str) -> Result<Tensor, Diag> {
+        let id = self.program.param(&self.role.name, name);
+        let tensor = self.device.state(id.unwrap_or_else(|| panic!("bug: there is no parameter `{name}`"))).single();
+        if tensor.to_f64().iter().all(|x| x.is_finite()) {
+            return Ok(tensor);
+        }
+        let message =
+            format!("`{name}` is not finite after the stage `{}`: nothing is written", self.program.stage.name);
+        Err(Diag::error(message).help("a smaller `learning_rate` usually keeps it finite"))
+    }
+
+    fn tokenizer(&self) -> Option<&Path> {
+        self.role.tokenizer.as_deref().map(Path::new)
+    }
+
+    /// Writes the model, with its factors merged into their weights.
+    fn model(&self, lora: Option<(&Lora, &Adapter)>) -> Result<(), Diag> {
+        let mut params: Vec<(String, Tensor)> = Vec::new();
+        for (_, name) in params_of(self.program, &self.role.name) {
+            let own = self.param(&name)?;
+            let factors = lora.and_then(|(lora, adapter)| {
+                let module = adapter.modules.iter().find(|m| name.strip_suffix(".weight") == Some(m.as_str()))?;
+                Some((lora, Adapter::factors(module)))
+            });
+            let param = match factors {
+                Some((lora, [a, b])) => merge(&own, [&self.param(&a)?, &self.param(&b)?], lora.alpha / lora.r as f64),
+                None => own,
+            };
+            params.push((name, param));
+        }
+        let params: Vec<(String, &Tensor)> = params.iter().map(|(n, t)| (n.clone(), t)).collect();
+        save(&self.folder, &self.role.model, &params, self.tokenizer())
+    }
+
+    /// Writes the factors, and what was trained beside them; gives the folder.
+    fn adapter(&self, lora: &Lora, adapter: &Adapter) -> Result<PathBuf, Diag> {
+        let factors = adapter.modules.iter().flat_map(|module| Adapter::factors(module));
+        let names = factors.chain(adapter.whole.iter().cloned());
+        let tensors: Vec<(String, Tensor)> =
+            names.map(|name| Ok((name.clone(), self.param(&name)?))).collect::<Result<_, Diag>>()?;
+        let tensors: Vec<(String, &Tensor)> = tensors.iter().map(|(n, t)| (n.clone(), t)).collect();
+        let params = params_of(self.program, &self.role.name);
+        let base = base_of(&self.program.stage, self.role)
+            .expect("the loader lets no adapter be written to a model that is in no folder");
+        let about = AdapterConfig {
+            factors: adapter,
+            r: lora.r,
+            alpha: lora.alpha,
+            dropout: lora.dropout,
+            base,
+            params: params.iter().map(|(_, name)| name.as_str()).collect(),
+        };
+        let folder = self.folder.join("adapter");
+        save_adapter(&folder, &self.role.model, &about, &tensors, self.tokenizer())?;
+        Ok(folder)
+    }
 }
 
 /// Where a stage writes the model of a role.
@@ -154,6 +271,7 @@ fn overwritten(stage: &Stage, role: &Role) -> Option<Diag> {
     let Origin::Folder(folder) = &role.origin else { return None };
     let model = Path::new(folder).canonicalize().ok()?;
     let saved = stage.save.iter().map(|name| result_folder(stage, name));
+    let saved = saved.flat_map(|folder| [folder.join("adapter"), folder]);
     let result = saved.into_iter().find(|result| result.canonicalize().is_ok_and(|r| r == model))?;
     let message =
         format!("`{}` would be overwritten by the stage `{}`, which begins with it", result.display(), stage.name);

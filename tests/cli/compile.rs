@@ -58,6 +58,7 @@ fn the_report_is_the_same_in_words() {
         &[
             "stage more (recipe sft)",
             "parameters      15,776 (15,776 trained)",
+            "    model         15,776 trained",
             "GFLOP per step",
             "ops before -> after",
         ],

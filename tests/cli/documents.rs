@@ -150,7 +150,7 @@ fn passes_run_on_programs_in_text() {
     place.write("once.dsg", &once);
     assert_eq!(place.out(&["opt", "once.dsg", "--passes", "infer,canonicalize"]), once);
     for device in ["cpu", "interp"] {
-        let planned = place.out(&["opt", "g.dsg", "--passes", "infer,autodiff,plan_memory", "--device", device]);
+        let planned = place.out(&["opt", "g.dsg", "--passes", "infer,adapt,autodiff,plan_memory", "--device", device]);
         has(&planned, &["level planned", "arena", "graph @g"]);
     }
 }
@@ -164,9 +164,9 @@ fn opt_refuses_what_it_cannot_do() {
     has(&place.refused(&["opt", "g.dsg"]), &["--passes"]);
     has(&place.refused(&["opt", "g.dsg", "--passes", "canonicalize"]), &["`canonicalize`", "run `infer` before it"]);
     // A planned program has all its addresses: no pass that changes ops may follow.
-    let late = ["opt", "g.dsg", "--passes", "infer,autodiff,plan_memory,canonicalize"];
+    let late = ["opt", "g.dsg", "--passes", "infer,adapt,autodiff,plan_memory,canonicalize"];
     has(&place.refused(&late), &["error: `canonicalize` cannot run here", "planned"]);
-    place.write("planned.dsg", &place.out(&["opt", "g.dsg", "--passes", "infer,autodiff,plan_memory"]));
+    place.write("planned.dsg", &place.out(&["opt", "g.dsg", "--passes", "infer,adapt,autodiff,plan_memory"]));
     has(&place.refused(&["opt", "planned.dsg", "--passes", "infer"]), &["error: `infer` cannot run here", "planned"]);
     has(&place.refused(&["opt", "absent.dsg", "--passes", "infer"]), &["cannot read `absent.dsg`"]);
     has(&place.refused(&["opt", "pipeline.yaml", "--passes", "infer"]), &["error", "--> pipeline.yaml:1:1"]);

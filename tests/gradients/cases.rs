@@ -132,6 +132,8 @@ pub const WITHOUT: &[(&str, &str)] = &[
     ("fold", "no float operand"),
     ("random_normal", "no float operand"),
     ("random_uniform", "no float operand"),
+    ("row_uniform", "no float operand"),
+    ("dropout", "random where it is trained: tests/adapt"),
     ("sample", "no slope"),
     ("cached_attention", "made by decode, for graphs that are not trained"),
     ("rms_norm_grad", "made by autodiff only"),

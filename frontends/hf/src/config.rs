@@ -5,28 +5,47 @@ use std::path::{Path, PathBuf};
 use dsgc_ir::diag::Diag;
 use serde_json::{Map, Value};
 
-use crate::read_object;
+use crate::{Adapter, read_object};
 
 /// A local folder in Hugging Face's layout.
 #[derive(Clone, Debug)]
 pub struct Folder {
     path: PathBuf,
     config: Map<String, Value>,
+    adapter: Option<Adapter>,
 }
 
 impl Folder {
-    /// Opens a folder and reads its `config.json`; weights and tokenizer are looked at when they are asked for.
+    /// Opens a folder and reads its `config.json`; weights and tokenizer are looked at when they are asked for. The folder
+    /// of a LoRA adapter opens as that of its base model.
     pub fn open(path: impl AsRef<Path>) -> Result<Folder, Diag> {
         let path = path.as_ref();
-        let config = read_object(&Folder::check(path)?.join("config.json"))?.ok_or_else(|| {
+        if let Some(config) = read_object(&Folder::check(path)?.join("config.json"))? {
+            return Ok(Folder { path: path.to_owned(), config, adapter: None });
+        }
+        let Some(adapter) = Adapter::open(path)? else {
             let diag = Diag::error(format!("found no `config.json` in `{}`, expected a model folder", path.display()));
-            if path.join("adapter_config.json").is_file() {
-                diag.help("this is a LoRA adapter: merge it into its model and save that, e.g. with `merge_and_unload`")
-            } else {
-                diag.help("give the folder that holds `config.json`, `model.safetensors` and `tokenizer.json`")
-            }
-        })?;
-        Ok(Folder { path: path.to_owned(), config })
+            return Err(diag.help("give the folder that holds `config.json`, `model.safetensors` and `tokenizer.json`"));
+        };
+        let at = adapter.base()?;
+        let beside =
+            |diag: Diag| diag.help(format!("`{}` is an adapter to the model `{}`", path.display(), at.display()));
+        let base = Folder::check(&at).and_then(|at| {
+            let config = read_object(&at.join("config.json"))?;
+            config.ok_or_else(|| {
+                Diag::error(format!("found no `config.json` in `{}`, expected a model folder", at.display()))
+            })
+        });
+        Ok(Folder { config: base.map_err(beside)?, path: at, adapter: Some(adapter) })
+    }
+
+    /// The folder that has a file of a model: an adapter may leave it to its base.
+    pub(crate) fn holding(file: &str, path: &Path) -> Result<PathBuf, Diag> {
+        let path = Folder::check(path)?;
+        if path.join(file).is_file() {
+            return Ok(path.to_owned());
+        }
+        Adapter::open(path)?.map_or(Ok(path.to_owned()), |adapter| adapter.base())
     }
 
     /// That `path` is a local folder; if not, what to do about it.
@@ -53,6 +72,11 @@ impl Folder {
     /// Where the folder is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The adapter that is merged into what is read.
+    pub fn adapter(&self) -> Option<&Adapter> {
+        self.adapter.as_ref()
     }
 
     /// `config.json`, in the order of its author.

@@ -8,14 +8,19 @@
 //! Tokenizer::load(path) -> Tokenizer -- encode(text) --> ids, and where in the text each begins
 //! ChatTemplate::of_folder(path) -> ChatTemplate -- render(messages) --> the text that the model continues
 //! save(path, model, params, tokenizer_from) --> a folder that transformers opens
+//! save_adapter(path, model, about, factors, tokenizer_from) --> a folder that PEFT opens
 //! ```
+//!
+//! A LoRA adapter's folder is read as its base model with the adapter merged in.
 
+mod adapter;
 mod chat;
 mod config;
 mod save;
 mod tokenizer;
 mod weights;
 
+pub use adapter::{Adapter, AdapterConfig, merge, save_adapter};
 pub use chat::{ChatTemplate, Message, PLAIN_TEMPLATE};
 pub use config::Folder;
 pub use save::save;

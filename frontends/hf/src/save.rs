@@ -46,9 +46,18 @@ pub fn save(
         .iter()
         .map(|(name, t)| Ok((name.as_str(), Stored::new(name, t, model)?)))
         .collect::<Result<_, Diag>>()?;
-    if let Some(from) = tokenizer_from {
-        Folder::check(from)?;
-    }
+    write_folder(path, ("config.json", &single_precision(&model.config)), "model.safetensors", tensors, tokenizer_from)
+}
+
+/// Writes a folder whose file `config.0` makes it whole.
+pub(crate) fn write_folder<N: AsRef<str> + Ord + std::fmt::Display>(
+    path: &Path,
+    config: (&str, &Map<String, Value>),
+    weights: &str,
+    tensors: Vec<(N, Stored)>,
+    tokenizer_from: Option<&Path>,
+) -> Result<(), Diag> {
+    let tokenizer_from = tokenizer_from.map(|from| Folder::holding("tokenizer.json", from)).transpose()?;
     let staging = sibling(path)?;
     if staging.exists() {
         // Left by a run that was stopped while it saved.
@@ -56,23 +65,26 @@ pub fn save(
     }
     fs::create_dir_all(&staging).map_err(|e| file_error("create", &staging, e))?;
 
-    let weights = staging.join("model.safetensors");
+    let weights = staging.join(weights);
     let about = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize_to_file(tensors, Some(about), &weights).map_err(|e| file_error("write", &weights, e))?;
     for name in COMPANIONS {
-        let Some(from) = tokenizer_from.map(|folder| folder.join(name)).filter(|f| f.is_file()) else { continue };
+        let Some(from) = tokenizer_from.as_ref().map(|folder| folder.join(name)).filter(|f| f.is_file()) else {
+            continue;
+        };
         fs::copy(&from, staging.join(name)).map_err(|e| file_error("copy", &from, e))?;
     }
-    let config = staging.join("config.json");
-    fs::write(&config, config_text(&model.config)).map_err(|e| file_error("write", &config, e))?;
+    let (name, about) = config;
+    let config = staging.join(name);
+    fs::write(&config, format!("{:#}\n", Value::Object(about.clone()))).map_err(|e| file_error("write", &config, e))?;
     // The writer of weights lets nobody else read them; whoever may read the config may read the weights.
     let permissions = fs::metadata(&config).map_err(|e| file_error("read", &config, e))?.permissions();
     fs::set_permissions(&weights, permissions).map_err(|e| file_error("write", &weights, e))?;
-    publish(&staging, path)
+    publish(&staging, path, name)
 }
 
-/// Moves the files of `staging` to `path`.
-fn publish(staging: &Path, path: &Path) -> Result<(), Diag> {
+/// Moves the files of `staging` to `path`, that of the name `config` last.
+fn publish(staging: &Path, path: &Path, config: &str) -> Result<(), Diag> {
     let mut names: Vec<OsString> = Vec::new();
     for entry in fs::read_dir(staging).map_err(|e| file_error("read", staging, e))? {
         names.push(entry.map_err(|e| file_error("read", staging, e))?.file_name());
@@ -82,12 +94,12 @@ fn publish(staging: &Path, path: &Path) -> Result<(), Diag> {
     }
     sync(staging)?;
     if path.exists() {
-        let config = path.join("config.json");
-        if config.exists() {
-            fs::remove_file(&config).map_err(|e| file_error("replace", &config, e))?;
+        let old = path.join(config);
+        if old.exists() {
+            fs::remove_file(&old).map_err(|e| file_error("replace", &old, e))?;
             sync(path)?;
         }
-        names.sort_by_key(|n| n == "config.json");
+        names.sort_by_key(|n| n == config);
         for name in &names {
             let to = path.join(name);
             fs::rename(staging.join(name), &to).map_err(|e| file_error("write", &to, e))?;
@@ -122,7 +134,8 @@ fn sibling(path: &Path) -> Result<PathBuf, Diag> {
     Ok(path.with_file_name(name))
 }
 
-fn config_text(config: &Map<String, Value>) -> String {
+/// The `config.json` of a model in single precision.
+fn single_precision(config: &Map<String, Value>) -> Map<String, Value> {
     let mut config = config.clone();
     // transformers 5 says `dtype`, 4 said `torch_dtype`; both load the weights in it.
     for key in ["dtype", "torch_dtype"] {
@@ -130,18 +143,18 @@ fn config_text(config: &Map<String, Value>) -> String {
             *value = Value::from("float32");
         }
     }
-    format!("{:#}\n", Value::Object(config))
+    config
 }
 
 /// A parameter as it lies in the file.
-struct Stored<'a> {
+pub(crate) struct Stored<'a> {
     tensor: &'a Tensor,
     shape: Vec<usize>,
     transpose: bool,
 }
 
 impl<'a> Stored<'a> {
-    fn new(name: &str, tensor: &'a Tensor, model: &Model) -> Result<Stored<'a>, Diag> {
+    pub fn new(name: &str, tensor: &'a Tensor, model: &Model) -> Result<Stored<'a>, Diag> {
         if !matches!(tensor.data, Data::F32(_) | Data::F64(_)) {
             return Err(Diag::error(format!("parameter `{name}` holds no floats, expected f32")));
         }

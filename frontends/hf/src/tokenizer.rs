@@ -31,7 +31,7 @@ pub struct Encoded {
 impl Tokenizer {
     /// Loads `tokenizer.json` of a folder. Truncation and padding that may be stored in it are switched off.
     pub fn load(folder: impl AsRef<Path>) -> Result<Tokenizer, Diag> {
-        let folder = Folder::check(folder.as_ref())?;
+        let folder = &Folder::holding("tokenizer.json", folder.as_ref())?;
         let path = folder.join("tokenizer.json");
         if !path.is_file() {
             return Err(Diag::error(format!("found no `tokenizer.json` in `{}`", folder.display())).help(
@@ -125,7 +125,7 @@ fn special_tokens(
     vocab_size: usize,
 ) -> Result<BTreeMap<&'static str, i32>, Diag> {
     let by_text = objects(folder, ["tokenizer_config.json", "special_tokens_map.json"])?;
-    let by_id = objects(folder, ["config.json", "generation_config.json"])?;
+    let by_id = objects(&Folder::holding("config.json", folder)?, ["config.json", "generation_config.json"])?;
     let mut ids = BTreeMap::new();
     for name in ["pad", "eos", "bos"] {
         let text = by_text.iter().find_map(|(file, o)| Some((file, token_text(o.get(&format!("{name}_token"))?)?)));

@@ -42,7 +42,7 @@ pub fn read_params(
     let mut found: Vec<Option<Found>> = wanted.iter().map(|_| None).collect();
     let (mut repeats, mut surplus, mut errors) = (Vec::new(), Vec::new(), Vec::new());
     for (file, map) in &files {
-        let tensors = parse(folder, file, map).map_err(|e| vec![e])?;
+        let tensors = parse(folder.path(), file, map).map_err(|e| vec![e])?;
         let mut tensors = tensors.tensors();
         tensors.sort_by(|a, b| a.0.cmp(&b.0));
         for (name, view) in tensors {
@@ -108,7 +108,13 @@ pub fn read_params(
             );
         }
     }
-    if errors.is_empty() { Ok(params) } else { Err(errors) }
+    if !errors.is_empty() {
+        return Err(errors);
+    }
+    if let Some(adapter) = folder.adapter() {
+        adapter.merge_into(&places, wanted, &mut params)?;
+    }
+    Ok(params)
 }
 
 /// Whether files have this parameter transposed.
@@ -122,10 +128,10 @@ pub(crate) fn transposed<T: Copy>(data: &[T], rows: usize, columns: usize) -> Ve
 }
 
 /// A tensor in a file.
-struct Found<'a> {
-    name: String,
-    file: &'a str,
-    view: TensorView<'a>,
+pub(crate) struct Found<'a> {
+    pub name: String,
+    pub file: &'a str,
+    pub view: TensorView<'a>,
 }
 
 impl Found<'_> {
@@ -149,7 +155,7 @@ impl Found<'_> {
     }
 
     /// The parameter `name` of this shape.
-    fn read(&self, name: &str, shape: &[usize], transpose: bool) -> Result<Tensor, Diag> {
+    pub fn read(&self, name: &str, shape: &[usize], transpose: bool) -> Result<Tensor, Diag> {
         let stored: Vec<usize> = if transpose { shape.iter().rev().copied().collect() } else { shape.to_vec() };
         if self.view.shape() != stored {
             let diag = Diag::error(format!(
@@ -177,7 +183,7 @@ impl Found<'_> {
 }
 
 /// What becomes of a tensor.
-enum Place<'a> {
+pub(crate) enum Place<'a> {
     /// It is the parameter of this index.
     Param(usize),
     /// It repeats this parameter.
@@ -187,8 +193,8 @@ enum Place<'a> {
 }
 
 /// Finds the place of a name in a file.
-struct Places<'a> {
-    rules: &'a TensorRules,
+pub(crate) struct Places<'a> {
+    pub rules: &'a TensorRules,
     add_prefix: Option<&'a str>,
     params: BTreeMap<&'a str, usize>,
     /// Another name, which may be a glob, and the parameter's.
@@ -204,7 +210,7 @@ impl<'a> Places<'a> {
         Places { rules, add_prefix, params, aliases: aliases.collect() }
     }
 
-    fn of(&self, name: &str) -> Option<Place<'a>> {
+    pub fn of(&self, name: &str) -> Option<Place<'a>> {
         let prefixes = self.rules.strip_prefixes.iter().map(String::as_str).chain([""]);
         let stripped: Vec<&str> = prefixes.filter_map(|p| name.strip_prefix(p)).collect();
         let plain = (stripped.iter())
@@ -270,16 +276,16 @@ fn open_files(folder: &Folder) -> Result<Vec<(String, Mmap)>, Diag> {
     names.into_iter().map(|name| map(&path.join(&name)).map(|m| (name, m))).collect()
 }
 
-fn map(path: &Path) -> Result<Mmap, Diag> {
+pub(crate) fn map(path: &Path) -> Result<Mmap, Diag> {
     let file = File::open(path).map_err(|e| file_error("open", path, e))?;
     // SAFETY: the map is only read. A file that somebody shortens meanwhile ends the process, as it would end any
     // other reader of safetensors; no result can come of it.
     unsafe { Mmap::map(&file) }.map_err(|e| file_error("read", path, e))
 }
 
-fn parse<'a>(folder: &Folder, file: &str, map: &'a Mmap) -> Result<SafeTensors<'a>, Diag> {
+pub(crate) fn parse<'a>(folder: &Path, file: &str, map: &'a Mmap) -> Result<SafeTensors<'a>, Diag> {
     SafeTensors::deserialize(map).map_err(|e| {
-        file_error("read", &folder.path().join(file), e).help("the file is not whole: download or write it again")
+        file_error("read", &folder.join(file), e).help("the file is not whole: download or write it again")
     })
 }
 

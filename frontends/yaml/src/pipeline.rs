@@ -194,13 +194,18 @@ pub const TRAINING: Table = Table {
         key("no_decay", Form::List(&Form::Text), "parts of names of parameters that are not decayed"),
         key("max_grad_norm", NUMBER_OR_NONE, "norm above which gradients are scaled down"),
         key("freeze", Form::List(&Form::Text), "parameters that are not trained, as globs"),
-        key("lora_r", Form::Int, "rank of LoRA; setting it turns LoRA on"),
-        key("lora_alpha", Form::Float, "LoRA's products are scaled by `lora_alpha / lora_r`"),
+        key("lora_r", COUNT_OR_NONE, "rank of LoRA; setting it turns LoRA on"),
+        key("lora_alpha", Form::Float, "LoRA's products are scaled by `lora_alpha / lora_r`; 8 unless given"),
         key("lora_dropout", Form::Float, "dropout before LoRA's first factor"),
         key(
             "lora_target_modules",
             Form::Either(&[Form::List(&Form::Text), Form::Text]),
-            "parts of names or globs of what gets LoRA, or `all_linear`",
+            "names of layers, their ends or globs; or, unless given, `all_linear`: all linear layers but the head",
+        ),
+        key(
+            "lora_save",
+            Form::Choice(&["adapter", "merged", "both"]),
+            "the factors as a folder of PEFT's, the model with them merged in, or both; both unless given",
         ),
     ],
 };

@@ -272,7 +272,7 @@ impl Launch<'_> {
                 tokens::position_in(self);
                 Ok(())
             }
-            Op::Fold { .. } | Op::RandomNormal { .. } | Op::RandomUniform { .. } => {
+            Op::Fold { .. } | Op::RandomNormal { .. } | Op::RandomUniform { .. } | Op::RowUniform { .. } => {
                 update::random(self);
                 Ok(())
             }

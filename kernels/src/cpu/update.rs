@@ -95,7 +95,7 @@ pub(super) fn adamw(l: &mut Launch) {
     });
 }
 
-/// Runs `fold`, `random_normal` and `random_uniform`.
+/// Runs `fold`, `random_normal`, `random_uniform` and `row_uniform`.
 pub(super) fn random(l: &mut Launch) {
     let shape = l.shape(l.result());
     let n: usize = shape.iter().product();
@@ -107,20 +107,32 @@ pub(super) fn random(l: &mut Launch) {
             // SAFETY: operand and result hold `n` keys.
             (0..n).for_each(|i| unsafe { *out.add(i).0 = random::fold(*keys.add(i).0, data) });
         }
-        Op::RandomNormal { mean, std, .. } => fill(l, n, inner, |words| random::normal(words, mean, std) as f32),
-        Op::RandomUniform { low, high, .. } => fill(l, n, inner, |words| random::uniform_f32(words, low, high)),
+        Op::RandomNormal { mean, std, .. } => {
+            fill(l, n, |key, i| random::normal(random::words(key, i, inner), mean, std) as f32)
+        }
+        Op::RandomUniform { low, high, .. } => {
+            fill(l, n, |key, i| random::uniform_f32(random::words(key, i, inner), low, high));
+        }
+        Op::RowUniform { .. } => {
+            let rows: Ptr<i32> = l.arg(1);
+            fill(l, n, |key, i| {
+                // SAFETY: the operand has a number for each of the `n / inner` rows.
+                let row = unsafe { *rows.add(i / inner).0 };
+                random::uniform_f32(random::row_words(key, row, i % inner), 0.0, 1.0)
+            });
+        }
         ref other => panic!("bug: `{other}` draws no numbers"),
     }
 }
 
-fn fill(l: &mut Launch, n: usize, inner: usize, number: impl Fn([u32; 2]) -> f32 + Sync) {
+fn fill(l: &mut Launch, n: usize, number: impl Fn(Key, usize) -> f32 + Sync) {
     let (key, out): (Ptr<Key>, Ptr<f32>) = (l.arg(0), l.out(0));
     // SAFETY: the key is a scalar.
     let key = unsafe { *key.0 };
     l.threads.run(n, 32, |r| {
         for i in r {
             // SAFETY: element `i` belongs to this thread.
-            unsafe { *out.add(i).0 = number(random::words(key, i, inner)) };
+            unsafe { *out.add(i).0 = number(key, i) };
         }
     });
 }

@@ -58,7 +58,7 @@ pub(crate) fn eval<F: Real>(
             let first = place(args[2], args[1].shape[*axis], args[0].shape[*axis])?;
             one(replaced(args[0], args[1], *axis, first))
         }
-        Op::Stop {} => one(args[0].clone()),
+        Op::Stop {} | Op::Dropout { .. } => one(args[0].clone()),
 
         Op::Add {} => arithmetic::<F>(args, |a, b| a + b, |a, b| Some(a.wrapping_add(b))),
         Op::Sub {} => arithmetic::<F>(args, |a, b| a - b, |a, b| Some(a.wrapping_sub(b))),
@@ -141,6 +141,11 @@ pub(crate) fn eval<F: Real>(
         }
         Op::RandomUniform { low, high, .. } => {
             one(draw::<F>(args[0], &shapes[0], |words| F::uniform(words, *low, *high)))
+        }
+        Op::RowUniform { .. } => {
+            let (key, inner) = (keys(args[0])[0], shapes[0][1..].iter().product::<usize>());
+            let row = |&row: &i32| (0..inner).map(move |i| F::uniform(random::row_words(key, row, i), 0.0, 1.0));
+            one(tensor(&shapes[0], ints(args[1]).iter().flat_map(row).collect()))
         }
         Op::Sample { temperature, top_k, top_p } => {
             let how = Sampling { temperature: *temperature, top_k: *top_k, top_p: *top_p };

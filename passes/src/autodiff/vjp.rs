@@ -44,6 +44,7 @@ pub fn vjp(
         | Op::Fold { .. }
         | Op::RandomNormal { .. }
         | Op::RandomUniform { .. }
+        | Op::RowUniform { .. }
         | Op::Read { .. }
         | Op::Write { .. } => {}
 
@@ -52,6 +53,8 @@ pub fn vjp(
                 grads[0] = Some(dy);
             }
         }
+        // That of another role than the trained one: it leaves nothing out.
+        Op::Dropout { .. } => grads[0] = Some(dy),
         Op::Broadcast { .. } => grads[0] = Some(unbroadcast(b, dy, &b.ty(args[0]).dims)),
         Op::Reshape { .. } => {
             let shape = b.ty(args[0]).dims;

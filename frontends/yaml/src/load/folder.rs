@@ -116,6 +116,7 @@ impl<'h> FolderModel<'h> {
             init: crate::lower::init_graph(ROLE),
             trained: false,
             tokenizer: None,
+            shared: Vec::new(),
         };
         let name = if plan.is_empty() { "score" } else { "generate" };
         program.stage =

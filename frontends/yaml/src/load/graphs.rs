@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::stage::{Operands, Stage, Statement};
+use dsgc_ir::trained::choose;
 use dsgc_ir::{DimRange, Op, Program, Type};
 
 use crate::expr::{Arg, Expr, ExprKind, Item, Word};
@@ -234,6 +235,9 @@ pub(super) fn program(documents: &mut Documents<'_>, prepared: &Prepared, mut st
     }
     drop_unused(&mut program, &mut stage);
     program.stage = stage;
+    // The pass `adapt` chooses the same; here all that is wrong with a pipeline comes at once.
+    let wrong = program.stage.trainings.iter().filter_map(|training| choose(&program, training).err());
+    documents.errors.extend(wrong.flatten());
     Some(program)
 }
 

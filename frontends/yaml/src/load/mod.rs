@@ -19,6 +19,7 @@ mod folder;
 mod graphs;
 mod heads;
 mod lone;
+mod lora;
 mod models;
 mod plan;
 mod resolved;

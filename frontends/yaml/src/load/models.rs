@@ -22,6 +22,8 @@ use super::{Places, TokenizerFacts};
 pub(super) enum Weights {
     /// Nowhere yet.
     Random,
+    /// Nowhere: the folder's do not fit the small model in its place.
+    Small,
     /// In this folder.
     Folder(String),
     /// In this folder, once an earlier stage has written it.
@@ -93,7 +95,7 @@ fn one(documents: &mut Documents<'_>, source: &ModelSource, places: &Places, smo
             let (document, json) = folder_model(documents, &folder, source.model.as_ref(), span, places)?;
             check_names(documents, &document, &given)?;
             let small = if smoke { smoke::small(documents, &document.model, &given) } else { None };
-            let weights = if small.is_some() { Weights::Random } else { Weights::Folder(name.clone()) };
+            let weights = if small.is_some() { Weights::Small } else { Weights::Folder(name.clone()) };
             let given = small.unwrap_or(given);
             let config = config::from_folder(&document.model, json, &given, &asked, &mut documents.errors)?;
             (document, config, weights)

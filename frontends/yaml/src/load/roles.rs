@@ -16,9 +16,10 @@ use crate::schema::{unknown_key, words};
 use super::declared::shown;
 use super::documents::{Documents, ScopedRecipe};
 use super::heads::{self, Trunk};
+use super::lora;
 use super::models::{Known, looks_like_path};
-use super::settings::{Decided, Layers, Provenance, TRAINING_RULES};
-use super::stage::{Surroundings, not_yet, role_named};
+use super::settings::{Decided, Layers, TRAINING_RULES};
+use super::stage::{Surroundings, role_named};
 
 /// A role with its model.
 pub(super) struct BoundRole {
@@ -273,11 +274,8 @@ pub(super) fn trainings(
         let by_ratio = layers.second_counts("warmup_steps", "warmup_ratio", &mut documents.errors);
         let lost = if by_ratio { "warmup_steps" } else { "warmup_ratio" };
         role.training.retain(|d| d.key != lost);
+        lora::settle(&mut role.training, &role.known.weights, &mut documents.errors);
         for decided in &role.training {
-            let lora = decided.key.starts_with("lora_") && decided.from != Provenance::Default;
-            if lora || (decided.key == "freeze" && !decided.words().is_empty()) {
-                documents.error(not_yet(&format!("`{}`", decided.key), decided.node.span));
-            }
             if decided.key == "adam_betas" && decided.floats().len() != 2 {
                 documents.error(
                     Diag::error(format!("found {} values for `adam_betas`, expected 2", decided.floats().len()))
@@ -315,5 +313,7 @@ pub(super) fn training(role: &BoundRole) -> Training {
             clamp: true,
         },
         max_grad_norm: find("max_grad_norm").float(),
+        freeze: find("freeze").patterns(),
+        lora: lora::lora(&role.training),
     }
 }

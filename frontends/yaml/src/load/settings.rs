@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use dsgc_ir::diag::{Diag, Span};
+use dsgc_ir::stage::Pattern;
 
 use crate::literal::{Constant, Literal, constant};
 use crate::node::{self, Node, Value};
@@ -128,10 +129,12 @@ pub(super) const TRAINING_RULES: &[Rule] = &[
     rule("no_decay", "[bias, norm.weight, ln_1.weight, ln_2.weight, ln_f.weight]", Range::Any),
     rule("max_grad_norm", "1.0", Range::Above(0.0)),
     rule("freeze", "[]", Range::Any),
-    rule("lora_r", "none", Range::Any),
-    rule("lora_alpha", "none", Range::Any),
-    rule("lora_dropout", "none", Range::Any),
+    rule("lora_r", "none", Range::AtLeast(1.0)),
+    // What these are without a value follows from `lora_r`.
+    rule("lora_alpha", "none", Range::Above(0.0)),
+    rule("lora_dropout", "none", Range::Share),
     rule("lora_target_modules", "none", Range::Any),
+    rule("lora_save", "none", Range::Any),
 ];
 
 /// Places that set something, from weak to strong.
@@ -251,6 +254,16 @@ impl Decided {
             Value::List(items) => items.iter().filter_map(|n| n.scalar()).map(|t| t.text.clone()).collect(),
             _ => self.node.scalar().map(|t| t.text.clone()).into_iter().collect(),
         }
+    }
+
+    /// The words with their places.
+    pub fn patterns(&self) -> Vec<Pattern> {
+        let nodes = match &self.node.value {
+            Value::List(items) => &items[..],
+            _ => std::slice::from_ref(&self.node),
+        };
+        let words = nodes.iter().filter_map(|node| Some((node.scalar()?, node.span)));
+        words.map(|(text, span)| Pattern { glob: text.text.clone(), span }).collect()
     }
 
     pub fn floats(&self) -> Vec<f64> {

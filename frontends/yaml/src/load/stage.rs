@@ -17,6 +17,7 @@ use super::data::BoundSource;
 use super::declared::{missing, typed};
 use super::documents::{Documents, ScopedRecipe};
 use super::graphs;
+use super::lora;
 use super::models::{Known, Weights};
 use super::plan::{Planned, Planning, SourceShape};
 use super::resolved;
@@ -62,6 +63,7 @@ pub(super) fn results(prepared: &Prepared, output_dir: &str) -> Vec<(String, Kno
                 true => (prepared.name.clone(), folder.clone()),
                 false => (format!("{}.{}", prepared.name, role.name), format!("{folder}/{}", role.name)),
             };
+            let folder = if lora::leaves_adapter_only(&role.training) { format!("{folder}/adapter") } else { folder };
             (name, Known { weights: Weights::Stage(folder), ..role.known.clone() })
         })
         .collect()
@@ -417,12 +419,14 @@ fn host_role(role: &BoundRole) -> Role {
         model: role.known.config.host.clone(),
         origin: match (&role.snapshot, &role.known.weights) {
             (Some(of), _) => Origin::Snapshot(of.clone()),
-            (None, Weights::Random) => Origin::Random,
+            (None, Weights::Random | Weights::Small) => Origin::Random,
             (None, Weights::Folder(folder)) => Origin::Folder(folder.clone()),
             (None, Weights::Stage(folder)) => Origin::Stage(folder.clone()),
         },
         init: crate::lower::init_graph(&role.name),
         trained: role.trained,
         tokenizer: role.known.tokenizer.as_ref().ok().map(|t| t.folder.clone()),
+        // The pass `adapt` says which.
+        shared: Vec::new(),
     }
 }

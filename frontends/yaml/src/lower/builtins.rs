@@ -120,6 +120,7 @@ pub const BUILTINS: &[Builtin] = &[
     special("reshape", &["x", "shape"], rules::reshape, "the same elements in the same order in another shape"),
     special("transpose", &["x", "order"], rules::transpose, "dims in another order: `transpose(x, [0, 2, 1])`"),
     special("concat", &["*x", "axis="], rules::concat, "one after the other along a dim; records member by member"),
+    special("dropout", &["x", "p"], rules::dropout, "x; where an update trains the model that calls it, elements are 0 with the probability p, and divided by 1 - p otherwise"),
     special("stop", &["x"], rules::stop, "x, but no gradient flows through"),
 
     special("embed", &["indices", "table"], layers::embed, "rows of a table by number"),

@@ -85,6 +85,9 @@ impl<'a> Lowering<'a> {
         let args = self.distribute(source, span, args)?;
         let before = self.errors.len();
         self.calls.push(identity);
+        // A function computes for the model that calls it.
+        let computing = home.role.or(self.computing);
+        let outer = std::mem::replace(&mut self.computing, computing);
         let mut scope = Scope::new(home);
         scope.prefix = prefix;
         let entered = self.arguments(&mut scope, source, args);
@@ -93,6 +96,7 @@ impl<'a> Lowering<'a> {
             self.out(&mut scope, &source.out)
         });
         self.calls.pop();
+        self.computing = outer;
         for error in &mut self.errors[before..] {
             // What is wrong inside depends on what was passed.
             let shown = error.labels.iter().any(|l| (l.span.source, l.span.line) == (span.source, span.line));

@@ -254,6 +254,8 @@ struct Lowering<'a> {
     asserted: Vec<Asserted>,
     /// The layer in hand.
     tag: Option<Tag>,
+    /// The role whose model is computed here.
+    computing: Option<usize>,
     /// The calls in hand, to tell those that never end.
     calls: Vec<String>,
     /// Whether calls have come to their limit: no more are made then.
@@ -277,6 +279,7 @@ impl<'a> Lowering<'a> {
             reads: BTreeMap::new(),
             asserted: Vec::new(),
             tag: None,
+            computing: None,
             calls: Vec::new(),
             exhausted: false,
         };

@@ -43,7 +43,9 @@ impl<'a> Lowering<'a> {
     pub fn models(&mut self) {
         for role in 0..self.roles.len() {
             let before = self.errors.len();
+            self.computing = Some(role);
             self.model(role);
+            self.computing = None;
             let below = self.roles[role].trunk.is_some_and(|(_, trunk)| self.roles[trunk].broken);
             self.roles[role].broken = below || self.errors.len() > before;
         }

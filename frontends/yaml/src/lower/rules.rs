@@ -526,3 +526,23 @@ pub(super) fn stop(low: Low<'_, '_>, call: &Call) -> R<Val> {
     let x = low.tensor(call.arg("x"))?;
     Ok(Val::Tensor(low.emit(call.span, Op::Stop {}, &[x])))
 }
+
+pub(super) fn dropout(low: Low<'_, '_>, call: &Call) -> R<Val> {
+    let (arg, share) = (call.arg("x"), call.arg("p"));
+    let x = low.tensor(arg)?;
+    let p = number(low, share)?;
+    if !(0.0..1.0).contains(&p) {
+        let diag = Diag::error(format!("found a dropout of {p}, expected at least 0 and less than 1"));
+        return low.fail(diag.label(share.span, ""));
+    }
+    let Some(role) = low.computing else {
+        let diag = Diag::error("found dropout outside of a model").label(call.span, "");
+        return low.fail(diag.help("it acts where an update trains the model that it is part of"));
+    };
+    if p == 0.0 {
+        return Ok(Val::Tensor(x));
+    }
+    // Its place in the graph tells its numbers from those of others.
+    let (role, stream) = (low.roles[role].name.clone(), low.graph.len() as u64);
+    low.op(call.span, Op::Dropout { p, role, stream }, &[(x, arg.span)]).map(Val::Tensor)
+}

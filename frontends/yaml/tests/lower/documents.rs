@@ -48,7 +48,8 @@ fn builtins_compute_what_they_say() {
     let tests = tests.unwrap_or_else(|e| panic!("{}", render(&e, &documents.sources, Look::Plain)));
     let wrong: Vec<String> = tests.iter().filter_map(wrong).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    for builtin in BUILTINS {
+    // Dropout belongs into a model, which these graphs are not: tests/adapt of the whole program has one.
+    for builtin in BUILTINS.iter().filter(|builtin| builtin.name != "dropout") {
         assert!(text.contains(&format!("{}(", builtin.name)), "no test calls `{}`", builtin.name);
     }
 }
