@@ -1,11 +1,13 @@
 //! Reports of a compiled stage. Every figure is computed by a stated formula; none is measured.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use dsgc_ir::cost::graph_cost;
 use dsgc_ir::stage::{CallSteps, Rows, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::verify::last_uses;
-use dsgc_ir::{Planned, Program, Region, StateKind};
+use dsgc_ir::{Class, Graph, Planned, Program, Region, StateKind};
+use dsgc_passes::Step;
 use serde_json::{Value, json};
 
 /// What became of one stage.
@@ -15,17 +17,55 @@ pub struct StageReport {
     /// Numbers in parameters: all, and those that are trained.
     parameters: (u64, u64),
     work: Work,
-    /// Per pass: ops of all graphs before and after.
-    passes: Vec<(&'static str, usize, usize)>,
+    passes: Vec<PassReport>,
     /// Per graph: ops, and bytes of its values.
     graphs: Vec<(String, usize, usize)>,
     /// Bytes of parameters and state, values, workspace.
     memory: [usize; 3],
 }
 
+/// What a pass made of a stage.
+pub struct PassReport {
+    name: &'static str,
+    before: Extent,
+    after: Extent,
+    /// What it matched, and how often.
+    matched: BTreeMap<String, usize>,
+}
+
+/// How large the graphs of a program are together.
+struct Extent {
+    ops: usize,
+    /// Ops that run a kernel.
+    kernels: usize,
+    /// Bytes that one run of each graph reads and writes, at the largest dims.
+    bytes: u64,
+}
+
+impl PassReport {
+    /// Reads the report off a pass that has run.
+    pub fn new(step: &Step) -> PassReport {
+        let matched = step.notes.matched.clone();
+        PassReport { name: step.pass.name, before: Extent::of(step.before), after: Extent::of(step.after), matched }
+    }
+}
+
+impl Extent {
+    fn of(program: &Program) -> Extent {
+        let kernels =
+            |g: &Graph| g.ops().filter(|(_, op)| !matches!(op.op.class(), Class::View | Class::State)).count();
+        let bytes = |g: &Graph| graph_cost(g, &g.upper_bounds()).map_or(0, |c| c.bytes);
+        Extent {
+            ops: program.graphs.iter().map(Graph::len).sum(),
+            kernels: program.graphs.iter().map(kernels).sum(),
+            bytes: program.graphs.iter().map(bytes).fold(0, u64::saturating_add),
+        }
+    }
+}
+
 impl StageReport {
     /// Reads the report off a planned program.
-    pub fn new(program: &Planned, passes: Vec<(&'static str, usize, usize)>) -> StageReport {
+    pub fn new(program: &Planned, passes: Vec<PassReport>) -> StageReport {
         let count = |trained_only: bool| {
             let params = program.states.iter().filter(|s| match s.kind {
                 StateKind::Param { trained } => trained || !trained_only,
@@ -68,7 +108,13 @@ impl StageReport {
         let passes: Vec<Value> = self
             .passes
             .iter()
-            .map(|(name, before, after)| json!({"pass": name, "ops_before": before, "ops_after": after}))
+            .map(|p| {
+                json!({
+                    "pass": p.name, "ops_before": p.before.ops, "ops_after": p.after.ops,
+                    "kernels_before": p.before.kernels, "kernels_after": p.after.kernels,
+                    "bytes_before": p.before.bytes, "bytes_after": p.after.bytes, "matched": p.matched,
+                })
+            })
             .collect();
         let graphs: Vec<Value> = self
             .graphs
@@ -107,9 +153,15 @@ impl fmt::Display for StageReport {
                 *flops as f64 / 1e9
             )?;
         }
-        writeln!(f, "  passes          ops before -> after")?;
-        for (name, before, after) in &self.passes {
-            writeln!(f, "    {name:<13} {before} -> {after}")?;
+        writeln!(f, "  passes          ops before -> after, kernels, bytes moved by all graphs at their largest")?;
+        for PassReport { name, before, after, matched } in &self.passes {
+            let (ops, kernels) =
+                (format!("{} -> {}", before.ops, after.ops), format!("{} -> {}", before.kernels, after.kernels));
+            let bytes = format!("{} -> {}", size(before.bytes as usize), size(after.bytes as usize));
+            writeln!(f, "    {name:<13} {ops:<14} {kernels:<14} {bytes}")?;
+            for (rule, times) in matched {
+                writeln!(f, "      {times:>4} x {rule}")?;
+            }
         }
         writeln!(f, "  graphs          ops, memory of values")?;
         for (name, ops, bytes) in &self.graphs {

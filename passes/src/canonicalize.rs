@@ -192,7 +192,7 @@ fn uses(graph: &Graph) -> Vec<usize> {
 }
 
 /// The number that every element of a value is, if it is a stretched constant.
-fn constant(graph: &Graph, value: Value) -> Option<f64> {
+pub(crate) fn constant(graph: &Graph, value: Value) -> Option<f64> {
     match graph.op(graph.def(value)?) {
         OpData { op: Op::Const { value, .. }, .. } => Some(*value),
         OpData { op: Op::Broadcast { .. } | Op::Reshape { .. }, args, .. } => constant(graph, args[0]),
@@ -200,33 +200,35 @@ fn constant(graph: &Graph, value: Value) -> Option<f64> {
     }
 }
 
-/// Whole numbers only: then f32 and f64 agree and folding is exact in both.
+/// Arithmetic on scalars whose values are known.
 fn scalar_arithmetic(graph: &Graph, op: &Op, args: &[Value]) -> Rewrite {
     let ty: &Type = graph.ty(args[0]);
     let numbers: Option<Vec<f64>> = args.iter().map(|&a| constant(graph, a)).collect();
-    let (Some(numbers), true) = (numbers, ty.is_scalar()) else {
-        return Rewrite::Keep;
-    };
-    let exact = |x: f64| x.fract() == 0.0 && x.abs() <= f64::from(1 << 24);
-    let result = match op {
-        Op::Neg {} => -numbers[0],
-        Op::Add {} => numbers[0] + numbers[1],
-        Op::Sub {} => numbers[0] - numbers[1],
-        Op::Mul {} => numbers[0] * numbers[1],
-        _ => return Rewrite::Keep,
-    };
-    let negative_zero = result == 0.0 && ty.dtype == DType::F32;
-    if numbers.iter().copied().all(exact) && exact(result) && !negative_zero {
-        fold(result, ty.dtype)
-    } else {
-        Rewrite::Keep
+    match numbers.filter(|_| ty.is_scalar()).and_then(|numbers| fold_scalar(op, &numbers, ty.dtype)) {
+        Some(result) => fold(result, ty.dtype),
+        None => Rewrite::Keep,
     }
 }
 
-fn cast(value: f64, dtype: DType) -> f64 {
+/// Arithmetic on known numbers; whole ones only: then f32 and f64 agree and folding is exact in both.
+pub(crate) fn fold_scalar(op: &Op, numbers: &[f64], dtype: DType) -> Option<f64> {
+    let exact = |x: f64| x.fract() == 0.0 && x.abs() <= f64::from(1 << 24);
+    let result = match (op, numbers) {
+        (Op::Neg {}, [x]) => -x,
+        (Op::Add {}, [a, b]) => a + b,
+        (Op::Sub {}, [a, b]) => a - b,
+        (Op::Mul {}, [a, b]) => a * b,
+        _ => return None,
+    };
+    let negative_zero = result == 0.0 && dtype == DType::F32;
+    (numbers.iter().copied().all(exact) && exact(result) && !negative_zero).then_some(result)
+}
+
+/// A known number as another type.
+pub(crate) fn cast(value: f64, dtype: DType) -> f64 {
     match dtype {
         DType::Bool => f64::from(u8::from(value != 0.0)),
-        DType::I32 => value.trunc(),
+        DType::I32 => f64::from(value as i32),
         DType::F32 | DType::Key => value,
     }
 }

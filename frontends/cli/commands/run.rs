@@ -21,7 +21,7 @@ pub fn run(args: &Args) -> Done {
     // All stages are compiled before the first one runs: an error of the last must not cost the time of the others.
     let mut stages = Vec::new();
     for program in &loaded.stages {
-        stages.push(plan(program, &loaded, device, &mut |_, _, _| {})?);
+        stages.push(plan(program, &loaded, device, false, &mut |_| {})?);
     }
     for planned in stages {
         let stage = planned.stage.clone();
