@@ -1,5 +1,5 @@
 //! Brings ops into one form: constants folded, casts, transposes, reshapes and broadcasts that do nothing removed,
-//! chains of them joined, slices of products taken before them, equal ops merged, dead ones dropped.
+//! chains of them joined, equal ops merged, dead ones dropped.
 //!
 //! ```text
 //! %a = transpose %x order=[1, 0]
@@ -12,8 +12,7 @@
 use std::collections::BTreeMap;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::infer::Contraction;
-use dsgc_ir::{Builder, Class, DType, Dim, Graph, Op, OpData, Phase, Program, Type, Value};
+use dsgc_ir::{Class, DType, Dim, Graph, Op, OpData, Phase, Program, Type, Value};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::rebuild::{Rebuild, without_dead_ops};
@@ -44,16 +43,8 @@ fn canonicalize(graph: &Graph, program: &Program) -> Graph {
     // phases would keep forward values alive until backward, which is for `rematerialize` to decide; across layers
     // it would make equal layers different.
     let mut seen: BTreeMap<(String, Vec<Value>, Phase, String), Vec<Value>> = BTreeMap::new();
-    let uses = uses(graph);
     for (_, op) in graph.ops() {
         let args: Vec<Value> = op.args.iter().map(|&a| rebuild.get(a)).collect();
-        if let Op::Slice { axis, .. } = op.op
-            && uses[op.args[0].0 as usize] == 1
-            && let Some(product) = slice_operand(&mut rebuild.new, op, args[0], axis)
-        {
-            rebuild.set(op.result(), product);
-            continue;
-        }
         let (new_op, new_args) = match rewrite(&rebuild.new, &op.op, &args, op) {
             Rewrite::Value(v) => {
                 rebuild.set(op.result(), v);
@@ -157,38 +148,6 @@ fn rewrite(new: &Graph, op: &Op, args: &[Value], old: &OpData) -> Rewrite {
         },
         _ => Rewrite::Keep,
     }
-}
-
-/// Slices an operand of a product instead of its result, which is then never computed whole.
-///
-/// ```text
-/// %y = contract %x, %w spec=btd,vd->btv        %a = slice %x axis=1 start=0 end=T-1
-/// %z = slice %y axis=1 start=0 end=T-1    =>   %z = contract %a, %w spec=btd,vd->btv
-/// ```
-fn slice_operand(new: &mut Graph, slice: &OpData, product: Value, axis: usize) -> Option<Value> {
-    let OpData { op: Op::Contract { spec }, args, site, .. } = new.op(new.def(product)?).clone() else {
-        return None;
-    };
-    let labels = Contraction::parse(&spec).expect("the verifier saw it");
-    let Op::Slice { start, end, .. } = &slice.op else { return None };
-    let mut sliced = args;
-    for (operand, side) in sliced.iter_mut().zip([&labels.lhs, &labels.rhs]) {
-        if let Some(axis) = side.iter().position(|l| *l == labels.out[axis]) {
-            let op = Op::Slice { axis, start: start.clone(), end: end.clone() };
-            *operand = Builder::new(new, slice.site.clone()).one(op, &[*operand]);
-        }
-    }
-    Some(Builder::new(new, site).one(Op::Contract { spec }, &sliced))
-}
-
-/// How often each value is used, as an operand or output.
-fn uses(graph: &Graph) -> Vec<usize> {
-    let mut uses = vec![0; graph.values().len()];
-    let outputs = graph.outputs.iter().map(|(_, v)| *v);
-    for value in graph.ops().flat_map(|(_, op)| op.args.iter().copied()).chain(outputs) {
-        uses[value.0 as usize] += 1;
-    }
-    uses
 }
 
 /// The number that every element of a value is, if it is a stretched constant.

@@ -18,6 +18,9 @@ const MOST_ROUNDS: usize = 24;
 /// Nodes of an e-graph, beyond which nothing is applied.
 const MOST_NODES: usize = 20_000;
 
+/// Ops within each other that a reader is shown.
+const MOST_DEPTH: usize = 8;
+
 /// Where an operand comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operand {
@@ -267,7 +270,8 @@ impl<'a> Proof<'a> {
             return format!("%{}", names.results[i]);
         }
         match self.found.nodes.iter().find(|(c, _)| *c == class) {
-            Some((_, node)) if depth < 8 => format!("({})", self.show(names, node, depth + 1)),
+            Some((_, node @ Node::Leaf(_))) => self.show(names, node, depth),
+            Some((_, node)) if depth < MOST_DEPTH => format!("({})", self.show(names, node, depth + 1)),
             _ => "..".into(),
         }
     }

@@ -74,7 +74,10 @@ impl Rewrite {
                 ENodeOrVar::ENode(Node::Attribute(text)) => Data::Attribute(text.clone()),
                 ENodeOrVar::ENode(Node::Op(name, children)) => {
                     let children: Vec<&Data> = children.iter().map(|&c| &data[usize::from(c)]).collect();
-                    value(name, &children).ok()?
+                    let made = value(name, &children).ok()?;
+                    // Division by a whole zero is an error, which must not come where it was not.
+                    (*name != "div" || made.ty().dtype.is_float()).then_some(())?;
+                    made
                 }
                 ENodeOrVar::ENode(Node::Leaf(_)) => unreachable!("bug: a pattern holds a value"),
             };

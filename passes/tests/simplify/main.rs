@@ -1,0 +1,5 @@
+//! The pass `simplify`: its rules one by one against the interpreter, and what it promises of programs.
+
+mod draw;
+mod programs;
+mod rules;
