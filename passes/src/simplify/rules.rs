@@ -7,8 +7,8 @@
 //! computes the attributes of the right side. A match whose right side has no type, or another one, is passed over.
 //!
 //! Each rule says what it does to numbers ([`Numerics`]), and each is run on random numbers in the tests. Rules whose sides have
-//! different gradients where both have one, such as `max(x, 0)` for `relu(x)` at 0, have no place here, because the pass
-//! also runs before `autodiff`.
+//! different gradients have no place here, because the pass also runs before `autodiff`: `max(x, 0)` for `relu(x)` differs
+//! at 0, and `where(c, sqrt(x), sqrt(1))` for `sqrt(where(c, x, 1))` has none where the choice guards it.
 
 use dsgc_ir::infer::Contraction;
 use dsgc_ir::{DType, Dim};
@@ -89,12 +89,6 @@ pub const RULES: &[Rule] = &[
         m.is("?x", 1.0)?;
         m.is("?y", 0.0)
     }),
-    exact("unary of choice", "(@unary (where ?c (broadcast ?s ?x) (broadcast ?s ?y)))",
-        "(where ?c (broadcast ?s (@unary ?x)) (broadcast ?s (@unary ?y)))", always),
-    exact("binary of choice and broadcast", "(@binary (where ?c (broadcast ?s ?x) (broadcast ?s ?y)) (broadcast ?s ?z))",
-        "(where ?c (broadcast ?s (@binary ?x ?z)) (broadcast ?s (@binary ?y ?z)))", always),
-    exact("binary of broadcast and choice", "(@binary (broadcast ?s ?z) (where ?c (broadcast ?s ?x) (broadcast ?s ?y)))",
-        "(where ?c (broadcast ?s (@binary ?z ?x)) (broadcast ?s (@binary ?z ?y)))", always),
 
     // Truth values.
     exact("not equal", "(not (eq ?x ?y))", "(ne ?x ?y)", always),

@@ -25,15 +25,17 @@ struct Want {
 struct Draw<'a> {
     rng: &'a mut Rng,
     pattern: &'a PatternAst<Node>,
+    /// Dims to choose from.
+    pool: &'a [Dim],
     vars: BTreeMap<Var, Id>,
     term: Term,
 }
 
-/// A random term that the pattern matches; `None` where what was drawn does not fit.
-pub fn term(pattern: &PatternAst<Node>, rng: &mut Rng) -> Option<Term> {
+/// A random term that the pattern matches, of values with these dims; `None` where what was drawn does not fit.
+pub fn term(pattern: &PatternAst<Node>, dims: &[Dim], rng: &mut Rng) -> Option<Term> {
     let term = Term { nodes: RecExpr::default(), data: vec![], leaves: vec![] };
     let dtype = rng.choose(&[DType::F32, DType::F32, DType::F32, DType::I32, DType::Bool]);
-    let mut draw = Draw { rng, pattern, vars: BTreeMap::new(), term };
+    let mut draw = Draw { rng, pattern, pool: dims, vars: BTreeMap::new(), term };
     let root = pattern.as_ref().len() - 1;
     draw.node(Id::from(root), Want { dtype: Some(dtype), dims: None })?;
     Some(draw.term)
@@ -73,7 +75,7 @@ impl Draw<'_> {
     }
 
     fn dim(&mut self) -> Dim {
-        self.rng.choose(&[Dim::from(1i64), Dim::from(2i64), Dim::from(3i64), Dim::symbol("B")])
+        self.rng.choose(self.pool)
     }
 
     fn some_dims(&mut self) -> Vec<Dim> {
