@@ -49,6 +49,9 @@ pub const PASS: Pass =
 /// The most ops of an e-graph. A layer has less, and extraction takes the square of it.
 const MOST_OPS: usize = 400;
 
+/// The largest extent of a symbol that is priced: with more, whole models would cost the largest number that there is.
+const MOST_EXTENT: i64 = 1 << 16;
+
 /// Runs the pass.
 pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
     let mut search = Search { rewrites: rewrites(context.numerics), explain: context.explain, found: BTreeMap::new() };
@@ -64,7 +67,7 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         }
         if context.explain {
             let equal = if found.times > 1 { format!(", and {} equal ones", found.times - 1) } else { String::new() };
-            context.changed(format!("{}{equal}\n{}", found.place, plan.changes));
+            context.changed(format!("{}{equal}\n{}", found.place, plan.changes.trim_end()));
         }
     }
     Ok(program)
@@ -150,7 +153,7 @@ impl<'a> Regions<'a> {
             Data::Value { constant: constant(graph, v).map(|c| cast(c, ty.dtype)), ty }
         };
         let roots = (0..ops.len()).filter(|&i| self.root[ops[i].0 as usize]).collect();
-        let bounds: Bindings = graph.upper_bounds();
+        let bounds: Bindings = graph.upper_bounds().into_iter().map(|(s, n)| (s, n.min(MOST_EXTENT))).collect();
         (Body { ops: body, leaves: leaves.iter().map(data).collect(), roots, bounds }, leaves)
     }
 

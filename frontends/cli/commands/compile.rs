@@ -54,7 +54,7 @@ pub fn run(args: &Args) -> Done {
             (Some(Emit::Plan), true) => {
                 all.push(serde_json::to_value(&planned.stage).expect("a stage is plain data"));
             }
-            (Some(Emit::Changes), false) => changes.iter().for_each(|text| say(text.trim_end())),
+            (Some(Emit::Changes), false) => changes.iter().for_each(say),
             (Some(Emit::Changes), true) => all.push(changes.into()),
             (Some(Emit::Memory), json) => {
                 let table = memory_table(&planned);

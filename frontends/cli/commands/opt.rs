@@ -69,7 +69,7 @@ pub fn run(args: &Args) -> Done {
     let program = run_passes(program, &names, &context)
         .map_err(|diags| Failure::from(diags.into_iter().map(without_places).collect::<Vec<_>>()))?;
     if args.explain {
-        context.take_notes().changes.iter().for_each(|text| say(text.trim_end()));
+        context.take_notes().changes.iter().for_each(say);
     } else {
         say(program.to_string().trim_end());
     }

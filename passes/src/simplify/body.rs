@@ -260,8 +260,9 @@ impl<'a> Proof<'a> {
         }
         let (op, operands) = op_and_operands(self.graph, node);
         let operands: Vec<String> = operands.iter().map(|&o| self.operand(names, o, depth)).collect();
-        let text = format!("{op} {}", operands.join(", "));
-        text.trim_end().to_string()
+        let attributes = op.attributes().into_iter().map(|(key, text)| format!("{key}={text}"));
+        let parts = [op.name().to_string(), operands.join(", ")].into_iter().chain(attributes);
+        parts.filter(|p| !p.is_empty()).collect::<Vec<_>>().join(" ")
     }
 
     fn operand(&self, names: &Names, id: Id, depth: usize) -> String {

@@ -15,8 +15,8 @@ use crate::draw::{Term, term};
 use crate::rules::{build, right_side};
 
 /// Terms with gradients that are compared for a rule, if so many are found in [`TRIES`].
-const DRAWS: usize = 20;
-const TRIES: usize = 3000;
+const DRAWS: usize = 12;
+const TRIES: usize = 1500;
 /// Largest difference, relative to the larger of the gradient and 1.
 const TOLERANCE: f64 = 1e-9;
 
