@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use dsgc_ir::cost::graph_cost;
+use dsgc_ir::cost::{graph_cost, live_bytes};
 use dsgc_ir::stage::{CallSteps, Rows, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::verify::last_uses;
 use dsgc_ir::{Class, Graph, Planned, Program, Region, StateKind};
@@ -40,6 +40,8 @@ struct Extent {
     kernels: usize,
     /// Bytes that one run of each graph reads and writes, at the largest dims.
     bytes: u64,
+    /// Bytes of the values that are needed at one time, of the graph that needs most.
+    live: u64,
 }
 
 impl PassReport {
@@ -55,10 +57,12 @@ impl Extent {
         let kernels =
             |g: &Graph| g.ops().filter(|(_, op)| !matches!(op.op.class(), Class::View | Class::State)).count();
         let bytes = |g: &Graph| graph_cost(g, &g.upper_bounds()).map_or(0, |c| c.bytes);
+        let live = |g: &Graph| live_bytes(g, &g.upper_bounds()).unwrap_or(0);
         Extent {
             ops: program.graphs.iter().map(Graph::len).sum(),
             kernels: program.graphs.iter().map(kernels).sum(),
             bytes: program.graphs.iter().map(bytes).fold(0, u64::saturating_add),
+            live: program.graphs.iter().map(live).max().unwrap_or(0),
         }
     }
 }
@@ -112,7 +116,8 @@ impl StageReport {
                 json!({
                     "pass": p.name, "ops_before": p.before.ops, "ops_after": p.after.ops,
                     "kernels_before": p.before.kernels, "kernels_after": p.after.kernels,
-                    "bytes_before": p.before.bytes, "bytes_after": p.after.bytes, "matched": p.matched,
+                    "bytes_before": p.before.bytes, "bytes_after": p.after.bytes,
+                    "live_bytes_before": p.before.live, "live_bytes_after": p.after.live, "matched": p.matched,
                 })
             })
             .collect();
@@ -153,12 +158,13 @@ impl fmt::Display for StageReport {
                 *flops as f64 / 1e9
             )?;
         }
-        writeln!(f, "  passes          ops before -> after, kernels, bytes moved by all graphs at their largest")?;
+        writeln!(f, "  passes          ops before -> after, kernels, bytes moved, most bytes live at once")?;
         for PassReport { name, before, after, matched } in &self.passes {
             let (ops, kernels) =
                 (format!("{} -> {}", before.ops, after.ops), format!("{} -> {}", before.kernels, after.kernels));
-            let bytes = format!("{} -> {}", size(before.bytes as usize), size(after.bytes as usize));
-            writeln!(f, "    {name:<13} {ops:<14} {kernels:<14} {bytes}")?;
+            let both = |before: u64, after: u64| format!("{} -> {}", size(before as usize), size(after as usize));
+            let (bytes, live) = (both(before.bytes, after.bytes), both(before.live, after.live));
+            writeln!(f, "    {name:<13} {ops:<14} {kernels:<14} {bytes:<24} {live}")?;
             for (rule, times) in matched {
                 writeln!(f, "      {times:>4} x {rule}")?;
             }

@@ -27,7 +27,7 @@ fn the_report_adds_up() {
         let names: Vec<&str> = passes.iter().filter_map(|p| p["pass"].as_str()).collect();
         has(&names.join(" "), &["infer", "canonicalize", "simplify", "autodiff", "plan_memory"]);
         for pair in passes.windows(2) {
-            for what in ["ops", "kernels", "bytes"] {
+            for what in ["ops", "kernels", "bytes", "live_bytes"] {
                 assert_eq!(pair[0][format!("{what}_after")], pair[1][format!("{what}_before")], "{what}");
             }
         }
@@ -45,6 +45,11 @@ fn the_report_adds_up() {
         assert!(memory("persistent") >= 12 * PARAMETERS, "{}", memory("persistent"));
         let largest = graphs.iter().filter_map(|g| g["value_bytes"].as_u64()).max().expect("a graph");
         assert!((largest..largest + 4096).contains(&memory("values")), "{largest} of {}", memory("values"));
+        // What lives at once is what the plan needs, but for gaps, and for what is written into its state in place.
+        let live = passes.last().expect("a pass")["live_bytes_after"].as_f64().expect("a number");
+        let planned = memory("values") as f64;
+        let most = planned + memory("persistent") as f64;
+        assert!((0.8 * planned..most).contains(&live), "{live} live, {planned} planned");
     }
     // Twice a product per parameter of a matrix and token forwards, twice that backwards; attention and the rest on top.
     let products = (640 * 16 + 2 * 8 * 16 * 16) as f64;
