@@ -89,6 +89,9 @@ struct Found {
     times: usize,
 }
 
+/// A phase of a layer, or of what is in none.
+type Layer<'a> = (Phase, Option<(&'a str, u32)>);
+
 /// The ops of a graph by e-graph.
 struct Regions<'a> {
     graph: &'a Graph,
@@ -101,14 +104,14 @@ struct Regions<'a> {
 
 impl<'a> Regions<'a> {
     fn new(graph: &'a Graph) -> Regions<'a> {
-        let mut numbers: BTreeMap<(Phase, Option<(&str, u32)>, usize), usize> = BTreeMap::new();
-        let mut sizes: BTreeMap<(Phase, Option<(&str, u32)>), usize> = BTreeMap::new();
+        let mut numbers: BTreeMap<(Layer, usize), usize> = BTreeMap::new();
+        let mut sizes: BTreeMap<Layer, usize> = BTreeMap::new();
         let mut regions: Vec<Vec<OpId>> = Vec::new();
         let mut of = vec![None; graph.len()];
         for (id, op) in graph.ops().filter(|(_, op)| is_known(&op.op, op.results().len())) {
-            let layer = op.site.tag.as_ref().map(|Tag { block, instance }| (&**block, *instance));
-            let size = sizes.entry((op.site.phase, layer)).or_default();
-            let region = *numbers.entry((op.site.phase, layer, *size / MOST_OPS)).or_insert(regions.len());
+            let layer = (op.site.phase, op.site.tag.as_ref().map(|Tag { block, instance }| (&**block, *instance)));
+            let size = sizes.entry(layer).or_default();
+            let region = *numbers.entry((layer, *size / MOST_OPS)).or_insert(regions.len());
             *size += 1;
             if region == regions.len() {
                 regions.push(Vec::new());
@@ -198,7 +201,6 @@ fn place(graph: &Graph, op: &OpData) -> String {
 /// A plan that is carried out for one region.
 struct Replay<'a> {
     graph: &'a Graph,
-    ops: &'a [OpId],
     plan: Rc<Plan>,
     leaves: Vec<Value>,
     /// For each op of the plan, how many ops of the old graph must have been passed for all its leaves to be there.
@@ -213,7 +215,7 @@ impl<'a> Replay<'a> {
     /// `None` if a root would need what comes after it. No rule of the table makes that, but nothing forbids one.
     fn new(
         regions: &'a Regions,
-        ops: &'a [OpId],
+        ops: &[OpId],
         plan: Rc<Plan>,
         leaves: Vec<Value>,
         roots: &[usize],
@@ -238,12 +240,11 @@ impl<'a> Replay<'a> {
             }
         }
         let pushed = vec![None; plan.ops.len()];
-        Some(Replay { graph, ops, plan, leaves, ready, heir_of, pushed })
+        Some(Replay { graph, plan, leaves, ready, heir_of, pushed })
     }
 
     /// Comes to an op of the old graph: pushes what has its value now, if the plan needs it and can have it here.
     fn reach(&mut self, rebuild: &mut Rebuild, id: OpId, local: usize, program: &Program) {
-        debug_assert_eq!(self.ops[local], id);
         let plan = Rc::clone(&self.plan);
         let result = self.graph.op(id).result();
         match plan.values[local] {

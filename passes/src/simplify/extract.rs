@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 use dsgc_ir::cost::time;
 use dsgc_ir::{Bindings, Type};
-use egg::Id;
+use egg::{Id, Language};
 
 use super::language::{Data, EGraph, Node, op_and_operands};
 
@@ -68,7 +68,6 @@ pub fn extract(graph: &EGraph, given: &[Id], roots: &[Id], bounds: &Bindings) ->
 
 /// The node with the classes that its operands have now.
 pub fn canonical(graph: &EGraph, node: &Node) -> Node {
-    use egg::Language;
     node.clone().map_children(|c| graph.find(c))
 }
 
