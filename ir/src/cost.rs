@@ -115,8 +115,8 @@ pub fn graph_time(graph: &Graph, bindings: &Bindings) -> Result<u64, Symbol> {
     })
 }
 
-/// The most bytes of values that a graph needs at one time, in its order and without reuse in place; an unbound symbol
-/// otherwise. What a plan needs is close to it.
+/// The most bytes of values that a graph needs at one time, in its order; an unbound symbol otherwise. What a plan needs
+/// is close to it: a plan has gaps, and knows of more reuse in place.
 pub fn live_bytes(graph: &Graph, bindings: &Bindings) -> Result<u64, Symbol> {
     let last = last_uses(graph);
     let mut dead_after: Vec<Vec<Value>> = vec![Vec::new(); graph.len() + 1];
@@ -136,10 +136,19 @@ pub fn live_bytes(graph: &Graph, bindings: &Bindings) -> Result<u64, Symbol> {
     }
     let mut most = live;
     for (id, op) in graph.ops() {
-        for result in op.results() {
-            live = live.saturating_add(bytes(result)?);
+        let in_place = op.op.in_place(op.args.len());
+        let mut shared = 0u64;
+        for (i, result) in op.results().enumerate() {
+            let own = bytes(result)?;
+            live = live.saturating_add(own);
+            for &(_, arg) in in_place.iter().filter(|pair| pair.0 == i) {
+                if last[op.args[arg].0 as usize] == id.0 && bytes(op.args[arg])? == own {
+                    shared = shared.saturating_add(own);
+                    break;
+                }
+            }
         }
-        most = most.max(live);
+        most = most.max(live.saturating_sub(shared));
         for &value in &dead_after[id.0 as usize] {
             live = live.saturating_sub(bytes(value)?);
         }
@@ -158,15 +167,16 @@ mod tests {
   dim B: 1..3
   %a = broadcast %x shape=[B, 4]
   %b = reshape %a shape=[4*B]
-  %c = exp %b
-  %d = reduce_sum %c axes=[0]
+  %c = cumsum %b axis=0 reverse=false
+  %n = neg %c
+  %d = reduce_sum %n axes=[0]
   %e = broadcast %d shape=[B, 4]
   return e=%e
 }
 ";
         let program = parse(text).unwrap_or_else(|e| panic!("{e}"));
         let graph = &program.graphs[0];
-        // %a, through its view, beside %c; %x is dead by then.
+        // %a, through its view, beside %c; %x is dead by then, and %n lies where %c lay.
         assert_eq!(live_bytes(graph, &graph.upper_bounds()), Ok(2 * 3 * 4 * 4));
         assert_eq!(live_bytes(graph, &Bindings::new()), Err("B".into()));
     }
