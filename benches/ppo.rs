@@ -123,7 +123,7 @@ fn main() {
     let mut program = loaded.stages.into_iter().next().expect("there is one stage");
     program.stage.output_dir = folder.path().join("out").display().to_string();
     let target = CpuTarget { threads };
-    let planned = dsgc_passes::compile(program, &PassContext { target: &target }, &mut |_, _, _| {})
+    let planned = dsgc_passes::compile(program, &PassContext::new(&target), &mut |_| {})
         .unwrap_or_else(|diags| panic!("{}", diags[0]));
     let arena = planned.arena.total() >> 20;
     let times = Times::default();

@@ -64,7 +64,7 @@ fn compile(threads: usize) -> Planned {
         .unwrap_or_else(|failed| panic!("{}", render(&failed.diags, &failed.sources, Look::Plain)));
     let target = CpuTarget { threads };
     let program = loaded.stages.into_iter().next().expect("there is one stage");
-    dsgc_passes::compile(program, &PassContext { target: &target }, &mut |_, _, _| {})
+    dsgc_passes::compile(program, &PassContext::new(&target), &mut |_| {})
         .unwrap_or_else(|diags| panic!("{}", diags[0]))
 }
 

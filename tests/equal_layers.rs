@@ -115,8 +115,8 @@ fn inner_layers_are_equal_after_every_pass() {
         check(&program, "lowering");
         let target = CpuTarget { threads: 2 };
         let mut passes = 0;
-        let planned = compile(program, &PassContext { target: &target }, &mut |pass, _, after| {
-            check(after, pass.name);
+        let planned = compile(program, &PassContext::new(&target), &mut |step| {
+            check(step.after, step.pass.name);
             passes += 1;
         })
         .unwrap_or_else(|e| panic!("{e:?}"));

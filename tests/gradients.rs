@@ -125,7 +125,7 @@ fn run(
 
 /// Gradients by the pass: the program with the step graph, whose first moments are the gradients.
 fn differentiated(setup: &Setup) -> Program {
-    let context = PassContext { target: &InterpTarget };
+    let context = PassContext::new(&InterpTarget);
     let mut program = setup.program.clone();
     for pass in [infer::PASS, autodiff::PASS] {
         program =
@@ -306,7 +306,7 @@ fn gradients_of_gradient_ops_are_errors() {
         ("a: f32[2, 3]", "%i: i32[2], %g: f32[2]", "  %y = token_logp_grad %a, %i, %g"),
     ] {
         let case = Case { op: "refused", params, inputs, lines: line, domain: Domain::Any };
-        let context = PassContext { target: &InterpTarget };
+        let context = PassContext::new(&InterpTarget);
         let errors = (autodiff::PASS.run)(program(&case), &context).expect_err(line);
         assert!(errors[0].message.contains("has no gradient"), "found `{}` for\n{line}", errors[0].message);
     }

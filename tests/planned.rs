@@ -10,7 +10,7 @@ use dsgc_passes::{PassContext, compile};
 
 fn plan(program: &Program, threads: usize) -> Planned {
     let target = CpuTarget { threads };
-    compile(program.clone(), &PassContext { target: &target }, &mut |_, _, _| {})
+    compile(program.clone(), &PassContext::new(&target), &mut |_| {})
         .unwrap_or_else(|diags| panic!("{diags:?}\n{program}"))
 }
 

@@ -71,7 +71,7 @@ impl Place {
 
     /// Opens a program in the interpreter, which computes in doubles.
     fn open(&self, program: Program, events: &mut Vec<Event>) -> Result<Session, Vec<Diag>> {
-        let planned: Planned = dsgc_passes::compile(program, &PassContext { target: &InterpTarget }, &mut |_, _, _| {})
+        let planned: Planned = dsgc_passes::compile(program, &PassContext::new(&InterpTarget), &mut |_| {})
             .unwrap_or_else(|e| panic!("{}", said(&e)));
         let device = Interp::planned(planned.clone(), Precision::F64);
         Session::open(planned, Box::new(device), &mut |event| {

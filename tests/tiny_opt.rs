@@ -55,7 +55,7 @@ fn program(rows: usize) -> Program {
     let options = Options { sets: vec![format!("stages.sft.micro_batch_size={rows}")], ..Options::default() };
     let loaded = load(Path::new("p.yaml"), &options, &Files).unwrap_or_else(|e| panic!("{:#?}", e.diags));
     let [stage] = loaded.stages.try_into().unwrap_or_else(|_| panic!("the pipeline has one stage"));
-    let context = PassContext { target: &InterpTarget };
+    let context = PassContext::new(&InterpTarget);
     run_passes(stage, &["infer", "adapt", "canonicalize", "autodiff", "canonicalize"], &context)
         .unwrap_or_else(|e| panic!("{e:#?}"))
 }

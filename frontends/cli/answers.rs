@@ -55,7 +55,7 @@ impl SamplingArgs {
         let mut program = model.generation(length, most, sampling)?;
         program.stage.seed = self.seed;
         let target = self.device.target();
-        let planned = dsgc_passes::compile(program, &PassContext { target: target.as_ref() }, &mut |_, _, _| {})?;
+        let planned = dsgc_passes::compile(program, &PassContext::new(target.as_ref()), &mut |_| {})?;
         let device = self.device.open(planned.clone())?;
         Ok(Generator::open(planned, device, folder)?)
     }

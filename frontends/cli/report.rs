@@ -1,11 +1,13 @@
 //! Reports of a compiled stage. Every figure is computed by a stated formula; none is measured.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
-use dsgc_ir::cost::graph_cost;
+use dsgc_ir::cost::{graph_cost, live_bytes};
 use dsgc_ir::stage::{CallSteps, Role, Rows, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::verify::last_uses;
-use dsgc_ir::{Planned, Program, Region, StateKind};
+use dsgc_ir::{Class, Graph, Planned, Program, Region, StateKind};
+use dsgc_passes::Step;
 use serde_json::{Value, json};
 
 /// What became of one stage.
@@ -16,8 +18,7 @@ pub struct StageReport {
     parameters: (u64, u64),
     roles: Vec<RoleSize>,
     work: Work,
-    /// Per pass: ops of all graphs before and after.
-    passes: Vec<(&'static str, usize, usize)>,
+    passes: Vec<PassReport>,
     /// Per graph: ops, and bytes of its values.
     graphs: Vec<(String, usize, usize)>,
     /// Bytes of parameters and state, values, workspace.
@@ -59,9 +60,52 @@ impl fmt::Display for RoleSize {
     }
 }
 
+/// What a pass made of a stage.
+pub struct PassReport {
+    name: &'static str,
+    before: Extent,
+    after: Extent,
+    /// What it matched, and how often.
+    matched: BTreeMap<String, usize>,
+}
+
+/// How large the graphs of a program are together.
+struct Extent {
+    ops: usize,
+    /// Ops that run a kernel.
+    kernels: usize,
+    /// Bytes that one run of each graph reads and writes, at the largest dims.
+    bytes: u64,
+    /// Bytes of the values that are needed at one time, of the graph that needs most.
+    live: u64,
+}
+
+impl PassReport {
+    /// Reads the report off a pass that has run.
+    pub fn new(step: &Step) -> PassReport {
+        let matched = step.notes.matched.clone();
+        PassReport { name: step.pass.name, before: Extent::of(step.before), after: Extent::of(step.after), matched }
+    }
+}
+
+impl Extent {
+    fn of(program: &Program) -> Extent {
+        let kernels =
+            |g: &Graph| g.ops().filter(|(_, op)| !matches!(op.op.class(), Class::View | Class::State)).count();
+        let bytes = |g: &Graph| graph_cost(g, &g.upper_bounds()).map_or(0, |c| c.bytes);
+        let live = |g: &Graph| live_bytes(g, &g.upper_bounds()).unwrap_or(0);
+        Extent {
+            ops: program.graphs.iter().map(Graph::len).sum(),
+            kernels: program.graphs.iter().map(kernels).sum(),
+            bytes: program.graphs.iter().map(bytes).fold(0, u64::saturating_add),
+            live: program.graphs.iter().map(live).max().unwrap_or(0),
+        }
+    }
+}
+
 impl StageReport {
     /// Reads the report off a planned program.
-    pub fn new(program: &Planned, passes: Vec<(&'static str, usize, usize)>) -> StageReport {
+    pub fn new(program: &Planned, passes: Vec<PassReport>) -> StageReport {
         let count = |trained_only: bool| {
             let params = program.states.iter().filter(|s| match s.kind {
                 StateKind::Param { trained } => trained || !trained_only,
@@ -105,7 +149,14 @@ impl StageReport {
         let passes: Vec<Value> = self
             .passes
             .iter()
-            .map(|(name, before, after)| json!({"pass": name, "ops_before": before, "ops_after": after}))
+            .map(|p| {
+                json!({
+                    "pass": p.name, "ops_before": p.before.ops, "ops_after": p.after.ops,
+                    "kernels_before": p.before.kernels, "kernels_after": p.after.kernels,
+                    "bytes_before": p.before.bytes, "bytes_after": p.after.bytes,
+                    "live_bytes_before": p.before.live, "live_bytes_after": p.after.live, "matched": p.matched,
+                })
+            })
             .collect();
         let graphs: Vec<Value> = self
             .graphs
@@ -153,9 +204,16 @@ impl fmt::Display for StageReport {
                 *flops as f64 / 1e9
             )?;
         }
-        writeln!(f, "  passes          ops before -> after")?;
-        for (name, before, after) in &self.passes {
-            writeln!(f, "    {name:<13} {before} -> {after}")?;
+        writeln!(f, "  passes          ops before -> after, kernels, bytes moved, most bytes live at once")?;
+        for PassReport { name, before, after, matched } in &self.passes {
+            let (ops, kernels) =
+                (format!("{} -> {}", before.ops, after.ops), format!("{} -> {}", before.kernels, after.kernels));
+            let both = |before: u64, after: u64| format!("{} -> {}", size(before as usize), size(after as usize));
+            let (bytes, live) = (both(before.bytes, after.bytes), both(before.live, after.live));
+            writeln!(f, "    {name:<13} {ops:<14} {kernels:<14} {bytes:<24} {live}")?;
+            for (rule, times) in matched {
+                writeln!(f, "      {times:>4} x {rule}")?;
+            }
         }
         writeln!(f, "  graphs          ops, memory of values")?;
         for (name, ops, bytes) in &self.graphs {

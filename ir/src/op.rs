@@ -61,8 +61,10 @@ pub struct Row {
 pub type AttributeText = Vec<(&'static str, String)>;
 
 /// A value that can stand as an attribute in the text form.
-trait Attribute: Sized {
+pub trait Attribute: Sized {
+    /// Writes it.
     fn show(&self) -> String;
+    /// Reads what [`Attribute::show`] wrote, or says what is wrong.
     fn read(text: &str) -> Result<Self, String>;
 }
 

@@ -1,5 +1,5 @@
 //! Brings ops into one form: constants folded, casts, transposes, reshapes and broadcasts that do nothing removed,
-//! chains of them joined, slices of products taken before them, equal ops merged, dead ones dropped.
+//! chains of them joined, equal ops merged, dead ones dropped.
 //!
 //! ```text
 //! %a = transpose %x order=[1, 0]
@@ -12,8 +12,7 @@
 use std::collections::BTreeMap;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::infer::Contraction;
-use dsgc_ir::{Builder, Class, DType, Dim, Graph, Op, OpData, Phase, Program, Type, Value};
+use dsgc_ir::{Class, DType, Dim, Graph, Op, OpData, Phase, Program, Type, Value};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::rebuild::{Rebuild, without_dead_ops};
@@ -44,16 +43,8 @@ fn canonicalize(graph: &Graph, program: &Program) -> Graph {
     // phases would keep forward values alive until backward, which is for `rematerialize` to decide; across layers
     // it would make equal layers different.
     let mut seen: BTreeMap<(String, Vec<Value>, Phase, String), Vec<Value>> = BTreeMap::new();
-    let uses = uses(graph);
     for (_, op) in graph.ops() {
         let args: Vec<Value> = op.args.iter().map(|&a| rebuild.get(a)).collect();
-        if let Op::Slice { axis, .. } = op.op
-            && uses[op.args[0].0 as usize] == 1
-            && let Some(product) = slice_operand(&mut rebuild.new, op, args[0], axis)
-        {
-            rebuild.set(op.result(), product);
-            continue;
-        }
         let (new_op, new_args) = match rewrite(&rebuild.new, &op.op, &args, op) {
             Rewrite::Value(v) => {
                 rebuild.set(op.result(), v);
@@ -159,40 +150,8 @@ fn rewrite(new: &Graph, op: &Op, args: &[Value], old: &OpData) -> Rewrite {
     }
 }
 
-/// Slices an operand of a product instead of its result, which is then never computed whole.
-///
-/// ```text
-/// %y = contract %x, %w spec=btd,vd->btv        %a = slice %x axis=1 start=0 end=T-1
-/// %z = slice %y axis=1 start=0 end=T-1    =>   %z = contract %a, %w spec=btd,vd->btv
-/// ```
-fn slice_operand(new: &mut Graph, slice: &OpData, product: Value, axis: usize) -> Option<Value> {
-    let OpData { op: Op::Contract { spec }, args, site, .. } = new.op(new.def(product)?).clone() else {
-        return None;
-    };
-    let labels = Contraction::parse(&spec).expect("the verifier saw it");
-    let Op::Slice { start, end, .. } = &slice.op else { return None };
-    let mut sliced = args;
-    for (operand, side) in sliced.iter_mut().zip([&labels.lhs, &labels.rhs]) {
-        if let Some(axis) = side.iter().position(|l| *l == labels.out[axis]) {
-            let op = Op::Slice { axis, start: start.clone(), end: end.clone() };
-            *operand = Builder::new(new, slice.site.clone()).one(op, &[*operand]);
-        }
-    }
-    Some(Builder::new(new, site).one(Op::Contract { spec }, &sliced))
-}
-
-/// How often each value is used, as an operand or output.
-fn uses(graph: &Graph) -> Vec<usize> {
-    let mut uses = vec![0; graph.values().len()];
-    let outputs = graph.outputs.iter().map(|(_, v)| *v);
-    for value in graph.ops().flat_map(|(_, op)| op.args.iter().copied()).chain(outputs) {
-        uses[value.0 as usize] += 1;
-    }
-    uses
-}
-
 /// The number that every element of a value is, if it is a stretched constant.
-fn constant(graph: &Graph, value: Value) -> Option<f64> {
+pub(crate) fn constant(graph: &Graph, value: Value) -> Option<f64> {
     match graph.op(graph.def(value)?) {
         OpData { op: Op::Const { value, .. }, .. } => Some(*value),
         OpData { op: Op::Broadcast { .. } | Op::Reshape { .. }, args, .. } => constant(graph, args[0]),
@@ -200,33 +159,35 @@ fn constant(graph: &Graph, value: Value) -> Option<f64> {
     }
 }
 
-/// Whole numbers only: then f32 and f64 agree and folding is exact in both.
+/// Arithmetic on scalars whose values are known.
 fn scalar_arithmetic(graph: &Graph, op: &Op, args: &[Value]) -> Rewrite {
     let ty: &Type = graph.ty(args[0]);
     let numbers: Option<Vec<f64>> = args.iter().map(|&a| constant(graph, a)).collect();
-    let (Some(numbers), true) = (numbers, ty.is_scalar()) else {
-        return Rewrite::Keep;
-    };
-    let exact = |x: f64| x.fract() == 0.0 && x.abs() <= f64::from(1 << 24);
-    let result = match op {
-        Op::Neg {} => -numbers[0],
-        Op::Add {} => numbers[0] + numbers[1],
-        Op::Sub {} => numbers[0] - numbers[1],
-        Op::Mul {} => numbers[0] * numbers[1],
-        _ => return Rewrite::Keep,
-    };
-    let negative_zero = result == 0.0 && ty.dtype == DType::F32;
-    if numbers.iter().copied().all(exact) && exact(result) && !negative_zero {
-        fold(result, ty.dtype)
-    } else {
-        Rewrite::Keep
+    match numbers.filter(|_| ty.is_scalar()).and_then(|numbers| fold_scalar(op, &numbers, ty.dtype)) {
+        Some(result) => fold(result, ty.dtype),
+        None => Rewrite::Keep,
     }
 }
 
-fn cast(value: f64, dtype: DType) -> f64 {
+/// Arithmetic on known numbers; whole ones only: then f32 and f64 agree and folding is exact in both.
+pub(crate) fn fold_scalar(op: &Op, numbers: &[f64], dtype: DType) -> Option<f64> {
+    let exact = |x: f64| x.fract() == 0.0 && x.abs() <= f64::from(1 << 24);
+    let result = match (op, numbers) {
+        (Op::Neg {}, [x]) => -x,
+        (Op::Add {}, [a, b]) => a + b,
+        (Op::Sub {}, [a, b]) => a - b,
+        (Op::Mul {}, [a, b]) => a * b,
+        _ => return None,
+    };
+    let negative_zero = result == 0.0 && dtype == DType::F32;
+    (numbers.iter().copied().all(exact) && exact(result) && !negative_zero).then_some(result)
+}
+
+/// A known number as another type.
+pub(crate) fn cast(value: f64, dtype: DType) -> f64 {
     match dtype {
         DType::Bool => f64::from(u8::from(value != 0.0)),
-        DType::I32 => value.trunc(),
+        DType::I32 => f64::from(value as i32),
         DType::F32 | DType::Key => value,
     }
 }

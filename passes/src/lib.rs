@@ -11,5 +11,6 @@ pub mod infer;
 mod pipeline;
 pub mod plan_memory;
 mod rebuild;
+pub mod simplify;
 
-pub use pipeline::{Fact, Numerics, PIPELINE, Pass, PassContext, compile, run_passes};
+pub use pipeline::{Fact, Notes, Numerics, Observer, PIPELINE, Pass, PassContext, Step, compile, run_passes};

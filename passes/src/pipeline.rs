@@ -1,10 +1,13 @@
 //! The order of the passes, and what each one promises.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
 use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
-use crate::{adapt, autodiff, canonicalize, decode, infer, plan_memory};
+use crate::{adapt, autodiff, canonicalize, decode, infer, plan_memory, simplify};
 
 /// What a program satisfies at a point of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,21 +24,59 @@ pub enum Fact {
     Planned,
 }
 
-/// Whether a pass changes numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Whether a pass changes numbers; later ones allow more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Numerics {
     /// Bitwise equal results.
     Exact,
-    /// Equal in exact arithmetic; sums may be taken in another order.
+    /// Equal in exact arithmetic; sums may be taken in another order, and a zero may have the other sign.
     Reassociating,
+    /// The same where every number is finite, also in between.
+    Finite,
     /// It computes what the user wants changed in the models; without such wishes, bitwise equal results.
     AsAsked,
 }
 
-/// What passes need besides the program.
+/// What passes need besides the program, and where they say what they did.
 pub struct PassContext<'a> {
     /// The device to plan for.
     pub target: &'a dyn Target,
+    /// The most that a pass with a choice may do to numbers.
+    pub numerics: Numerics,
+    /// Whether passes say of each change what it was and why.
+    pub explain: bool,
+    notes: RefCell<Notes>,
+}
+
+/// What a pass says of its work.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Notes {
+    /// What it matched, and how often.
+    pub matched: BTreeMap<String, usize>,
+    /// What it changed and why, in words, if [`PassContext::explain`] asks for it.
+    pub changes: Vec<String>,
+}
+
+impl<'a> PassContext<'a> {
+    /// For a device; exact, without explanations.
+    pub fn new(target: &'a dyn Target) -> PassContext<'a> {
+        PassContext { target, numerics: Numerics::Exact, explain: false, notes: RefCell::default() }
+    }
+
+    /// Says that something matched so many times.
+    pub fn matched(&self, what: &str, times: usize) {
+        *self.notes.borrow_mut().matched.entry(what.to_string()).or_default() += times;
+    }
+
+    /// Says what was changed and why.
+    pub fn changed(&self, text: String) {
+        self.notes.borrow_mut().changes.push(text);
+    }
+
+    /// What was said since this was asked last.
+    pub fn take_notes(&self) -> Notes {
+        self.notes.take()
+    }
 }
 
 /// A pass.
@@ -58,20 +99,35 @@ pub const PIPELINE: &[Pass] = &[
     adapt::PASS,
     canonicalize::PASS,
     decode::PASS,
+    // Before gradients: what is cut away here has none.
+    simplify::PASS,
     autodiff::PASS,
     canonicalize::PASS,
+    simplify::PASS,
     plan_memory::PASS,
 ];
 
-/// What is told of a pass that has run: the pass, and the program before and after it.
-pub type Observer<'a> = &'a mut dyn FnMut(&Pass, &Program, &Program);
+/// A pass that has run.
+pub struct Step<'a> {
+    /// The pass.
+    pub pass: &'a Pass,
+    /// The program before it.
+    pub before: &'a Program,
+    /// The program after it.
+    pub after: &'a Program,
+    /// What it said.
+    pub notes: Notes,
+}
+
+/// Is told of every pass that has run.
+pub type Observer<'a> = &'a mut dyn FnMut(&Step);
 
 /// Runs the pipeline. In debug builds the verifier runs after every pass.
 pub fn compile(program: Program, context: &PassContext, observe: Observer) -> Result<Planned, Vec<Diag>> {
     let mut program = program;
     for pass in PIPELINE {
         let next = run_one(pass, program.clone(), context)?;
-        observe(pass, &program, &next);
+        observe(&Step { pass, before: &program, after: &next, notes: context.take_notes() });
         program = next;
     }
     match Planned::new(program) {

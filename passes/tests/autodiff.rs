@@ -62,7 +62,7 @@ stage {{
 }
 
 fn differentiate(program: Program) -> Result<Program, String> {
-    let context = PassContext { target: &InterpTarget };
+    let context = PassContext::new(&InterpTarget);
     let mut program = program;
     for pass in [infer::PASS, canonicalize::PASS, autodiff::PASS, canonicalize::PASS] {
         program = (pass.run)(program, &context).map_err(|e| e[0].to_string())?;

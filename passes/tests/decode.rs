@@ -56,7 +56,7 @@ stage {{
 
 fn decoded(lines: &str) -> Result<Program, String> {
     let program = parse(&text(lines)).unwrap_or_else(|e| panic!("{e}"));
-    let context = PassContext { target: &InterpTarget };
+    let context = PassContext::new(&InterpTarget);
     run_passes(program, &["infer", "adapt", "canonicalize", "decode"], &context)
         .map_err(|diags| diags.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
 }

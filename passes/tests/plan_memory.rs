@@ -34,7 +34,7 @@ graph @step(%g: f32[B, 8]) {
 
 fn plan(text: &str, target: &dyn Target) -> Result<Program, Vec<Diag>> {
     let program = parse(text).unwrap_or_else(|e| panic!("{}", e.message));
-    plan_memory::run(program, &PassContext { target })
+    plan_memory::run(program, &PassContext::new(target))
 }
 
 fn run(mut device: Interp, program: &Program) -> (Vec<f64>, Vec<Vec<f64>>) {

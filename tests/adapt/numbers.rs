@@ -35,7 +35,7 @@ struct Step {
 
 impl Step {
     fn new(place: &Place, dropout: &str) -> Step {
-        let context = PassContext { target: &InterpTarget };
+        let context = PassContext::new(&InterpTarget);
         let passes = ["infer", "adapt", "canonicalize", "autodiff", "canonicalize"];
         let program = run_passes(program(place, &[&STILL[..], &[dropout]].concat()), &passes, &context)
             .unwrap_or_else(|e| panic!("{e:?}"));
@@ -149,8 +149,8 @@ fn micro_batches_change_no_number_of_lora() {
     let place = Place::new();
     let run = |micro: &str| {
         let sets = ["lora_r=2", "lora_dropout=0.3", "learning_rate=1e-2", "weight_decay=0.1", micro];
-        let context = PassContext { target: &InterpTarget };
-        let planned = compile(program(&place, &sets), &context, &mut |_, _, _| {}).unwrap_or_else(|e| panic!("{e:?}"));
+        let context = PassContext::new(&InterpTarget);
+        let planned = compile(program(&place, &sets), &context, &mut |_| {}).unwrap_or_else(|e| panic!("{e:?}"));
         let device = Box::new(Interp::planned(planned.clone(), Precision::F64));
         let mut session = Session::open(planned.clone(), device, &mut |_| Ok(())).unwrap_or_else(|e| panic!("{e:?}"));
         session.run(&mut |_| Ok(())).unwrap_or_else(|e| panic!("{e}"));

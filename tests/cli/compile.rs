@@ -25,10 +25,16 @@ fn the_report_adds_up() {
 
         let passes = stage["passes"].as_array().expect("passes");
         let names: Vec<&str> = passes.iter().filter_map(|p| p["pass"].as_str()).collect();
-        has(&names.join(" "), &["infer", "canonicalize", "autodiff", "plan_memory"]);
+        has(&names.join(" "), &["infer", "canonicalize", "simplify", "autodiff", "plan_memory"]);
         for pair in passes.windows(2) {
-            assert_eq!(pair[0]["ops_after"], pair[1]["ops_before"]);
+            for what in ["ops", "kernels", "bytes", "live_bytes"] {
+                assert_eq!(pair[0][format!("{what}_after")], pair[1][format!("{what}_before")], "{what}");
+            }
         }
+        // Scores of the last place are cut before the product with the vocabulary.
+        let simplify = passes.iter().find(|p| p["pass"] == "simplify").expect("it runs");
+        assert_eq!(simplify["matched"]["slice of row of product"], 1, "{simplify}");
+        assert!(simplify["bytes_after"].as_u64() < simplify["bytes_before"].as_u64(), "{simplify}");
         let graphs = stage["graphs"].as_array().expect("graphs");
         let ops: u64 = graphs.iter().filter_map(|g| g["ops"].as_u64()).sum();
         assert_eq!(passes.last().expect("a pass")["ops_after"], ops);
@@ -39,6 +45,11 @@ fn the_report_adds_up() {
         assert!(memory("persistent") >= 12 * PARAMETERS, "{}", memory("persistent"));
         let largest = graphs.iter().filter_map(|g| g["value_bytes"].as_u64()).max().expect("a graph");
         assert!((largest..largest + 4096).contains(&memory("values")), "{largest} of {}", memory("values"));
+        // What lives at once is what the plan needs, but for gaps, and for what is written into its state in place.
+        let live = passes.last().expect("a pass")["live_bytes_after"].as_f64().expect("a number");
+        let planned = memory("values") as f64;
+        let most = planned + memory("persistent") as f64;
+        assert!((0.8 * planned..most).contains(&live), "{live} live, {planned} planned");
     }
     // Twice a product per parameter of a matrix and token forwards, twice that backwards; attention and the rest on top.
     let products = (640 * 16 + 2 * 8 * 16 * 16) as f64;
@@ -75,6 +86,16 @@ fn the_planned_program_is_a_program() {
     dsgc_ir::verify::verify(&program).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(program.to_string().trim_end(), text.trim_end());
     assert_eq!(program.stage.name, "sft");
+}
+
+#[test]
+fn changes_are_told_with_their_rules() {
+    let place = Workplace::new();
+    let changes = place.out(&["compile", "pipeline.yaml", "--stage", "more", "--emit", "changes"]);
+    has(&changes, &["simplify: @", "forward", "  =>  contract (layer_norm (slice %", "by slice of row of product"]);
+    let listed = json(&place, &["--stage", "more", "--emit", "changes"]).remove(0);
+    let lines: Vec<&str> = listed.as_array().expect("a list").iter().filter_map(Value::as_str).collect();
+    assert_eq!(lines.join("\n").lines().count(), changes.trim_end().lines().count());
 }
 
 #[test]

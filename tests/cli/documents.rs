@@ -156,6 +156,24 @@ fn passes_run_on_programs_in_text() {
 }
 
 #[test]
+fn opt_says_what_it_changed_and_why() {
+    let place = Workplace::new();
+    place.write(
+        "g.dsg",
+        "graph @g(%x: f32[64, 64]) {\n  %a = log %x\n  %b = neg %a\n  %c = sub %x, %b\n  %d = sub %x, %x\n  return c=%c, d=%d\n}\n",
+    );
+    let opt = |more: &[&str]| place.out(&[&["opt", "g.dsg", "--passes", "infer,simplify"], more].concat());
+    has(&opt(&["--explain"]), &["@g forward", "%c = sub %x, %b  =>  add %x, %a   by subtract negated"]);
+    assert!(!opt(&["--explain"]).contains("%d"), "rules that are not exact are off");
+    has(&opt(&[]), &["%c = add %x, %a", "%d = sub %x, %x"]);
+    let finite = opt(&["--numerics", "finite", "--explain"]);
+    has(
+        &finite,
+        &["%d = sub %x, %x  =>  broadcast (const value=0.0 dtype=f32) shape=[64, 64]", "by difference of equals"],
+    );
+}
+
+#[test]
 fn opt_refuses_what_it_cannot_do() {
     let place = Workplace::new();
     place.write("g.dsg", PROGRAM);

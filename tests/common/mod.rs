@@ -14,7 +14,7 @@ const RUNS: u64 = 3;
 /// Runs a pass and checks what holds after every pass: it verifies, reads back, is the same when run again, and, if
 /// the pass is exact, has the values it had before.
 pub fn run(pass: &Pass, program: &Program) -> Result<Program, Vec<Diag>> {
-    let context = PassContext { target: &InterpTarget };
+    let context = PassContext::new(&InterpTarget);
     let after = (pass.run)(program.clone(), &context)?;
     let text = after.to_string();
     let what = format!("after `{}`:\n{text}\nwhich was:\n{program}", pass.name);

@@ -63,7 +63,7 @@ impl On {
 
     /// A device with the program in it.
     pub fn open(self, program: Program) -> (Planned, Box<dyn Device>) {
-        let compile = |target| dsgc_passes::compile(program, &PassContext { target }, &mut |_, _, _| {});
+        let compile = |target| dsgc_passes::compile(program, &PassContext::new(target), &mut |_| {});
         let planned = match self {
             On::Doubles => compile(&InterpTarget),
             On::Cpu(threads) => compile(&CpuTarget { threads }),

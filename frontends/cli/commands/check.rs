@@ -32,7 +32,7 @@ pub fn run(args: &Args) -> Done {
     let loaded = check(&args.file, &options, &Disk)?;
     show(&loaded.warnings, &loaded.sources);
     for program in &loaded.stages {
-        plan(program, &loaded, loaded.device.into(), &mut |_, _, _| {})?;
+        plan(program, &loaded, loaded.device.into(), false, &mut |_| {})?;
     }
     let failed: Vec<Diag> = loaded.tests.iter().filter_map(failure).collect();
     if !failed.is_empty() {

@@ -5,7 +5,7 @@ use dsgc_ir::diag::Diag;
 
 use super::{Done, PipelineArgs, plan};
 use crate::console::say;
-use crate::report::{StageReport, memory_table};
+use crate::report::{PassReport, StageReport, memory_table};
 
 /// Arguments of `dsgc compile`.
 #[derive(clap::Args)]
@@ -28,6 +28,8 @@ enum Emit {
     Plan,
     /// Where every value lies.
     Memory,
+    /// What passes have changed, and by which rules.
+    Changes,
 }
 
 /// Runs the command.
@@ -38,10 +40,11 @@ pub fn run(args: &Args) -> Done {
     let (loaded, device) = args.pipeline.open()?;
     let mut all = Vec::new();
     for program in &loaded.stages {
-        let mut passes = Vec::new();
-        let planned = plan(program, &loaded, device, &mut |pass, before, after| {
-            let ops = |p: &dsgc_ir::Program| p.graphs.iter().map(|g| g.len()).sum::<usize>();
-            passes.push((pass.name, ops(before), ops(after)));
+        let (mut passes, mut changes) = (Vec::new(), Vec::new());
+        let explain = args.emit == Some(Emit::Changes);
+        let planned = plan(program, &loaded, device, explain, &mut |step| {
+            passes.push(PassReport::new(step));
+            changes.extend(step.notes.changes.iter().map(|text| format!("{}: {text}", step.pass.name)));
         })?;
         match (args.emit, args.json) {
             (None, false) => say(StageReport::new(&planned, passes)),
@@ -51,6 +54,8 @@ pub fn run(args: &Args) -> Done {
             (Some(Emit::Plan), true) => {
                 all.push(serde_json::to_value(&planned.stage).expect("a stage is plain data"));
             }
+            (Some(Emit::Changes), false) => changes.iter().for_each(say),
+            (Some(Emit::Changes), true) => all.push(changes.into()),
             (Some(Emit::Memory), json) => {
                 let table = memory_table(&planned);
                 if json {

@@ -12,7 +12,7 @@ pub mod score;
 use std::path::PathBuf;
 
 use dsgc_ir::{Planned, Program};
-use dsgc_passes::{Pass, PassContext};
+use dsgc_passes::{Observer, PassContext};
 use dsgc_yaml::load::{Loaded, Options, load};
 
 use crate::console::{Failure, show};
@@ -53,14 +53,16 @@ impl PipelineArgs {
     }
 }
 
-/// Runs all passes on a stage's program.
+/// Runs all passes on a stage's program; if `explain`, they say of each change what it was.
 fn plan(
     program: &Program,
     loaded: &Loaded,
     device: DeviceName,
-    observe: &mut dyn FnMut(&Pass, &Program, &Program),
+    explain: bool,
+    observe: Observer,
 ) -> Result<Planned, Failure> {
     let target = device.target();
-    let context = PassContext { target: target.as_ref() };
+    let mut context = PassContext::new(target.as_ref());
+    context.explain = explain;
     dsgc_passes::compile(program.clone(), &context, observe).map_err(|e| Failure::new(e, &loaded.sources))
 }

@@ -61,7 +61,7 @@ fn train(loaded: &Loaded, device: DeviceName) -> Done {
     // All stages are compiled before the first one runs: an error of the last must not cost the time of the others.
     let mut stages = Vec::new();
     for program in &loaded.stages {
-        stages.push(plan(program, loaded, device, &mut |_, _, _| {})?);
+        stages.push(plan(program, loaded, device, false, &mut |_| {})?);
     }
     for planned in stages {
         let stage = planned.stage.clone();

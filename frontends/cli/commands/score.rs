@@ -71,8 +71,8 @@ pub fn run(args: &Args) -> Done {
     let length = texts.iter().map(|t| t.tokens.len()).max().unwrap_or(0).max(2);
     let program = FolderModel::open(&args.model, &Disk)?.score(1, length)?;
     let target = args.device.target();
-    let context = PassContext { target: target.as_ref() };
-    let planned = dsgc_passes::compile(program, &context, &mut |_, _, _| {})?;
+    let context = PassContext::new(target.as_ref());
+    let planned = dsgc_passes::compile(program, &context, &mut |_| {})?;
     let mut scorer = Scorer::open(planned.clone(), args.device.open(planned)?, &args.model)?;
     let wrong: Vec<Diag> = texts.iter().filter_map(|t| Some(scorer.check(&t.tokens).err()?.label(t.at, ""))).collect();
     if !wrong.is_empty() {
