@@ -59,8 +59,9 @@ pub fn cost(graph: &Graph, op: &OpData, bindings: &Bindings) -> Result<Cost, Sym
         (Op::TokenLogp {} | Op::TokenLogpGrad {}, _) => 3 * len(op.args[0])?,
         (Op::EmbedGrad { .. }, _) => len(op.args[1])?,
         (Op::Adamw { .. }, _) => 14 * out,
+        (Op::Fused { body, .. }, _) => body.work() as u64 * out,
         (_, Class::Reduction) => len(op.args[0])?,
-        (_, Class::Elementwise | Class::Composite | Class::Random) => out,
+        (_, Class::Elementwise | Class::Composite | Class::Fused | Class::Random) => out,
         (_, Class::Structure | Class::View | Class::State | Class::Contraction | Class::Update) => 0,
     };
     let bytes = match op.op.class() {

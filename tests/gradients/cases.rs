@@ -133,6 +133,7 @@ pub const WITHOUT: &[(&str, &str)] = &[
     ("random_normal", "no float operand"),
     ("random_uniform", "no float operand"),
     ("sample", "no slope"),
+    ("fused", "made by fuse, after autodiff"),
     ("cached_attention", "made by decode, for graphs that are not trained"),
     ("rms_norm_grad", "made by autodiff only"),
     ("embed_grad", "made by autodiff only"),
