@@ -87,6 +87,17 @@ fn assert_near(found: &Tensor, expected: &Tensor, terms: usize, what: &str) {
     }
 }
 
+/// Whether no element of a tensor is farther from the exact one than twice what single precision cost the interpreter.
+fn strays_alike(found: &Tensor, single: &Tensor, exact: &Tensor) -> bool {
+    if found.dtype() != DType::F32 || found.shape != exact.shape {
+        return false;
+    }
+    let error =
+        |x: &Tensor| x.to_f64().iter().zip(exact.to_f64()).fold(0.0, |most: f64, (a, b)| most.max((a - b).abs()));
+    let all_finite = found.to_f64().iter().chain(&exact.to_f64()).all(|x| x.is_finite());
+    all_finite && error(found) <= 2.0 * error(single)
+}
+
 #[test]
 fn random_programs_compute_what_the_interpreter_computes() {
     let mut programs = 0;
@@ -95,14 +106,19 @@ fn random_programs_compute_what_the_interpreter_computes() {
         let Ok(planned) = try_plan(&program, 2) else { continue };
         programs += 1;
         let oracle = run(Interp::new(program.clone(), Precision::F32), &program, seed);
+        let exact = run(Interp::new(program.clone(), Precision::F64), &program, seed);
         let found = run(Cpu::new(planned, 2), &program, seed);
-        match (&found, &oracle) {
-            (Ok(found), Ok(oracle)) => {
-                for (i, (a, b)) in found.iter().zip(oracle).enumerate() {
-                    assert_near(a, b, 0, &format!("seed {seed}, result {i} of\n{program}"));
+        match (&found, &oracle, &exact) {
+            (Ok(found), Ok(oracle), Ok(exact)) => {
+                for (i, ((a, b), exact)) in found.iter().zip(oracle).zip(exact).enumerate() {
+                    // Some programs lose digits, such as norms of nearly equal numbers: all of single precision then
+                    // strays as far as the interpreter's does.
+                    if !strays_alike(a, b, exact) {
+                        assert_near(a, b, 0, &format!("seed {seed}, result {i} of\n{program}"));
+                    }
                 }
             }
-            (found, oracle) => assert_eq!(found.is_err(), oracle.is_err(), "seed {seed}: {found:?} and {oracle:?}"),
+            (found, oracle, _) => assert_eq!(found.is_err(), oracle.is_err(), "seed {seed}: {found:?} and {oracle:?}"),
         }
     }
     assert!(programs > 150, "only {programs} programs can be planned");
