@@ -192,7 +192,7 @@ fn uses(graph: &Graph) -> Vec<usize> {
 }
 
 /// The number that every element of a value is, if it is a stretched constant.
-fn constant(graph: &Graph, value: Value) -> Option<f64> {
+pub(crate) fn constant(graph: &Graph, value: Value) -> Option<f64> {
     match graph.op(graph.def(value)?) {
         OpData { op: Op::Const { value, .. }, .. } => Some(*value),
         OpData { op: Op::Broadcast { .. } | Op::Reshape { .. }, args, .. } => constant(graph, args[0]),

@@ -4,7 +4,7 @@ use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
-use crate::{autodiff, canonicalize, decode, infer, plan_memory};
+use crate::{autodiff, canonicalize, decode, fuse, infer, plan_memory};
 
 /// What a program satisfies at a point of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -50,7 +50,7 @@ pub struct Pass {
 
 /// Every pass in the order it runs. Read this first.
 pub const PIPELINE: &[Pass] =
-    &[infer::PASS, canonicalize::PASS, decode::PASS, autodiff::PASS, canonicalize::PASS, plan_memory::PASS];
+    &[infer::PASS, canonicalize::PASS, decode::PASS, autodiff::PASS, canonicalize::PASS, fuse::PASS, plan_memory::PASS];
 
 /// What is told of a pass that has run: the pass, and the program before and after it.
 pub type Observer<'a> = &'a mut dyn FnMut(&Pass, &Program, &Program);

@@ -60,10 +60,7 @@ impl Target for CpuTarget {
                 reduce::workspace(shape(0).iter().product())
             }
             Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),
-            Op::Fused { body, .. } => {
-                let operands: Vec<DType> = args.iter().map(|a| a.dtype).collect();
-                fused::workspace(body, &operands, self.threads)
-            }
+            Op::Fused { shape, body } => fused::workspace(shape, body, args, self.threads),
             Op::CachedAttention { .. } => cached::workspace(&shape(0), &shape(1), self.threads),
             Op::Attention { .. } => attention::workspace(&shape(0), false, self.threads),
             Op::AttentionGrad { .. } => attention::workspace(&shape(0), true, self.threads),

@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use dsgc_ir::{Body, DType, Graph, Op, OpData};
+use dsgc_ir::{Body, DType, Dim, Graph, Op, OpData, Type};
 
 use super::Launch;
 use super::elementwise::{Row, row};
@@ -63,15 +63,18 @@ pub fn compile_time() -> CompileTime {
     CACHE.lock().unwrap_or_else(PoisonError::into_inner).time
 }
 
-/// Bytes of workspace that a region needs.
-pub(super) fn workspace(body: &Body, operands: &[DType], threads: usize) -> usize {
-    per_thread(&Plan::new(body, operands, jit::available())) * threads.max(1)
+/// Bytes of workspace that a region of these dims needs.
+pub(super) fn workspace(shape: &[Dim], body: &Body, args: &[Type], threads: usize) -> usize {
+    let operands: Vec<DType> = args.iter().map(|a| a.dtype).collect();
+    let plan = Plan::new(body, &operands, jit::available());
+    (plan.buffers + may_stretch(shape, args).into_iter().filter(|&may| may).count()) * BLOCK_BYTES * threads.max(1)
 }
 
-/// A block per buffer, and one per operand that may have to be stretched.
-fn per_thread(plan: &Plan) -> usize {
-    let operands = plan.homes.iter().filter(|&&h| h == Home::Operand).count();
-    (plan.buffers + operands) * BLOCK_BYTES
+/// Which operands may stay in place along a row of the region and then need a buffer: all that are not as large as the
+/// region, but for those that surely have its last dim.
+fn may_stretch(shape: &[Dim], args: &[Type]) -> Vec<bool> {
+    let last = shape.last().filter(|d| d.constant().is_some_and(|n| n > 1));
+    args.iter().map(|arg| arg.dims != shape && (last.is_none() || arg.dims.last() != last)).collect()
 }
 
 fn operand_types(graph: &Graph, op: &OpData) -> Vec<DType> {
@@ -195,8 +198,18 @@ pub(super) fn run(l: &mut Launch, region: &Region) {
     if rows == 0 || space.inner == 0 {
         return;
     }
+    let types: Vec<Type> = l.op.args.iter().map(|&a| l.graph.ty(a).clone()).collect();
+    let dims = &l.graph.ty(l.op.results().next().expect("a region has a result")).dims;
+    let mut buffers = region.plan.buffers;
+    let stretched = may_stretch(dims, &types).into_iter().map(|may| {
+        buffers += usize::from(may);
+        may.then(|| buffers - 1)
+    });
+    let stretched = stretched.collect();
     let run = Run {
         region,
+        stretched,
+        part: buffers * BLOCK_BYTES,
         operands: (0..operands.len()).map(|i| l.arg(i)).collect(),
         results: (0..region.body.results().len()).map(|i| l.out(i)).collect(),
         workspace: l.workspace(),
@@ -219,7 +232,11 @@ struct Run<'a> {
     space: Space,
     operands: Vec<Ptr<u8>>,
     results: Vec<Ptr<u8>>,
+    /// Per operand, the buffer in which it is stretched where it stays in place along a row.
+    stretched: Vec<Option<usize>>,
     workspace: Ptr<u8>,
+    /// Bytes of a thread's part of the workspace.
+    part: usize,
     /// Blocks of a row.
     blocks: usize,
 }
@@ -229,7 +246,7 @@ impl Run<'_> {
     fn units(&self, range: Range<usize>, thread: usize) {
         let plan = &self.region.plan;
         // SAFETY: the workspace is as large as `workspace` says, which is a part per thread.
-        let buffer = |i: usize| unsafe { self.workspace.add(thread * per_thread(plan) + i * BLOCK_BYTES) };
+        let buffer = |i: usize| unsafe { self.workspace.add(thread * self.part + i * BLOCK_BYTES) };
         let mut places: Vec<*mut u8> = vec![std::ptr::null_mut(); plan.homes.len()];
         for (value, home) in plan.homes.iter().enumerate() {
             if let Home::Buffer(i) = home {
@@ -252,8 +269,9 @@ impl Run<'_> {
                     if self.space.runs[i] {
                         places[i] = operand.add((at + from) * width).0;
                     } else if row != now {
-                        places[i] = buffer(plan.buffers + i).0;
-                        stretch(operand.add(at * width), buffer(plan.buffers + i), width, self.space.inner.min(BLOCK));
+                        let to = buffer(self.stretched[i].expect("the operand may be stretched"));
+                        places[i] = to.0;
+                        stretch(operand.add(at * width), to, width, self.space.inner.min(BLOCK));
                     }
                 }
             }
