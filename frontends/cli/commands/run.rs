@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use dsgc_kernels::cpu::compile_time;
 use dsgc_runtime::{MetricsFile, Session};
 
 use super::{Done, PipelineArgs, plan};
@@ -27,7 +28,9 @@ pub fn run(args: &Args) -> Done {
         let stage = planned.stage.clone();
         let fail = |diags| Failure::new(diags, &loaded.sources);
         let mut progress = Progress::new(&stage);
+        let before = compile_time();
         let opened = device.open(planned.clone())?;
+        progress.compiled(compile_time() - before);
         let mut session = Session::open(planned, opened, &mut |event| {
             progress.show(event);
             Ok(())

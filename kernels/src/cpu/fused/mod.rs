@@ -50,6 +50,13 @@ pub struct CompileTime {
     pub spent: Duration,
 }
 
+impl std::ops::Sub for CompileTime {
+    type Output = CompileTime;
+    fn sub(self, before: CompileTime) -> CompileTime {
+        CompileTime { regions: self.regions - before.regions, spent: self.spent - before.spent }
+    }
+}
+
 struct Cache {
     regions: BTreeMap<String, Arc<Region>>,
     time: CompileTime,
