@@ -146,12 +146,7 @@ impl<'a> Regions<'a> {
             return false;
         }
         let end = *members.last().expect("a region has an op");
-        let inside = |op: OpId| {
-            self.graph.len() > op.0 as usize && {
-                let region = self.region[op.0 as usize];
-                region == Some(older) || region == Some(own)
-            }
-        };
+        let inside = |op: OpId| self.in_region(op, older) || self.in_region(op, own);
         let values: Vec<Value> = members.iter().flat_map(|&m| self.graph.op(m).results()).collect();
         let needed_between = values.iter().any(|v| self.users[v.0 as usize].iter().any(|&u| u < at && !inside(u)));
         if needed_between {
@@ -169,12 +164,11 @@ impl<'a> Regions<'a> {
         let here = self.operands(&self.members[own]);
         let waits =
             |v: &&Value| self.last[root(self.graph, **v).0 as usize] < at.0 && !self.is_state(**v) && !here.contains(v);
-        let kept: usize = operands.iter().filter(waits).map(|&v| self.bytes(v)).sum();
-        let freed: usize = values
-            .iter()
-            .filter(|v| self.users[v.0 as usize].iter().any(|&u| u >= at || self.in_region(u, own)))
-            .map(|&v| self.bytes(v))
-            .sum();
+        let all_bytes = |values: &[Value], counts: &dyn Fn(&&Value) -> bool| {
+            values.iter().filter(counts).fold(0usize, |sum, &v| sum.saturating_add(self.bytes(v)))
+        };
+        let waited_for = |v: &&Value| self.users[v.0 as usize].iter().any(|&u| u >= at || self.in_region(u, own));
+        let (kept, freed) = (all_bytes(&operands, &waits), all_bytes(&values, &waited_for));
         kept <= freed
     }
 
@@ -187,6 +181,7 @@ impl<'a> Regions<'a> {
         &self.graph.ty(self.graph.op(op).result()).dims
     }
 
+    /// Bytes of a value; a program that no memory holds is refused later.
     fn bytes(&self, value: Value) -> usize {
         self.graph.ty(value).bytes(&self.bounds).expect("the verifier saw that every dim is declared")
     }
