@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use dsgc_ir::Program;
+use dsgc_ir::cost::graph_cost;
 use dsgc_ir::fuzz::random_program;
 use dsgc_passes::{Fact, Numerics, PIPELINE};
 
@@ -50,4 +52,25 @@ fn exact_passes_keep_every_bit_of_random_programs() {
             program = next;
         }
     }
+}
+
+#[test]
+fn fusing_moves_fewer_bytes() {
+    let mut saved = 0;
+    for seed in 0..200 {
+        let mut program = random_program(300 + seed, 30);
+        for pass in PIPELINE.iter().filter(|pass| pass.name != "plan_memory") {
+            let before = program.clone();
+            program = common::run(pass, &program).unwrap_or_else(|e| panic!("seed {seed}, `{}`: {}", pass.name, e[0]));
+            if pass.name == "fuse" {
+                let bytes = |p: &Program| -> u64 {
+                    p.graphs.iter().map(|g| graph_cost(g, &g.upper_bounds()).map_or(0, |cost| cost.bytes)).sum()
+                };
+                let (before, after) = (bytes(&before), bytes(&program));
+                assert!(after <= before, "seed {seed}: {before} bytes became {after} in\n{program}");
+                saved += before - after;
+            }
+        }
+    }
+    assert!(saved > 0);
 }

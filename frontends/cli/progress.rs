@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use dsgc_ir::stage::Stage;
+use dsgc_kernels::cpu::CompileTime;
 use dsgc_runtime::data::DataReport;
 use dsgc_runtime::{Event, Metrics};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
@@ -43,6 +44,13 @@ impl Progress {
             progress.line(format!("`{}`: config.json has keys that are kept and not used: {unused}", role.name));
         }
         progress
+    }
+
+    /// Shows what the device compiled for the stage, if it did.
+    pub fn compiled(&self, new: CompileTime) {
+        if new.regions > 0 {
+            self.line(format!("compiled {} fused regions in {:.3} s", new.regions, new.spent.as_secs_f64()));
+        }
     }
 
     /// Shows an event.

@@ -72,8 +72,9 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
         (Op::TokenLogp {} | Op::TokenLogpGrad {}, _) => len(args[0])?.saturating_mul(3),
         (Op::EmbedGrad { .. }, _) => len(args[1])?,
         (Op::Adamw { .. }, _) => times(14),
+        (Op::Fused { body, .. }, _) => times(body.work() as u64),
         (_, Class::Reduction) => len(args[0])?,
-        (_, Class::Elementwise | Class::Composite | Class::Random) => out,
+        (_, Class::Elementwise | Class::Composite | Class::Fused | Class::Random) => out,
         (_, Class::Structure | Class::View | Class::State | Class::Contraction | Class::Update) => 0,
     };
     let bytes = match op.class() {

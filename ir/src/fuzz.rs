@@ -12,6 +12,8 @@ use crate::program::{Program, StateKind};
 use crate::tensor::{Data, Tensor};
 use crate::types::{DType, Type};
 
+mod region;
+
 /// Elements of the largest value: enough for every structure, small enough for thousands of graphs a second.
 const MOST_ELEMENTS: i64 = 512;
 
@@ -329,6 +331,7 @@ impl<'a> Draw<'a> {
                 let condition = self.value_of(&self.ty(a).with(DType::Bool));
                 self.push(Op::Where {}, &[condition, a, b]);
             }
+            "fused" => self.fused(),
             "contract" => self.contract(),
             "reduce_sum" | "reduce_max" | "reduce_min" => {
                 let x = self.number();
@@ -495,6 +498,24 @@ impl<'a> Draw<'a> {
         if self.bindings.iter().all(fits) {
             self.push(Op::Slice { axis, start, end }, &[x]);
         }
+    }
+
+    /// A region on an operand of its dims and others that stretch to them.
+    fn fused(&mut self) {
+        let x = self.number_or_truth();
+        let shape = self.ty(x).dims;
+        let mut args = vec![x];
+        for _ in 0..self.rng.below(3) {
+            let kept = self.rng.below(shape.len() + 1);
+            let dtype = self.rng.choose(&[DType::F32, DType::F32, DType::I32, DType::Bool]);
+            let arg = self.value_of(&Type::new(dtype, &shape[kept..]));
+            if !args.contains(&arg) {
+                args.push(arg);
+            }
+        }
+        let dtypes: Vec<DType> = args.iter().map(|&a| self.ty(a).dtype).collect();
+        let body = region::random_body(self.rng, &dtypes);
+        self.push(Op::Fused { shape, body }, &args);
     }
 
     fn contract(&mut self) {
@@ -767,7 +788,7 @@ impl<'a> Draw<'a> {
     fn site(&mut self) -> Site {
         let tag = Tag { block: "model.decoder.layers".into(), instance: self.rng.below(2) as u32 };
         let span = Span { source: 0, line: self.rng.below(9) as u32, column: 1 + self.rng.below(9) as u32, len: 1 };
-        let reason = self.rng.choose(&[Reason::Written, Reason::Grad, Reason::Update]);
+        let reason = self.rng.choose(&[Reason::Written, Reason::Grad, Reason::Update, Reason::Fused]);
         // A reason is of a place; without one there is none.
         let loc = if span.is_some() { Loc { span, reason } } else { Loc::default() };
         Site {

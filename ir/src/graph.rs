@@ -59,6 +59,8 @@ pub enum Reason {
     Grad,
     /// It belongs to the optimizer of a parameter declared there.
     Update,
+    /// It computes what stands there together with what stands elsewhere.
+    Fused,
 }
 
 /// The place in a user's file that an op comes from.

@@ -133,6 +133,14 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             same(&args[0], &args[1].with(DType::Bool))?;
             one(args[1].clone())
         }
+        Op::Fused { shape, body } => {
+            for arg in args {
+                broadcasts(&arg.dims, shape)?;
+            }
+            let operands: Vec<DType> = args.iter().map(|a| a.dtype).collect();
+            let all = body.dtypes(&operands)?;
+            Ok(body.results().iter().map(|&r| Type::new(all[r], shape.clone())).collect())
+        }
         Op::Contract { spec } => {
             let labels = Contraction::parse(spec)?;
             one(labels.result(float(op, &args[0])?, float(op, &args[1])?)?)

@@ -12,7 +12,8 @@
 //! when it is launched. Shapes never depend on data: lengths are values and masks, capacity is a dim.
 //!
 //! The ops are the rows of one table ([`op`]); [`mod@infer`] gives their result types, the interpreter their
-//! meaning. Broadcasting is explicit ([`Op::Broadcast`]): elementwise ops take operands of one type.
+//! meaning. Broadcasting is explicit ([`Op::Broadcast`]): elementwise ops take operands of one type. Late in the
+//! pipeline elementwise ops are joined to regions ([`Op::Fused`]), whose meaning is that of the ops in their [`Body`].
 //!
 //! # State
 //!
@@ -36,6 +37,7 @@
 //! One IR, a stricter verifier each time: *logical* is what frontends make and most passes rewrite; *planned* has a
 //! buffer for every value and state, and only the verifier can make a [`Planned`], which is all that `runtime` takes.
 
+pub mod body;
 pub mod cost;
 pub mod diag;
 pub mod dim;
@@ -54,6 +56,7 @@ pub mod trained;
 mod types;
 pub mod verify;
 
+pub use body::{Body, Step};
 pub use dim::{Bindings, Dim, Symbol};
 pub use graph::{
     Buffer, Builder, DimRange, Graph, Loc, OpData, OpId, Phase, Reason, Region, Site, StateId, Tag, Value,

@@ -6,6 +6,7 @@
 
 use std::fmt::Display;
 
+use crate::body::Body;
 use crate::dim::Dim;
 use crate::graph::StateId;
 use crate::types::{DType, DimList};
@@ -25,6 +26,8 @@ pub enum Class {
     Reduction,
     /// Kept whole because kernel and gradient are better whole.
     Composite,
+    /// A region of elementwise ops in one kernel.
+    Fused,
     /// Draws random numbers from a key.
     Random,
     /// The optimizer.
@@ -137,6 +140,15 @@ impl Attribute for StateId {
     }
     fn read(text: &str) -> Result<Self, String> {
         text.parse().map(StateId).map_err(|_| format!("`{text}` is no state"))
+    }
+}
+
+impl Attribute for Body {
+    fn show(&self) -> String {
+        self.to_string()
+    }
+    fn read(text: &str) -> Result<Self, String> {
+        Body::parse(text)
     }
 }
 
@@ -319,6 +331,13 @@ ops! {
     /// `a` where the condition holds, else `b`: operands condition, a, b.
     Where "where" Elementwise 3 { }
 
+    // Regions, made by the pass `fuse`.
+    /// A region of elementwise ops: operands are stretched to the region's dims as by [`Op::Broadcast`], and the body
+    /// is computed for every element. Each step rounds to its type, so values are those of the ops apart.
+    Fused "fused" Fused many { /// Dims of all results.
+        shape: Vec<Dim>, /// What is computed for one element.
+        body: Body }
+
     // Contraction and reduction.
     /// A sum of products in einsum letters, e.g. `btd,vd->btv`.
     Contract "contract" Contraction 2 { /// Labels of both operands and the result.
@@ -457,6 +476,7 @@ impl Op {
             }
             Op::Broadcast { shape }
             | Op::Reshape { shape }
+            | Op::Fused { shape, .. }
             | Op::RandomNormal { shape, .. }
             | Op::RandomUniform { shape, .. }
             | Op::RowUniform { shape } => shape.iter().collect(),
@@ -466,13 +486,17 @@ impl Op {
         }
     }
 
-    /// Pairs of a result and an operand that may share a buffer if the operand dies here and both have one size.
+    /// Pairs of a result and an operand that may share a buffer if the operand dies here and both have as many elements
+    /// of one size.
     /// Every device's kernel must allow it: an element is written after the last read of the operand's element there.
     pub fn in_place(&self, operands: usize) -> Vec<(usize, usize)> {
         match self {
             Op::TokenLogpGrad {} => vec![(0, 0)],
             Op::Adamw { .. } => vec![(0, 0), (1, 2), (2, 3)],
             Op::Cast { .. } | Op::WriteAt { .. } | Op::Rope { .. } => vec![(0, 0)],
+            Op::Fused { body, .. } => {
+                (0..body.results().len()).flat_map(|result| (0..operands).map(move |arg| (result, arg))).collect()
+            }
             _ if self.class() == Class::Elementwise => (0..operands).map(|arg| (0, arg)).collect(),
             _ => vec![],
         }

@@ -240,7 +240,13 @@ impl<'a> Reader<'a> {
             let instance = instance.parse().map_err(|_| self.error("a layer is `name/number`"))?;
             site.tag = Some(Tag { block: block.into(), instance });
         }
-        for (word, reason) in [("loc", Reason::Written), ("grad_of", Reason::Grad), ("update_of", Reason::Update)] {
+        let words = [
+            ("loc", Reason::Written),
+            ("grad_of", Reason::Grad),
+            ("update_of", Reason::Update),
+            ("fused_at", Reason::Fused),
+        ];
+        for (word, reason) in words {
             if self.take_word(word) {
                 site.loc = Loc { span: self.span()?, reason };
             }
@@ -406,11 +412,13 @@ impl<'a> Reader<'a> {
     }
 
     fn attribute_value(&mut self) -> Read<&'a str> {
-        if self.peek("[") {
-            let rest = self.rest_of_line();
-            let len = rest.find(']').ok_or_else(|| self.error("expected `]`"))? + 1;
-            self.at += len;
-            return Ok(&rest[..len]);
+        for (open, close) in [("[", "]"), ("{", "}")] {
+            if self.peek(open) {
+                let rest = self.rest_of_line();
+                let len = rest.find(close).ok_or_else(|| self.error(format!("expected `{close}`")))? + 1;
+                self.at += len;
+                return Ok(&rest[..len]);
+            }
         }
         Ok(self.run(|c| !c.is_whitespace()))
     }

@@ -136,6 +136,7 @@ fn write_site(f: &mut fmt::Formatter<'_>, site: &Site) -> fmt::Result {
             Reason::Written => "loc",
             Reason::Grad => "grad_of",
             Reason::Update => "update_of",
+            Reason::Fused => "fused_at",
         };
         write!(f, " {why} {}:{}:{}:{}", span.source, span.line, span.column, span.len)?;
     }

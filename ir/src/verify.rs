@@ -245,6 +245,7 @@ fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
                     for &other in &live {
                         let may = last[other.0 as usize] <= id.0
                             && buffer(other).offset == buffer(result).offset
+                            && graph.ty(other).dtype.bytes() == graph.ty(result).dtype.bytes()
                             && graph.ty(other).bytes(&bounds) == graph.ty(result).bytes(&bounds)
                             && in_place.iter().any(|&(res, arg)| res == r && shares(graph, op.args[arg], other));
                         if overlap(buffer(result), buffer(other)) && !may {

@@ -87,6 +87,18 @@ fn assert_near(found: &Tensor, expected: &Tensor, terms: usize, what: &str) {
     }
 }
 
+/// Whether a tensor is no worse than what the interpreter makes of it in single precision: no element is farther from the
+/// exact one than twice the interpreter's farthest. Truth values count as 0 and 1: where two numbers are equal but for
+/// rounding, single precision may say either.
+fn strays_alike(found: &Tensor, single: &Tensor, exact: &Tensor) -> bool {
+    if found.dtype() == DType::Key || found.shape != exact.shape {
+        return false;
+    }
+    let (found, single, exact) = (found.to_f64(), single.to_f64(), exact.to_f64());
+    let error = |x: &[f64]| x.iter().zip(&exact).fold(0.0, |most: f64, (a, b)| most.max((a - b).abs()));
+    found.iter().chain(&exact).all(|x| x.is_finite()) && error(&found) <= 2.0 * error(&single)
+}
+
 #[test]
 fn random_programs_compute_what_the_interpreter_computes() {
     let mut programs = 0;
@@ -95,14 +107,19 @@ fn random_programs_compute_what_the_interpreter_computes() {
         let Ok(planned) = try_plan(&program, 2) else { continue };
         programs += 1;
         let oracle = run(Interp::new(program.clone(), Precision::F32), &program, seed);
+        let exact = run(Interp::new(program.clone(), Precision::F64), &program, seed);
         let found = run(Cpu::new(planned, 2), &program, seed);
-        match (&found, &oracle) {
-            (Ok(found), Ok(oracle)) => {
-                for (i, (a, b)) in found.iter().zip(oracle).enumerate() {
-                    assert_near(a, b, 0, &format!("seed {seed}, result {i} of\n{program}"));
+        match (&found, &oracle, &exact) {
+            (Ok(found), Ok(oracle), Ok(exact)) => {
+                for (i, ((a, b), exact)) in found.iter().zip(oracle).zip(exact).enumerate() {
+                    // Some programs lose digits, such as norms of nearly equal numbers: all of single precision then
+                    // strays as far as the interpreter's does.
+                    if !strays_alike(a, b, exact) {
+                        assert_near(a, b, 0, &format!("seed {seed}, result {i} of\n{program}"));
+                    }
                 }
             }
-            (found, oracle) => assert_eq!(found.is_err(), oracle.is_err(), "seed {seed}: {found:?} and {oracle:?}"),
+            (found, oracle, _) => assert_eq!(found.is_err(), oracle.is_err(), "seed {seed}: {found:?} and {oracle:?}"),
         }
     }
     assert!(programs > 150, "only {programs} programs can be planned");
@@ -156,6 +173,94 @@ fn compare(params: &str, lines: &str, ranges: &[(&str, i64)]) {
         assert_near(found, expected, terms, &format!("%{name} of\n{lines}"));
     }
     assert!(runs[1..].iter().all(|r| format!("{r:?}") == format!("{:?}", runs[0])), "threads change bits of\n{lines}");
+}
+
+/// A region that uses its operands in arithmetic and functions, as text.
+const REGION: &str = "%y, %z = fused %a, %b, %c, %m shape=[SHAPE] body={$4 = mul $0, $1; $5 = const value=0.5 dtype=f32; \
+                      $6 = add $4, $5; $7 = tanh $6; $8 = where $3, $7, $2; $9 = lt $8, $0; $10 = silu $8; \
+                      $11 = sub $10, $0; return $9, $11}";
+
+#[test]
+fn regions_of_every_layout() {
+    // Shape of the region, and of four operands.
+    for (shape, [a, b, c, m]) in [
+        ("5000", ["5000", "1", "", "5000"]),
+        ("3, 7, 1100", ["3, 7, 1100", "1100", "3, 1, 1", "7, 1100"]),
+        ("3, 1100, 7", ["1100, 7", "3, 1100, 1", "7", "3, 1, 1"]),
+        ("300, 3", ["300, 3", "300, 1", "3", ""]),
+        ("40, 50, 30", ["40, 1, 30", "50, 1", "40, 50, 1", "1, 1, 30"]),
+        ("2, 70000", ["2, 70000", "2, 1", "70000", "2, 70000"]),
+        ("1, 1", ["1, 1", "", "1", "1, 1"]),
+        ("0, 5", ["0, 5", "5", "", "0, 1"]),
+        ("", ["", "", "", ""]),
+        ("13", ["13", "13", "13", "13"]),
+    ] {
+        let params = format!("%a: f32[{a}], %b: f32[{b}], %c: f32[{c}], %m: bool[{m}]");
+        compare(&params, &REGION.replace("SHAPE", shape), &[]);
+    }
+}
+
+/// Every step of a region, twice so that arithmetic is compiled, beside the op alone: the same bits for all pairs of
+/// awkward numbers.
+#[test]
+fn every_step_has_the_bits_of_its_op() {
+    let floats = [f64::NAN, -0.0, 0.0, 1.0, -1.0, f64::INFINITY, f64::NEG_INFINITY, 1e30, -0.1, 3e9, -3e9, 1e-41, 2.5];
+    let ints = [0.0, 1.0, -1.0, 7.0, f64::from(i32::MAX), f64::from(i32::MIN), 16777217.0];
+    let casts = "cast dtype=f32; cast dtype=i32; cast dtype=bool";
+    let functions = "exp; log; sqrt; tanh; sigmoid; log_sigmoid; relu; gelu; gelu_tanh; silu; erf";
+    for (dtype, numbers, unary, binary) in [
+        ("f32", &floats[..], format!("neg; abs; {functions}; {casts}"), "add sub mul div max min pow eq ne lt le"),
+        ("i32", &ints, format!("neg; abs; {casts}"), "add sub mul max min eq ne lt le"),
+        ("bool", &[0.0, 1.0], format!("not; {casts}"), "and or eq ne"),
+    ] {
+        for op in unary.split("; ") {
+            let (name, attribute) = op.split_once(' ').unwrap_or((op, ""));
+            same_bits(dtype, numbers, [name, attribute], ["A", "B"]);
+        }
+        for name in binary.split(' ') {
+            same_bits(dtype, numbers, [name, ""], ["A, B", "B, A"]);
+        }
+        same_bits(dtype, numbers, ["where", ""], ["C, A, B", "C, B, A"]);
+    }
+}
+
+/// Runs an op on two lists of operands alone and in a region, on all pairs of some numbers for `A` and `B`.
+fn same_bits(dtype: &str, numbers: &[f64], [name, attribute]: [&str; 2], operands: [&str; 2]) {
+    let n = numbers.len() * numbers.len();
+    let named =
+        |text: &str, names: [&str; 3]| text.replace('A', names[0]).replace('B', names[1]).replace('C', names[2]);
+    let [x, y] = operands.map(|o| named(o, ["%a", "%b", "%c"]));
+    // The region uses all its operands.
+    let [in_x, in_y] = operands.map(|o| named(o, ["$0", "$1", "$2"]));
+    let (args, first) = if x.contains("%c") { ("%a, %b, %c", 3) } else { ("%a, %b", 2) };
+    let text = format!(
+        "graph @g(%a: {dtype}[{n}], %b: {dtype}[{n}], %c: bool[{n}]) {{
+           %p = {name} {x} {attribute}
+           %q = {name} {y} {attribute}
+           %r, %s = fused {args} shape=[{n}] body={{${first} = {name} {in_x} {attribute}; ${} = {name} {in_y} {attribute}; return ${first}, ${}}}
+           return p=%p, q=%q, r=%r, s=%s
+         }}",
+        first + 1,
+        first + 1,
+    );
+    let program = dsgc_ir::parse(&text).unwrap_or_else(|e| panic!("{e} in\n{text}"));
+    let all = |pick: &dyn Fn(usize) -> f64| (0..n).map(pick).collect::<Vec<f64>>();
+    let inputs = [
+        all(&|i| numbers[i / numbers.len()]),
+        all(&|i| numbers[i % numbers.len()]),
+        all(&|i| f64::from(u8::from(i % 3 == 0))),
+    ];
+    let inputs: Vec<Tensor> = program.graphs[0]
+        .inputs()
+        .zip(&inputs)
+        .map(|(v, numbers)| check::tensor(program.graphs[0].ty(v), numbers).single())
+        .collect();
+    let named = [("a", &inputs[0]), ("b", &inputs[1]), ("c", &inputs[2])];
+    let outputs = Cpu::new(plan(&program, 1), 1).run("g", &named).unwrap_or_else(|e| panic!("{e:?}"));
+    let bits = |i: usize| -> Vec<u64> {
+        outputs[i].1.to_f64().iter().map(|x| if x.is_nan() { u64::MAX } else { x.to_bits() }).collect()
+    };
+    assert_eq!((bits(0), bits(1)), (bits(2), bits(3)), "{name} {attribute} of {dtype}");
 }
 
 #[test]

@@ -58,6 +58,7 @@ pub(crate) fn with_dims(op: &Op, with: &BTreeMap<Symbol, Dim>) -> Op {
         }
         Op::Broadcast { shape }
         | Op::Reshape { shape }
+        | Op::Fused { shape, .. }
         | Op::RandomNormal { shape, .. }
         | Op::RandomUniform { shape, .. }
         | Op::RowUniform { shape } => *shape = all(shape),

@@ -7,6 +7,7 @@ pub mod adapt;
 pub mod autodiff;
 pub mod canonicalize;
 pub mod decode;
+pub mod fuse;
 pub mod infer;
 mod pipeline;
 pub mod plan_memory;

@@ -199,6 +199,7 @@ impl Storages {
                                 let Home::Storage(s) = storages.of[arg.0 as usize] else { return None };
                                 let fits = res == r
                                     && storages.all[s].live.1 == i64::from(id.0)
+                                    && graph.ty(arg).dtype.bytes() == graph.ty(result).dtype.bytes()
                                     && bytes(arg) == bytes(result)
                                     && !taken.contains(&s);
                                 fits.then_some(s)

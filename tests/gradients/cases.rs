@@ -135,6 +135,7 @@ pub const WITHOUT: &[(&str, &str)] = &[
     ("row_uniform", "no float operand"),
     ("dropout", "random where it is trained: tests/adapt"),
     ("sample", "no slope"),
+    ("fused", "made by fuse, after autodiff"),
     ("cached_attention", "made by decode, for graphs that are not trained"),
     ("rms_norm_grad", "made by autodiff only"),
     ("embed_grad", "made by autodiff only"),

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use dsgc_ir::diag::Diag;
+use dsgc_kernels::cpu::compile_time;
 use dsgc_runtime::{MetricsFile, Session};
 use dsgc_yaml::load::{Loaded, Options};
 
@@ -67,7 +68,9 @@ fn train(loaded: &Loaded, device: DeviceName) -> Done {
         let stage = planned.stage.clone();
         let fail = |diags| Failure::new(diags, &loaded.sources);
         let mut progress = Progress::new(&stage);
+        let before = compile_time();
         let opened = device.open(planned.clone())?;
+        progress.compiled(compile_time() - before);
         let mut session = Session::open(planned, opened, &mut |event| {
             progress.show(event);
             Ok(())

@@ -175,7 +175,8 @@ fn softmax_grad_row(
     mask(scores, segments, own, t, causal);
     for (score, dp) in scores.iter_mut().zip(dp) {
         let p = exp(*score - divisor);
-        *dp = scale * p * (*dp - delta);
+        // A key that is not seen gives nothing, whatever its value is: 0 times infinity would be NaN.
+        *dp = if *score == f32::NEG_INFINITY { 0.0 } else { scale * p * (*dp - delta) };
         *score = p;
     }
 }

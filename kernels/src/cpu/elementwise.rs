@@ -129,6 +129,10 @@ pub(super) fn smaller(a: f32, b: f32) -> f32 {
     if a < b || a.is_nan() { a } else { b }
 }
 
+/// A kernel on elements that lie one after the other: operands, result, how many. Operands and result are buffers of
+/// that many elements, of which the result may be an operand's.
+pub(super) type Row = Box<dyn Fn(&[*const u8], *mut u8, usize) + Send + Sync>;
+
 /// Whether an op belongs to this family.
 pub(super) fn has(op: &Op) -> bool {
     op.class() == dsgc_ir::Class::Elementwise
@@ -137,128 +141,132 @@ pub(super) fn has(op: &Op) -> bool {
 /// Runs an elementwise op.
 pub(super) fn run(l: &mut Launch) -> Result<(), String> {
     let n = l.len(l.result());
-    match (l.dtype(l.op.args[0]), l.op.op.clone()) {
-        (_, Op::Cast { dtype }) => cast(l, dtype, n),
-        (_, Op::Where {}) => {
-            let c: Ptr<u8> = l.arg(0);
-            match l.dtype(l.result()).bytes() {
-                1 => select::<u8>(l, c, n),
-                4 => select::<u32>(l, c, n),
-                _ => select::<u64>(l, c, n),
-            }
+    let operands: Vec<DType> = l.op.args.iter().map(|&a| l.dtype(a)).collect();
+    if l.op.op == (Op::Div {}) && operands[0] == DType::I32 {
+        let divisors: Ptr<i32> = l.arg(1);
+        // SAFETY: the operand holds `n` elements.
+        if unsafe { divisors.slice(0, n) }.contains(&0) {
+            return Err("an integer is divided by zero".into());
         }
-        (DType::F32, op) => floats(l, &op, n),
-        (DType::I32, op) => return integers(l, &op, n),
-        (DType::Bool, op) => logic(l, &op, n),
-        (DType::Key, op) => panic!("bug: `{op}` of keys"),
     }
+    let kernel = row(&l.op.op, &operands);
+    let args: Vec<(Ptr<u8>, usize)> = (0..operands.len()).map(|i| (l.arg(i), operands[i].bytes())).collect();
+    let (out, width): (Ptr<u8>, usize) = (l.out(0), l.dtype(l.result()).bytes());
+    l.threads.run(n, 1, |r| {
+        // SAFETY: all buffers hold `n` elements; ranges of threads are apart.
+        let at = |&(p, width): &(Ptr<u8>, usize)| unsafe { p.add(r.start * width) }.0.cast_const();
+        let all: Vec<*const u8> = args.iter().map(at).collect();
+        // SAFETY: as above.
+        kernel(&all, unsafe { out.add(r.start * width) }.0, r.len());
+    });
     Ok(())
 }
 
-fn select<T: Copy + Default + Send>(l: &mut Launch, c: Ptr<u8>, n: usize) {
-    let (a, b, out): (Ptr<T>, Ptr<T>, Ptr<T>) = (l.arg(1), l.arg(2), l.out(0));
-    // SAFETY: all four buffers hold `n` elements; ranges of threads are apart.
-    l.threads.run(n, 1, |r| unsafe {
-        choose(c.add(r.start).0, a.add(r.start).0, b.add(r.start).0, out.add(r.start).0, r.len());
-    });
+/// The kernel of an elementwise op on operands of these types. Integers must not be divided by zero.
+pub(super) fn row(op: &Op, operands: &[DType]) -> Row {
+    match (operands[0], op) {
+        (_, Op::Cast { dtype }) => cast(operands[0], *dtype),
+        (_, Op::Where {}) => match operands[1].bytes() {
+            1 => select::<u8>(),
+            4 => select::<u32>(),
+            _ => select::<u64>(),
+        },
+        (DType::F32, op) => floats(op),
+        (DType::I32, op) => integers(op),
+        (DType::Bool, op) => logic(op),
+        (DType::Key, op) => panic!("bug: `{op}` of keys"),
+    }
 }
 
-fn unary<A: Copy + Send, R: Copy + Default + Send>(l: &mut Launch, n: usize, f: impl Fn(A) -> R + Sync + Copy) {
-    let (a, out): (Ptr<A>, Ptr<R>) = (l.arg(0), l.out(0));
-    // SAFETY: both buffers hold `n` elements; ranges of threads are apart.
-    l.threads.run(n, 1, |r| unsafe { map1(a.add(r.start).0, out.add(r.start).0, r.len(), f) });
+fn select<T: Copy + Default + 'static>() -> Row {
+    // SAFETY: the promise of `Row`.
+    Box::new(|x, out, n| unsafe { choose::<T>(x[0], x[1].cast(), x[2].cast(), out.cast(), n) })
 }
 
-fn binary<A: Copy + Send, R: Copy + Default + Send>(l: &mut Launch, n: usize, f: impl Fn(A, A) -> R + Sync + Copy) {
-    let (a, b, out): (Ptr<A>, Ptr<A>, Ptr<R>) = (l.arg(0), l.arg(1), l.out(0));
-    // SAFETY: all buffers hold `n` elements; ranges of threads are apart.
-    l.threads.run(n, 1, |r| unsafe {
-        map2(a.add(r.start).0, b.add(r.start).0, out.add(r.start).0, r.len(), f);
-    });
+fn unary<A: Copy, R: Copy + Default>(f: impl Fn(A) -> R + Copy + Send + Sync + 'static) -> Row {
+    // SAFETY: the promise of `Row`.
+    Box::new(move |x, out, n| unsafe { map1(x[0].cast::<A>(), out.cast::<R>(), n, f) })
 }
 
-fn cast(l: &mut Launch, to: DType, n: usize) {
-    match (l.dtype(l.op.args[0]), to) {
-        (DType::F32, DType::F32) => unary(l, n, |x: f32| x),
-        (DType::F32, DType::I32) => unary(l, n, |x: f32| x as i32),
-        (DType::F32, DType::Bool) => unary(l, n, |x: f32| u8::from(x != 0.0)),
-        (DType::I32, DType::F32) => unary(l, n, |x: i32| x as f32),
-        (DType::I32, DType::I32) => unary(l, n, |x: i32| x),
-        (DType::I32, DType::Bool) => unary(l, n, |x: i32| u8::from(x != 0)),
-        (DType::Bool, DType::F32) => unary(l, n, |x: u8| f32::from(x)),
-        (DType::Bool, DType::I32) => unary(l, n, |x: u8| i32::from(x)),
-        (DType::Bool, DType::Bool) => unary(l, n, |x: u8| x),
+fn binary<A: Copy, R: Copy + Default>(f: impl Fn(A, A) -> R + Copy + Send + Sync + 'static) -> Row {
+    // SAFETY: the promise of `Row`.
+    Box::new(move |x, out, n| unsafe { map2(x[0].cast::<A>(), x[1].cast::<A>(), out.cast::<R>(), n, f) })
+}
+
+fn cast(from: DType, to: DType) -> Row {
+    match (from, to) {
+        (DType::F32, DType::F32) => unary(|x: f32| x),
+        (DType::F32, DType::I32) => unary(|x: f32| x as i32),
+        (DType::F32, DType::Bool) => unary(|x: f32| u8::from(x != 0.0)),
+        (DType::I32, DType::F32) => unary(|x: i32| x as f32),
+        (DType::I32, DType::I32) => unary(|x: i32| x),
+        (DType::I32, DType::Bool) => unary(|x: i32| u8::from(x != 0)),
+        (DType::Bool, DType::F32) => unary(|x: u8| f32::from(x)),
+        (DType::Bool, DType::I32) => unary(|x: u8| i32::from(x)),
+        (DType::Bool, DType::Bool) => unary(|x: u8| x),
         (from, to) => panic!("bug: a cast from {from} to {to}"),
     }
 }
 
-fn floats(l: &mut Launch, op: &Op, n: usize) {
+fn floats(op: &Op) -> Row {
     match op {
-        Op::Add {} => binary(l, n, |a: f32, b: f32| a + b),
-        Op::Sub {} => binary(l, n, |a: f32, b: f32| a - b),
-        Op::Mul {} => binary(l, n, |a: f32, b: f32| a * b),
-        Op::Div {} => binary(l, n, |a: f32, b: f32| a / b),
-        Op::Max {} => binary(l, n, larger),
-        Op::Min {} => binary(l, n, smaller),
-        Op::Pow {} => binary(l, n, f32::powf),
-        Op::Eq {} => binary(l, n, |a: f32, b: f32| u8::from(a == b)),
-        Op::Ne {} => binary(l, n, |a: f32, b: f32| u8::from(a != b)),
-        Op::Lt {} => binary(l, n, |a: f32, b: f32| u8::from(a < b)),
-        Op::Le {} => binary(l, n, |a: f32, b: f32| u8::from(a <= b)),
-        Op::Neg {} => unary(l, n, |x: f32| -x),
-        Op::Abs {} => unary(l, n, f32::abs),
-        Op::Exp {} => unary(l, n, exp),
-        Op::Log {} => unary(l, n, f32::ln),
-        Op::Sqrt {} => unary(l, n, f32::sqrt),
-        Op::Tanh {} => unary(l, n, f32::tanh),
-        Op::Sigmoid {} => unary(l, n, sigmoid),
-        Op::LogSigmoid {} => unary(l, n, |x: f32| smaller(x, 0.0) - exp(-x.abs()).ln_1p()),
-        Op::Relu {} => unary(l, n, |x: f32| if x > 0.0 || x.is_nan() { x } else { 0.0 }),
-        Op::Gelu {} => unary(l, n, |x: f32| 0.5 * x * (1.0 + libm::erff(x * FRAC_1_SQRT_2))),
-        Op::GeluTanh {} => unary(l, n, |x: f32| {
+        Op::Add {} => binary(|a: f32, b: f32| a + b),
+        Op::Sub {} => binary(|a: f32, b: f32| a - b),
+        Op::Mul {} => binary(|a: f32, b: f32| a * b),
+        Op::Div {} => binary(|a: f32, b: f32| a / b),
+        Op::Max {} => binary(larger),
+        Op::Min {} => binary(smaller),
+        Op::Pow {} => binary(f32::powf),
+        Op::Eq {} => binary(|a: f32, b: f32| u8::from(a == b)),
+        Op::Ne {} => binary(|a: f32, b: f32| u8::from(a != b)),
+        Op::Lt {} => binary(|a: f32, b: f32| u8::from(a < b)),
+        Op::Le {} => binary(|a: f32, b: f32| u8::from(a <= b)),
+        Op::Neg {} => unary(|x: f32| -x),
+        Op::Abs {} => unary(f32::abs),
+        Op::Exp {} => unary(exp),
+        Op::Log {} => unary(f32::ln),
+        Op::Sqrt {} => unary(f32::sqrt),
+        Op::Tanh {} => unary(f32::tanh),
+        Op::Sigmoid {} => unary(sigmoid),
+        Op::LogSigmoid {} => unary(|x: f32| smaller(x, 0.0) - exp(-x.abs()).ln_1p()),
+        Op::Relu {} => unary(|x: f32| if x > 0.0 || x.is_nan() { x } else { 0.0 }),
+        Op::Gelu {} => unary(|x: f32| 0.5 * x * (1.0 + libm::erff(x * FRAC_1_SQRT_2))),
+        Op::GeluTanh {} => unary(|x: f32| {
             // x * sigmoid(2u) is x / 2 * (1 + tanh u).
             let u = 0.797_884_6 * (x + 0.044_715 * x * x * x);
             x * sigmoid(2.0 * u)
         }),
-        Op::Silu {} => unary(l, n, |x: f32| x * sigmoid(x)),
-        Op::Erf {} => unary(l, n, libm::erff),
+        Op::Silu {} => unary(|x: f32| x * sigmoid(x)),
+        Op::Erf {} => unary(libm::erff),
         other => panic!("bug: `{other}` is not elementwise on floats"),
     }
 }
 
-fn integers(l: &mut Launch, op: &Op, n: usize) -> Result<(), String> {
+fn integers(op: &Op) -> Row {
     match op {
-        Op::Add {} => binary(l, n, i32::wrapping_add),
-        Op::Sub {} => binary(l, n, i32::wrapping_sub),
-        Op::Mul {} => binary(l, n, i32::wrapping_mul),
-        Op::Div {} => {
-            let divisors: Ptr<i32> = l.arg(1);
-            // SAFETY: the operand holds `n` elements.
-            if unsafe { divisors.slice(0, n) }.contains(&0) {
-                return Err("an integer is divided by zero".into());
-            }
-            binary(l, n, i32::wrapping_div);
-        }
-        Op::Max {} => binary(l, n, |a: i32, b: i32| a.max(b)),
-        Op::Min {} => binary(l, n, |a: i32, b: i32| a.min(b)),
-        Op::Eq {} => binary(l, n, |a: i32, b: i32| u8::from(a == b)),
-        Op::Ne {} => binary(l, n, |a: i32, b: i32| u8::from(a != b)),
-        Op::Lt {} => binary(l, n, |a: i32, b: i32| u8::from(a < b)),
-        Op::Le {} => binary(l, n, |a: i32, b: i32| u8::from(a <= b)),
-        Op::Neg {} => unary(l, n, i32::wrapping_neg),
-        Op::Abs {} => unary(l, n, i32::wrapping_abs),
+        Op::Add {} => binary(i32::wrapping_add),
+        Op::Sub {} => binary(i32::wrapping_sub),
+        Op::Mul {} => binary(i32::wrapping_mul),
+        Op::Div {} => binary(i32::wrapping_div),
+        Op::Max {} => binary(|a: i32, b: i32| a.max(b)),
+        Op::Min {} => binary(|a: i32, b: i32| a.min(b)),
+        Op::Eq {} => binary(|a: i32, b: i32| u8::from(a == b)),
+        Op::Ne {} => binary(|a: i32, b: i32| u8::from(a != b)),
+        Op::Lt {} => binary(|a: i32, b: i32| u8::from(a < b)),
+        Op::Le {} => binary(|a: i32, b: i32| u8::from(a <= b)),
+        Op::Neg {} => unary(i32::wrapping_neg),
+        Op::Abs {} => unary(i32::wrapping_abs),
         other => panic!("bug: `{other}` is not elementwise on integers"),
     }
-    Ok(())
 }
 
-fn logic(l: &mut Launch, op: &Op, n: usize) {
+fn logic(op: &Op) -> Row {
     match op {
-        Op::And {} => binary(l, n, |a: u8, b: u8| a & b),
-        Op::Or {} => binary(l, n, |a: u8, b: u8| a | b),
-        Op::Eq {} => binary(l, n, |a: u8, b: u8| u8::from(a == b)),
-        Op::Ne {} => binary(l, n, |a: u8, b: u8| u8::from(a != b)),
-        Op::Not {} => unary(l, n, |a: u8| u8::from(a == 0)),
+        Op::And {} => binary(|a: u8, b: u8| a & b),
+        Op::Or {} => binary(|a: u8, b: u8| a | b),
+        Op::Eq {} => binary(|a: u8, b: u8| u8::from(a == b)),
+        Op::Ne {} => binary(|a: u8, b: u8| u8::from(a != b)),
+        Op::Not {} => unary(|a: u8| u8::from(a == 0)),
         other => panic!("bug: `{other}` is not elementwise on truth values"),
     }
 }

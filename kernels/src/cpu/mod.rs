@@ -11,6 +11,7 @@ mod attention;
 mod cached;
 mod contract;
 mod elementwise;
+mod fused;
 mod memory;
 mod norm;
 mod parallel;
@@ -29,6 +30,7 @@ use dsgc_ir::verify::last_uses;
 use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, StateId, Target, Tensor, Type, Value};
 
 use crate::{Device, bind};
+pub use fused::{CompileTime, compile_time};
 use memory::{ALIGNMENT, Memory, Ptr};
 use parallel::Threads;
 
@@ -59,6 +61,7 @@ impl Target for CpuTarget {
                 reduce::workspace(shape(0).iter().product())
             }
             Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),
+            Op::Fused { shape, body } => fused::workspace(shape, body, args, self.threads),
             Op::CachedAttention { .. } => cached::workspace(&shape(0), &shape(1), self.threads),
             Op::Attention { .. } => attention::workspace(&shape(0), false, self.threads),
             Op::AttentionGrad { .. } => attention::workspace(&shape(0), true, self.threads),
@@ -76,6 +79,8 @@ pub struct Cpu {
     program: Arc<Planned>,
     memory: Memory,
     threads: Threads,
+    /// Per graph and op, what a fused region needs to run.
+    regions: Vec<Vec<Option<Arc<fused::Region>>>>,
     /// Per graph and op, buffers that hold nothing any more afterwards; only where dead values are poisoned.
     dead: Option<Vec<Vec<Vec<Buffer>>>>,
 }
@@ -101,7 +106,8 @@ impl Cpu {
             }
         }
         let memory = Memory::new(program.arena);
-        Cpu { memory, threads: Threads::new(threads), dead: None, program: Arc::new(program) }
+        let regions = fused::load(&program.graphs);
+        Cpu { memory, threads: Threads::new(threads), regions, dead: None, program: Arc::new(program) }
     }
 
     /// The same, with all memory that holds nothing filled with NaN: a wrong plan shows in the results.
@@ -168,9 +174,9 @@ impl Device for Cpu {
             if self.dead.is_some() {
                 self.memory.poison_region(Region::Scratch);
             }
-            let scratch = graph.scratch[id.0 as usize];
+            let (scratch, region) = (graph.scratch[id.0 as usize], self.regions[at][id.0 as usize].as_deref());
             let mut launch =
-                Launch { graph, op, dims: &dims, memory: &mut self.memory, threads: &self.threads, scratch };
+                Launch { graph, op, dims: &dims, memory: &mut self.memory, threads: &self.threads, scratch, region };
             launch.run(&program).map_err(|why| {
                 let what = format!("`{}` in graph @{}: {why}", op.op.name(), graph.name);
                 Diag::error(what).label(op.site.loc.span, "")
@@ -197,6 +203,8 @@ struct Launch<'a> {
     threads: &'a Threads,
     /// Bytes of workspace.
     scratch: usize,
+    /// What the op needs to run if it is a fused region.
+    region: Option<&'a fused::Region>,
 }
 
 impl Launch<'_> {
@@ -219,6 +227,10 @@ impl Launch<'_> {
             }
             op if op.class() == Class::View => Ok(()),
             op if elementwise::has(op) => elementwise::run(self),
+            Op::Fused { .. } => {
+                fused::run(self, self.region.expect("every region is loaded with the program"));
+                Ok(())
+            }
             Op::Contract { spec } => contract::run(self, spec),
             Op::ReduceSum { axes } | Op::ReduceMax { axes } | Op::ReduceMin { axes } => {
                 reduce::run(self, axes);

@@ -8,7 +8,7 @@ use std::cmp::Ordering;
 
 use dsgc_ir::infer::Contraction;
 use dsgc_ir::stage::Sampling;
-use dsgc_ir::{Bindings, DType, Data, Dim, Op, Tensor};
+use dsgc_ir::{Bindings, Body, DType, Data, Dim, Op, Tensor};
 
 use super::composite;
 use super::real::Real;
@@ -94,6 +94,7 @@ pub(crate) fn eval<F: Real>(
         Op::Not {} => one(logic(&[args[0], args[0]], |a, _| !a)),
         Op::Where {} => one(choose(bools(args[0]), args[1], args[2])),
 
+        Op::Fused { body, .. } => fused::<F>(body, args, &shapes[0], dims),
         Op::Contract { spec } => one(contract::<F>(&Contraction::parse(spec)?, args[0], args[1], &shapes[0])),
         Op::ReduceSum { axes } => one(reduce::<F>(args[0], axes, (F::zero(), |a, b| a + b), (0, i32::wrapping_add))),
         Op::ReduceMax { axes } => {
@@ -260,6 +261,17 @@ fn compare<F: Real>(args: &[&Tensor], holds: fn(Option<Ordering>) -> bool) -> Te
 
 fn logic(args: &[&Tensor], f: fn(bool, bool) -> bool) -> Tensor {
     Tensor::bool(&args[0].shape, bools(args[0]).iter().zip(bools(args[1])).map(|(&a, &b)| f(a, b)).collect())
+}
+
+/// Step by step, each on whole tensors.
+fn fused<F: Real>(body: &Body, args: &[&Tensor], shape: &[usize], dims: &Bindings) -> Result<Vec<Tensor>, String> {
+    let mut values: Vec<Tensor> = args.iter().map(|arg| broadcast(arg, shape)).collect();
+    for step in body.steps() {
+        let operands: Vec<&Tensor> = step.args.iter().map(|&a| &values[a]).collect();
+        let result = eval::<F>(&step.op, &operands, &[shape.to_vec()], dims)?.remove(0);
+        values.push(broadcast(&result, shape));
+    }
+    Ok(body.results().iter().map(|&r| values[r].clone()).collect())
 }
 
 fn contract<F: Real>(labels: &Contraction, lhs: &Tensor, rhs: &Tensor, shape: &[usize]) -> Tensor {

@@ -314,6 +314,7 @@ pub fn vjp(
         | Op::LayerNormGrad { .. }
         | Op::RmsNormGrad { .. }
         | Op::CachedAttention { .. }
+        | Op::Fused { .. }
         | Op::AttentionGrad { .. }
         | Op::TokenLogpGrad {}
         | Op::Adamw { .. } => return Err(format!("`{}` has no gradient", op.op.name())),

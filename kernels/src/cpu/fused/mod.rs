@@ -1,0 +1,385 @@
+//! Fused regions: many elementwise ops in one pass over memory.
+//!
+//! A region runs block by block. The elements of a block go through all stages of the region's [`Plan`] while they are
+//! in the cache nearest to the core: arithmetic in code that Cranelift compiles when the program is loaded ([`jit`]),
+//! functions in the kernels of their ops. Bits are those of the ops apart. What is compiled is kept until the process
+//! ends, so a body that another stage of a pipeline has as well costs nothing.
+
+mod jit;
+mod plan;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use dsgc_ir::{Body, DType, Dim, Graph, Op, OpData, Type};
+
+use super::Launch;
+use super::elementwise::{Row, row};
+use super::memory::Ptr;
+use super::parallel::GRAIN;
+use super::structure::strides;
+use jit::{Code, LANES};
+use plan::{Home, Plan, Stage, step_args};
+
+/// Elements of a block: ten blocks of floats are in a first-level cache of 48 KiB at once.
+const BLOCK: usize = 1024;
+/// Bytes of a block in the workspace.
+const BLOCK_BYTES: usize = BLOCK * size_of::<f32>();
+
+/// A region that is ready to run.
+pub(super) struct Region {
+    body: Body,
+    plan: Plan,
+    stages: Vec<Compiled>,
+}
+
+/// A stage that is ready to run; values are numbers of the body's values.
+enum Compiled {
+    Row { kernel: Row, args: Vec<usize>, to: usize },
+    Code { code: Code, from: Vec<usize>, to: Vec<usize> },
+}
+
+/// What was compiled since the process began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CompileTime {
+    /// Regions with code of their own.
+    pub regions: usize,
+    /// Time in the compiler.
+    pub spent: Duration,
+}
+
+impl std::ops::Sub for CompileTime {
+    type Output = CompileTime;
+    fn sub(self, before: CompileTime) -> CompileTime {
+        CompileTime { regions: self.regions - before.regions, spent: self.spent - before.spent }
+    }
+}
+
+struct Cache {
+    regions: BTreeMap<String, Arc<Region>>,
+    time: CompileTime,
+}
+
+static CACHE: Mutex<Cache> =
+    Mutex::new(Cache { regions: BTreeMap::new(), time: CompileTime { regions: 0, spent: Duration::ZERO } });
+
+/// How many fused regions this process has compiled, and in what time.
+pub fn compile_time() -> CompileTime {
+    CACHE.lock().unwrap_or_else(PoisonError::into_inner).time
+}
+
+/// Bytes of workspace that a region of these dims needs.
+pub(super) fn workspace(shape: &[Dim], body: &Body, args: &[Type], threads: usize) -> usize {
+    let operands: Vec<DType> = args.iter().map(|a| a.dtype).collect();
+    let plan = Plan::new(body, &operands, jit::available());
+    (plan.buffers + may_stretch(shape, args).into_iter().filter(|&may| may).count()) * BLOCK_BYTES * threads.max(1)
+}
+
+/// Which operands may stay in place along a row of the region and then need a buffer: all that are not as large as the
+/// region, but for those that surely have its last dim.
+fn may_stretch(shape: &[Dim], args: &[Type]) -> Vec<bool> {
+    let last = shape.last().filter(|d| d.constant().is_some_and(|n| n > 1));
+    args.iter().map(|arg| arg.dims != shape && (last.is_none() || arg.dims.last() != last)).collect()
+}
+
+fn operand_types(graph: &Graph, op: &OpData) -> Vec<DType> {
+    op.args.iter().map(|&a| graph.ty(a).dtype).collect()
+}
+
+/// The regions of some graphs, by graph and op; compiles those that this process has not met yet.
+pub(super) fn load(graphs: &[Graph]) -> Vec<Vec<Option<Arc<Region>>>> {
+    let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut new: BTreeMap<String, (Body, Plan)> = BTreeMap::new();
+    let key = |body: &Body, operands: &[DType]| format!("{operands:?} {body}");
+    for graph in graphs {
+        for (_, op) in graph.ops() {
+            let Op::Fused { body, .. } = &op.op else { continue };
+            let operands = operand_types(graph, op);
+            let key = key(body, &operands);
+            if !cache.regions.contains_key(&key) {
+                new.entry(key).or_insert_with(|| (body.clone(), Plan::new(body, &operands, jit::available())));
+            }
+        }
+    }
+    let started = Instant::now();
+    let loops: Vec<(&Body, &Plan, &[usize])> = new
+        .values()
+        .flat_map(|(body, plan)| {
+            plan.stages.iter().filter(|s| matches!(s, Stage::Code(_))).map(move |s| (body, plan, s.values()))
+        })
+        .collect();
+    let mut code = jit::compile(&loops).into_iter();
+    if code.len() > 0 {
+        cache.time.spent += started.elapsed();
+        cache.time.regions +=
+            new.values().filter(|(_, p)| p.stages.iter().any(|s| matches!(s, Stage::Code(_)))).count();
+    }
+    for (key, (body, plan)) in new {
+        let stages = plan.stages.iter().map(|stage| ready(&body, &plan, stage, &mut code)).collect();
+        cache.regions.insert(key, Arc::new(Region { body, plan, stages }));
+    }
+    let find = |graph: &Graph, op: &OpData| match &op.op {
+        Op::Fused { body, .. } => cache.regions.get(&key(body, &operand_types(graph, op))).cloned(),
+        _ => None,
+    };
+    graphs.iter().map(|graph| graph.ops().map(|(_, op)| find(graph, op)).collect()).collect()
+}
+
+fn ready(body: &Body, plan: &Plan, stage: &Stage, code: &mut impl Iterator<Item = Code>) -> Compiled {
+    match stage {
+        Stage::Row(value) => {
+            let step = &body.steps()[value - body.operands()];
+            let types: Vec<DType> = step.args.iter().map(|&a| plan.dtypes[a]).collect();
+            Compiled::Row { kernel: row(&step.op, &types), args: step.args.clone(), to: *value }
+        }
+        Stage::Code(values) => {
+            let in_memory = |v: &usize| plan.homes[*v] != Home::Nowhere;
+            let mut from: Vec<usize> = values.iter().flat_map(|&v| step_args(body, v)).copied().collect();
+            from.sort_unstable();
+            from.dedup();
+            from.retain(|v| in_memory(v) && !values.contains(v));
+            let to = values.iter().copied().filter(in_memory).collect();
+            Compiled::Code { code: code.next().expect("a loop was compiled for every stage of code"), from, to }
+        }
+    }
+}
+
+/// Where a region's elements lie: rows of `inner` elements, in which an operand either runs along or stays.
+struct Space {
+    /// Extents of the dims around the rows, with the distances of every operand, in elements.
+    outer: Vec<(usize, Vec<usize>)>,
+    inner: usize,
+    /// Whether each operand runs along a row.
+    runs: Vec<bool>,
+}
+
+impl Space {
+    /// Dims in which all operands lie alike are joined.
+    fn new(shape: &[usize], operands: &[Vec<usize>]) -> Space {
+        let steps: Vec<Vec<usize>> = operands
+            .iter()
+            .map(|own| {
+                let (lead, dense) = (shape.len() - own.len(), strides(own));
+                let step = |i: usize| if i < lead || own[i - lead] != shape[i] { 0 } else { dense[i - lead] };
+                (0..shape.len()).map(step).collect()
+            })
+            .collect();
+        let mut dims: Vec<(usize, Vec<usize>)> = Vec::new();
+        for (i, &extent) in shape.iter().enumerate().filter(|&(_, &extent)| extent != 1) {
+            let here: Vec<usize> = steps.iter().map(|s| s[i]).collect();
+            match dims.last_mut() {
+                Some((all, last)) if last.iter().zip(&here).all(|(&l, &h)| l == h * extent) => {
+                    *all *= extent;
+                    *last = here;
+                }
+                _ => dims.push((extent, here)),
+            }
+        }
+        let (inner, runs) = dims.pop().unwrap_or_else(|| (1, vec![1; operands.len()]));
+        Space { outer: dims, inner, runs: runs.into_iter().map(|step| step != 0).collect() }
+    }
+
+    fn rows(&self) -> usize {
+        self.outer.iter().map(|d| d.0).product()
+    }
+
+    /// Where a row begins in an operand.
+    fn start(&self, row: usize, operand: usize) -> usize {
+        let (mut rest, mut at) = (row, 0);
+        for (extent, steps) in self.outer.iter().rev() {
+            at += rest % extent * steps[operand];
+            rest /= extent;
+        }
+        at
+    }
+}
+
+/// Runs a region.
+pub(super) fn run(l: &mut Launch, region: &Region) {
+    let shape: Vec<usize> = l.op.results().next().map(|r| l.shape(r)).expect("a region has a result");
+    let operands: Vec<Vec<usize>> = l.op.args.iter().map(|&a| l.shape(a)).collect();
+    let space = Space::new(&shape, &operands);
+    let rows = space.rows();
+    if rows == 0 || space.inner == 0 {
+        return;
+    }
+    let types: Vec<Type> = l.op.args.iter().map(|&a| l.graph.ty(a).clone()).collect();
+    let dims = &l.graph.ty(l.op.results().next().expect("a region has a result")).dims;
+    let mut buffers = region.plan.buffers;
+    let stretched = may_stretch(dims, &types).into_iter().map(|may| {
+        buffers += usize::from(may);
+        may.then(|| buffers - 1)
+    });
+    let stretched = stretched.collect();
+    let run = Run {
+        region,
+        stretched,
+        part: buffers * BLOCK_BYTES,
+        operands: (0..operands.len()).map(|i| l.arg(i)).collect(),
+        results: (0..region.body.results().len()).map(|i| l.out(i)).collect(),
+        workspace: l.workspace(),
+        blocks: space.inner.div_ceil(BLOCK),
+        space,
+    };
+    let units = rows * run.blocks;
+    let work = rows * run.space.inner * region.body.work();
+    // A thread needs a workspace of its own: threads take whole ranges, and the range tells them apart.
+    let parts = if work < GRAIN { 1 } else { l.threads.count().min(units) };
+    l.threads.run(parts, GRAIN, |range| {
+        for part in range {
+            run.units(units * part / parts..units * (part + 1) / parts, part);
+        }
+    });
+}
+
+struct Run<'a> {
+    region: &'a Region,
+    space: Space,
+    operands: Vec<Ptr<u8>>,
+    results: Vec<Ptr<u8>>,
+    /// Per operand, the buffer in which it is stretched where it stays in place along a row.
+    stretched: Vec<Option<usize>>,
+    workspace: Ptr<u8>,
+    /// Bytes of a thread's part of the workspace.
+    part: usize,
+    /// Blocks of a row.
+    blocks: usize,
+}
+
+impl Run<'_> {
+    /// Runs blocks, counted through all rows, in the workspace of a thread.
+    fn units(&self, range: Range<usize>, thread: usize) {
+        let plan = &self.region.plan;
+        // SAFETY: the workspace is as large as `workspace` says, which is a part per thread.
+        let buffer = |i: usize| unsafe { self.workspace.add(thread * self.part + i * BLOCK_BYTES) };
+        let mut places: Vec<*mut u8> = vec![std::ptr::null_mut(); plan.homes.len()];
+        for (value, home) in plan.homes.iter().enumerate() {
+            if let Home::Buffer(i) = home {
+                places[value] = buffer(*i).0;
+                if let Op::Const { value: constant, dtype } = self.constant(value) {
+                    // SAFETY: a buffer holds a block of elements of any type of a region.
+                    unsafe { fill_constant(buffer(*i), *constant, *dtype) };
+                }
+            }
+        }
+        let mut row = usize::MAX;
+        for unit in range {
+            let (now, from) = (unit / self.blocks, unit % self.blocks * BLOCK);
+            let n = BLOCK.min(self.space.inner - from);
+            for (i, &operand) in self.operands.iter().enumerate() {
+                let width = plan.dtypes[i].bytes();
+                let at = self.space.start(now, i);
+                // SAFETY: the offset lies in the operand, whose dims it comes from; a buffer holds a block.
+                unsafe {
+                    if self.space.runs[i] {
+                        places[i] = operand.add((at + from) * width).0;
+                    } else if row != now {
+                        let to = buffer(self.stretched[i].expect("the operand may be stretched"));
+                        places[i] = to.0;
+                        stretch(operand.add(at * width), to, width, self.space.inner.min(BLOCK));
+                    }
+                }
+            }
+            row = now;
+            // SAFETY: results are dense and have the region's dims; units of threads are apart.
+            let result =
+                |i: usize, width: usize| unsafe { self.results[i].add((now * self.space.inner + from) * width) };
+            for (value, home) in plan.homes.iter().enumerate() {
+                if let Home::Result(i) = home {
+                    places[value] = result(*i, plan.dtypes[value].bytes()).0;
+                }
+            }
+            self.region.stages.iter().for_each(|stage| stage.run(plan, &places, n));
+            for &(value, i) in &plan.copies {
+                let width = plan.dtypes[value].bytes();
+                // SAFETY: both hold `n` elements, and the workspace is no result.
+                unsafe { std::ptr::copy_nonoverlapping(places[value], result(i, width).0, n * width) };
+            }
+        }
+    }
+
+    /// The op that gives a value of the body which is no operand.
+    fn constant(&self, value: usize) -> &Op {
+        &self.region.body.steps()[value - self.region.body.operands()].op
+    }
+}
+
+impl Compiled {
+    /// Runs the stage on `n` elements at the places of all values.
+    fn run(&self, plan: &Plan, places: &[*mut u8], n: usize) {
+        match self {
+            Compiled::Row { kernel, args, to } => {
+                let mut from = [std::ptr::null(); 3];
+                for (from, &arg) in from.iter_mut().zip(args) {
+                    *from = places[arg].cast_const();
+                }
+                kernel(&from[..args.len()], places[*to], n);
+            }
+            Compiled::Code { code, from, to } => {
+                let whole = n - n % LANES;
+                // SAFETY: every place that the code uses holds `n` elements, or four in `rest`.
+                unsafe {
+                    if whole > 0 {
+                        code(places.as_ptr(), whole);
+                    }
+                    if whole < n {
+                        rest(*code, plan, places, (from, to), whole..n);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Runs code on the last elements, fewer than it takes, through copies.
+///
+/// # Safety
+/// Every place that the code reads (`from`) or writes (`to`) holds the elements of the range.
+unsafe fn rest(code: Code, plan: &Plan, places: &[*mut u8], (from, to): (&[usize], &[usize]), range: Range<usize>) {
+    let mut copies = vec![[0u8; LANES * size_of::<f32>()]; places.len()];
+    let table: Vec<*mut u8> = copies.iter_mut().map(|copy| copy.as_mut_ptr()).collect();
+    let bytes = |value: usize| plan.dtypes[value].bytes() * range.len();
+    // SAFETY: the caller's promise; a copy holds as many elements as the code takes.
+    unsafe {
+        let place = |value: usize| places[value].add(range.start * plan.dtypes[value].bytes());
+        for &value in from {
+            std::ptr::copy_nonoverlapping(place(value), table[value], bytes(value));
+        }
+        code(table.as_ptr(), LANES);
+        for &value in to {
+            std::ptr::copy_nonoverlapping(table[value], place(value), bytes(value));
+        }
+    }
+}
+
+/// Fills `n` elements with the first element of an operand.
+///
+/// # Safety
+/// Both places hold what is read and written, aligned for elements of this width.
+unsafe fn stretch(from: Ptr<u8>, to: Ptr<u8>, width: usize, n: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match width {
+            1 => to.slice_mut(0, n).fill(*from.0),
+            _ => Ptr(to.0.cast::<u32>()).slice_mut(0, n).fill(*from.0.cast::<u32>()),
+        }
+    }
+}
+
+/// Fills a block with a constant.
+///
+/// # Safety
+/// The place holds a block of elements of the type.
+unsafe fn fill_constant(to: Ptr<u8>, value: f64, dtype: DType) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match dtype {
+            DType::F32 => Ptr(to.0.cast::<f32>()).slice_mut(0, BLOCK).fill(value as f32),
+            DType::I32 => Ptr(to.0.cast::<i32>()).slice_mut(0, BLOCK).fill(value as i32),
+            DType::Bool => to.slice_mut(0, BLOCK).fill(u8::from(value != 0.0)),
+            DType::Key => panic!("bug: a constant key"),
+        }
+    }
+}
