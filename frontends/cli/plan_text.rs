@@ -50,10 +50,21 @@ fn statements(plan: &[Statement], depth: usize, lines: &mut Vec<String>) {
                 let name = call.name.as_ref().map_or(String::new(), |name| format!("{name} = "));
                 let kept = if call.cached { ", kept per row" } else { "" };
                 lines.push(format!("{indent}{name}{}({}){kept}", call.graph, operands(&call.args)));
-                if let CallSteps::Split { count, rows, finish } = call.steps.as_ref().expect("the passes filled it in")
-                {
-                    parts(count.iter().chain([rows]), &indent, lines);
-                    lines.extend(finish.iter().map(|graph| format!("{indent}  call {graph}")));
+                match call.steps.as_ref().expect("the passes filled it in") {
+                    CallSteps::Whole => {}
+                    CallSteps::Split { count, rows, finish } => {
+                        parts(count.iter().chain([rows]), &indent, lines);
+                        lines.extend(finish.iter().map(|graph| format!("{indent}  call {graph}")));
+                    }
+                    CallSteps::Joined(joined) => {
+                        let roles: Vec<&str> = joined.updates.iter().map(|u| u.role.as_str()).collect();
+                        let when = if joined.keep.is_some() { " where all rows are kept" } else { "" };
+                        lines.push(format!(
+                            "{indent}  call {}{when}: with the first update of {}",
+                            joined.graph,
+                            roles.join(" and of ")
+                        ));
+                    }
                 }
             }
             Statement::Generate(generate) => {

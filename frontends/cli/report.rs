@@ -276,6 +276,10 @@ impl Work {
                 Statement::Call(call) => {
                     let total = match call.steps.as_ref().expect("the passes filled it in") {
                         CallSteps::Whole => flops(&call.graph),
+                        CallSteps::Joined(joined) => {
+                            self.calls.push((format!("{} with updates", call.graph), flops(&joined.graph)));
+                            flops(&call.graph)
+                        }
                         CallSteps::Split { count, rows, finish } => {
                             let last = finish.as_ref().map_or(0, flops);
                             parts.saturating_mul(all(count) + flops(rows)).saturating_add(last)

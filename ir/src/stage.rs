@@ -447,7 +447,8 @@ pub enum Rows {
         size: usize,
         /// Path of a `bool[B]`: rows that take part.
         keep: Option<String>,
-        /// Whether rows are drawn in a random order, another one each time.
+        /// Whether rows are drawn in a random order, another one each time. Where all rows are one batch they stay in
+        /// theirs.
         shuffle: bool,
     },
 }
@@ -497,6 +498,30 @@ pub enum CallSteps {
         /// Outputs that are one number, from the totals of all; `None` when there are none.
         finish: Option<String>,
     },
+    /// The batch is one call, and so are updates that follow on its rows; filled in by the pass `join_updates`.
+    Joined(Joined),
+}
+
+/// A call and the updates that follow it, in one graph: what both compute is computed once.
+///
+/// It runs where all rows of the call take part in the updates. Otherwise the call's own graph runs, and later the
+/// updates' own.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Joined {
+    /// The graph. It takes what the call takes and, of update `k`, what the call does not give, as `update.<k>.<input>`; and
+    /// gives what they give, named alike.
+    pub graph: String,
+    /// A graph of the call's inputs that gives the rows that take part, `keep: bool[B]`; `None` where all do.
+    pub keep: Option<String>,
+    /// The first updates that run after the call, in their order, as they stand in the plan.
+    pub updates: Vec<Update>,
+}
+
+impl Joined {
+    /// Name of an input or output of update `k`.
+    pub fn name(k: usize, of: &str) -> String {
+        format!("update.{k}.{of}")
+    }
 }
 
 /// A model continues sequences by one token after the other.

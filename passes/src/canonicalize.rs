@@ -23,8 +23,13 @@ pub const PASS: Pass =
 
 /// Runs the pass.
 pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> {
-    program.graphs = program.graphs.iter().map(|g| without_dead_ops(&canonicalize(g, &program), &program)).collect();
+    program.graphs = program.graphs.iter().map(|g| of_graph(g, &program)).collect();
     Ok(program)
+}
+
+/// One graph in the form that the pass gives it.
+pub(crate) fn of_graph(graph: &Graph, program: &Program) -> Graph {
+    without_dead_ops(&canonicalize(graph, program), program)
 }
 
 /// What becomes of an op.

@@ -7,7 +7,7 @@ use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
-use crate::{adapt, autodiff, canonicalize, decode, fuse, infer, plan_memory, simplify};
+use crate::{adapt, autodiff, canonicalize, decode, fuse, infer, join_updates, plan_memory, simplify};
 
 /// What a program satisfies at a point of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -102,6 +102,7 @@ pub const PIPELINE: &[Pass] = &[
     // Before gradients: what is cut away here has none.
     simplify::PASS,
     autodiff::PASS,
+    join_updates::PASS,
     canonicalize::PASS,
     simplify::PASS,
     fuse::PASS,

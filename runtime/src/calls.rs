@@ -60,7 +60,7 @@ impl<'a> Parts<'a> {
     /// The graphs of a call; `None` where it is one call of the graph itself.
     pub fn of_call(steps: &'a CallSteps) -> Option<Parts<'a>> {
         match steps {
-            CallSteps::Whole => None,
+            CallSteps::Whole | CallSteps::Joined(_) => None,
             CallSteps::Split { count, rows, finish } => Some(Parts { count, rows, finish: finish.as_deref() }),
         }
     }

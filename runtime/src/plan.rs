@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::{Call, Operand, Operands, Rows, Statement, Update, UpdateSteps};
+use dsgc_ir::stage::{Call, CallSteps, Joined, Operand, Operands, Rows, Statement, Update, UpdateSteps};
 use dsgc_ir::{DType, Data, Tensor};
 use dsgc_kernels::random;
 
@@ -66,8 +66,8 @@ impl Session {
                 }
                 Statement::For { batch, rows: Rows::Minibatches { table, size, keep, shuffle }, body } => {
                     let record = values.record(table)?;
-                    for rows in self.minibatches(table, &record, keep.as_deref(), *shuffle, values, told)?.chunks(*size)
-                    {
+                    let order = self.minibatches(table, &record, (keep.as_deref(), *shuffle, *size), values, told)?;
+                    for rows in order.chunks(*size) {
                         let mut inner = values.clone();
                         inner.bind(batch, values::select(&record, rows));
                         self.statements(body, &mut inner, steps, told)?;
@@ -78,7 +78,7 @@ impl Session {
                         self.statements(body, values, steps, told)?;
                     }
                 }
-                Statement::Call(call) => self.call(call, values, told)?,
+                Statement::Call(call) => self.call(call, values, steps, told)?,
                 Statement::Generate(plan) => {
                     let prompt = values.record(&plan.prompt)?;
                     let (seed, number) = (key_of(&self.program.stage), self.counters.generations);
@@ -110,8 +110,7 @@ impl Session {
         &mut self,
         table: &str,
         record: &Named,
-        keep: Option<&str>,
-        shuffle: bool,
+        (keep, shuffle, size): (Option<&str>, bool, usize),
         values: &Values,
         told: &mut Told,
     ) -> Result<Vec<usize>, Diag> {
@@ -134,7 +133,7 @@ impl Session {
         if rows.is_empty() {
             told.events.push(Event::NoRows { table: table.into(), rows: all });
         }
-        if !shuffle {
+        if !shuffle || rows.len() <= size {
             return Ok(rows);
         }
         Ok(order::of_loop(self.program.stage.seed, count, rows.len()).into_iter().map(|at| rows[at]).collect())
@@ -185,11 +184,17 @@ impl Session {
         args.iter().map(one).collect()
     }
 
-    fn call(&mut self, call: &Call, values: &mut Values, told: &mut Told) -> Result<(), Diag> {
+    fn call(&mut self, call: &Call, values: &mut Values, steps: u64, told: &mut Told) -> Result<(), Diag> {
         let outputs = if call.cached {
             self.cached(call, values)?
         } else {
-            self.run_call(call, &self.inputs(&call.args, values)?)?
+            let inputs = self.inputs(&call.args, values)?;
+            match &call.steps {
+                Some(CallSteps::Joined(joined)) if self.all_rows(call, joined, &inputs)? => {
+                    self.run_joined(call, joined, inputs, values, steps)?
+                }
+                _ => self.run_call(call, &inputs)?,
+            }
         };
         self.tell(&outputs, "", told);
         if let Some(name) = &call.name {
@@ -214,6 +219,54 @@ impl Session {
             }
         };
         self.assert(&call.graph, outputs)
+    }
+
+    /// Whether all rows of a call take part in the updates that it is joined with, and there are some.
+    fn all_rows(&mut self, call: &Call, joined: &Joined, inputs: &Named) -> Result<bool, Diag> {
+        if calls::rows_of(calls::graph_named(&self.program, &call.graph), inputs) == 0 {
+            return Ok(false);
+        }
+        let Some(keep) = &joined.keep else { return Ok(true) };
+        let kept = calls::call(self.device.as_mut(), &self.program, keep, &[inputs])?;
+        Ok(kept["keep"].to_f64().iter().all(|&keep| keep != 0.0))
+    }
+
+    /// Runs a call with the updates after it. What they give waits until the plan comes to them.
+    fn run_joined(
+        &mut self,
+        call: &Call,
+        joined: &Joined,
+        mut inputs: Named,
+        values: &Values,
+        steps: u64,
+    ) -> Result<Named, Diag> {
+        for (k, update) in joined.updates.iter().enumerate() {
+            let total = steps * updates_of(&self.program.stage, &update.role);
+            let (lr, t) = self.settings(update, total);
+            let takes = calls::graph_named(&self.program, &joined.graph);
+            let own = |(input, _): &&(String, Operand)| takes.input_named(&Joined::name(k, input)).is_some();
+            let own: Operands = update.terms[0].args.iter().filter(own).cloned().collect();
+            let own = self.inputs(&own, values)?.into_iter().chain([("lr".to_string(), lr), ("t".to_string(), t)]);
+            inputs.extend(own.map(|(name, tensor)| (Joined::name(k, &name), tensor)));
+        }
+        let mut made = calls::call(self.device.as_mut(), &self.program, &joined.graph, &[&inputs])?;
+        for (k, update) in joined.updates.iter().enumerate() {
+            let prefix = Joined::name(k, "");
+            let of_update = made.extract_if(.., |name, _| name.starts_with(&prefix));
+            let of_update = of_update.map(|(name, tensor)| (name[prefix.len()..].to_string(), tensor)).collect();
+            let of_update = self.assert(&update.terms[0].graph, of_update)?;
+            self.ahead.push_back((update.clone(), of_update));
+        }
+        self.assert(&call.graph, made)
+    }
+
+    /// Learning rate `f32[]` and number `i32[]` of the next step of a role, which takes `total` in all.
+    fn settings(&self, update: &Update, total: u64) -> (Tensor, Tensor) {
+        let training = self.program.stage.trainings.iter().find(|t| t.role == update.role);
+        let training = training.unwrap_or_else(|| panic!("bug: `{}` is updated without settings", update.role));
+        let taken = self.taken.get(&update.role).copied().unwrap_or_default();
+        let lr = learning_rate(&training.schedule, taken, total);
+        (Tensor::f64(&[], vec![lr]), Tensor::i32(&[], vec![i32::try_from(taken + 1).unwrap_or(i32::MAX)]))
     }
 
     /// Outputs of a cached call: those of rows that it has seen before are kept from then.
@@ -262,16 +315,25 @@ impl Session {
 
     /// One optimizer step; `total` is how many the role takes in all.
     fn update(&mut self, update: &Update, values: &Values, total: u64, told: &mut Told) -> Result<(), Diag> {
-        let training = self.program.stage.trainings.iter().find(|t| t.role == update.role);
-        let training = training.unwrap_or_else(|| panic!("bug: `{}` is updated without settings", update.role));
+        let (lr, t) = self.settings(update, total);
+        let rate = lr.scalar();
         let taken = self.taken.entry(update.role.clone()).or_default();
-        let lr = learning_rate(&training.schedule, *taken, total);
         *taken += 1;
-        let settings = Named::from([
-            ("lr".to_string(), Tensor::f64(&[], vec![lr])),
-            ("t".to_string(), Tensor::i32(&[], vec![i32::try_from(*taken).unwrap_or(i32::MAX)])),
-        ]);
         let taken = *taken;
+        let outputs = match self.ahead.pop_front() {
+            Some((of, outputs)) if of == *update => outputs,
+            Some((of, _)) => panic!("bug: `{}` was computed ahead, and `{}` comes first", of.role, update.role),
+            None => self.run_update(update, values, taken, Named::from([("lr".into(), lr), ("t".into(), t)]))?,
+        };
+        // Where several roles are trained, their numbers are told apart by the role.
+        let prefix = if self.program.stage.trainings.len() > 1 { format!("{}/", update.role) } else { String::new() };
+        self.tell(&outputs, &prefix, told);
+        told.metrics.insert(format!("{prefix}lr"), rate);
+        Ok(())
+    }
+
+    /// Runs an update, the role's step `taken`.
+    fn run_update(&mut self, update: &Update, values: &Values, taken: u64, settings: Named) -> Result<Named, Diag> {
         let mut inputs: Vec<Named> =
             update.terms.iter().map(|term| self.inputs(&term.args, values)).collect::<Result<_, _>>()?;
         for (number, inputs) in inputs.iter_mut().enumerate() {
@@ -301,11 +363,7 @@ impl Session {
                 outputs.extend(calls::call(self.device.as_mut(), &self.program, apply, &[&settings])?);
             }
         }
-        // Where several roles are trained, their numbers are told apart by the role.
-        let prefix = if self.program.stage.trainings.len() > 1 { format!("{}/", update.role) } else { String::new() };
-        self.tell(&outputs, &prefix, told);
-        told.metrics.insert(format!("{prefix}lr"), lr);
-        Ok(())
+        Ok(outputs)
     }
 
     /// What a term's graph needs to know which elements its dropout leaves out: a key of this update and term, and the

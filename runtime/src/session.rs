@@ -1,12 +1,12 @@
 //! A stage that runs: its models in a device, its data, its plan.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::time::Instant;
 
 use dsgc_hf::Tokenizer;
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::{Rows, Source, Statement};
+use dsgc_ir::stage::{Rows, Source, Statement, Update};
 use dsgc_ir::{Planned, Tensor};
 use dsgc_kernels::Device;
 
@@ -103,6 +103,8 @@ pub struct Session {
     pub(crate) data: BTreeMap<String, Dataset>,
     /// Optimizer steps taken, by role.
     pub(crate) taken: BTreeMap<String, u64>,
+    /// Updates that were computed together with the call before them, and what they gave.
+    pub(crate) ahead: VecDeque<(Update, Named)>,
     pub(crate) counters: Counters,
     /// Where a `next` stands, by source.
     pub(crate) places: BTreeMap<String, Place>,
@@ -146,6 +148,7 @@ impl Session {
             device,
             data,
             taken: BTreeMap::new(),
+            ahead: VecDeque::new(),
             counters: Counters::default(),
             places: BTreeMap::new(),
             tables: BTreeMap::new(),

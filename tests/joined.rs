@@ -1,0 +1,158 @@
+//! A rollout's scoring and the first updates on it in one graph: the same numbers to the bit, with less work.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use dsgc_ir::stage::{CallSteps, Statement};
+use dsgc_ir::{Planned, Program, Tensor};
+use dsgc_kernels::Device;
+use dsgc_kernels::cpu::{Cpu, CpuTarget};
+use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
+use dsgc_passes::{PIPELINE, PassContext, run_passes};
+use dsgc_runtime::{Event, Metrics, Session};
+use dsgc_yaml::load::{self, Options};
+
+#[path = "../frontends/cli/host.rs"]
+mod host;
+
+const STAGES: &str = "\
+dsgc: 1
+seed: 7
+models:
+  base:
+    model: opt
+    tokenizer: TOKENIZER
+    config: {hidden: 16, layers: 2, heads: 2, ffn: 32, max_positions: 64}
+data:
+  prompts: {path: rows.jsonl}
+stages:
+  ppo:
+    actor: {model: base, learning_rate: 1e-2}
+    critic: {model: base, learning_rate: 1e-2}
+    data: prompts
+    batch_size: 4
+    minibatch_size: 4
+    max_prompt_len: 24
+    max_new_tokens: 8
+    max_steps: 3
+    logging_steps: 1
+";
+
+/// The stage as loaded, with further settings; its folder holds the rows.
+fn program(folder: &Path, sets: &[&str]) -> Program {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/rlhf");
+    let rows: Vec<String> = (0..12).map(|i| format!("{{\"prompt\": \"Question {i}?\"}}")).collect();
+    let text = STAGES.replace("TOKENIZER", &examples.join("tokenizer").display().to_string());
+    fs::write(folder.join("rows.jsonl"), rows.join("\n")).expect("a new file");
+    fs::write(folder.join("pipeline.yaml"), text).expect("a new file");
+    let mut sets: Vec<String> = sets.iter().map(|s| format!("stages.ppo.{s}")).collect();
+    sets.push(format!("output_dir={}", folder.join("runs").display()));
+    let loaded = load::load(&folder.join("pipeline.yaml"), &Options { sets, ..Options::default() }, &host::Disk);
+    loaded.unwrap_or_else(|e| panic!("{:?}", e.diags)).stages.remove(0)
+}
+
+/// The planned program, with or without the pass.
+fn compile(program: &Program, context: &PassContext, join: bool) -> Planned {
+    let names: Vec<&str> = PIPELINE.iter().map(|p| p.name).filter(|n| join || *n != "join_updates").collect();
+    let made = run_passes(program.clone(), &names, context).unwrap_or_else(|e| panic!("{e:?}"));
+    Planned::new(made).unwrap_or_else(|fault| panic!("{fault}"))
+}
+
+/// Metrics of all steps, and all parameters and states at the end.
+type Ran = (Vec<Metrics>, BTreeMap<String, Tensor>);
+
+fn run(planned: Planned, device: Box<dyn Device>) -> Ran {
+    let names: Vec<(String, dsgc_ir::StateId)> = planned.state_ids().map(|(id, s)| (s.name.clone(), id)).collect();
+    let mut session = Session::open(planned, device, &mut |_| Ok(())).unwrap_or_else(|e| panic!("{e:?}"));
+    let mut steps = Vec::new();
+    let end = session.run(&mut |event| {
+        if let Event::Step { metrics, .. } = event {
+            steps.push(metrics.clone());
+        }
+        Ok(())
+    });
+    assert!(end.is_ok(), "{end:?}");
+    let states = names.into_iter().map(|(name, id)| (name, session.device().state(id))).collect();
+    (steps, states)
+}
+
+fn interp(planned: Planned) -> Ran {
+    let device = Box::new(Interp::planned(planned.clone(), Precision::F64));
+    run(planned, device)
+}
+
+fn cpu(program: &Program, threads: usize, join: bool) -> Ran {
+    let planned = compile(program, &PassContext::new(&CpuTarget { threads }), join);
+    run(planned.clone(), Box::new(Cpu::new(planned, threads)))
+}
+
+/// Whether the stage's only call is joined with updates, and of how many roles.
+fn joined(planned: &Planned) -> usize {
+    fn of(body: &[Statement]) -> usize {
+        let one = |statement: &Statement| match statement {
+            Statement::For { body, .. } | Statement::Repeat { body, .. } => of(body),
+            Statement::Call(call) => match &call.steps {
+                Some(CallSteps::Joined(joined)) => joined.updates.len(),
+                _ => 0,
+            },
+            _ => 0,
+        };
+        body.iter().map(one).sum()
+    }
+    of(&planned.stage.plan)
+}
+
+/// Joined and apart, in doubles; gives how many updates are joined, and the metrics.
+fn both(sets: &[&str]) -> (usize, Vec<Metrics>) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = program(folder.path(), sets);
+    let context = PassContext::new(&InterpTarget);
+    let (with, without) = (compile(&program, &context, true), compile(&program, &context, false));
+    assert_eq!(joined(&without), 0);
+    let updates = joined(&with);
+    let (with, without) = (interp(with), interp(without));
+    assert_eq!(with, without, "{sets:?}");
+    (updates, with.0)
+}
+
+#[test]
+fn a_rollout_is_scored_and_trained_on_at_once() {
+    let (updates, steps) = both(&[]);
+    assert_eq!(updates, 2);
+    assert!(steps.iter().all(|metrics| metrics["actor/ratio"] == 1.0), "{steps:?}");
+    // The first of two epochs.
+    let (updates, steps) = both(&["ppo_epochs=2"]);
+    assert_eq!(updates, 2);
+    // The learning rate begins at 0; of two updates, the last one is told.
+    assert!(steps[1..].iter().all(|metrics| metrics["actor/ratio"] != 1.0), "{steps:?}");
+}
+
+#[test]
+fn rows_that_are_left_out_keep_them_apart() {
+    // Some answers end early, and are not trained on.
+    let (updates, steps) = both(&["min_answer=24", "max_new_tokens=24", "max_steps=12", "num_epochs=4"]);
+    assert_eq!(updates, 2);
+    let partly = |metrics: &&Metrics| metrics["answer_length"] < 24.0;
+    assert!((1..12).contains(&steps.iter().filter(partly).count()), "{steps:?}");
+}
+
+#[test]
+fn what_is_cut_or_differs_stays_apart() {
+    // An update on a part of the rollout, one in parts, and one whose dropout scoring does not have.
+    for sets in [&["minibatch_size=2"][..], &["micro_batch_size=2"], &["critic.lora_r=2", "critic.lora_dropout=0.5"]] {
+        let (updates, _) = both(sets);
+        let expected = usize::from(sets[0].starts_with("critic"));
+        assert_eq!(updates, expected, "{sets:?}");
+    }
+}
+
+#[test]
+fn the_cpu_gives_equal_bits_with_any_threads() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = program(folder.path(), &[]);
+    let first = cpu(&program, 1, false);
+    for threads in [1, 2, 3] {
+        assert_eq!(cpu(&program, threads, true), first, "{threads} threads");
+    }
+}
