@@ -1,20 +1,14 @@
 //! A rollout's scoring and the first updates on it in one graph: the same numbers to the bit, with less work.
 
-use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
 use dsgc_ir::stage::{CallSteps, Statement};
-use dsgc_ir::{Planned, Program, Tensor};
-use dsgc_kernels::Device;
-use dsgc_kernels::cpu::{Cpu, CpuTarget};
-use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
-use dsgc_passes::{PIPELINE, PassContext, run_passes};
-use dsgc_runtime::{Event, Metrics, Session};
-use dsgc_yaml::load::{self, Options};
+use dsgc_ir::{Planned, Program};
+use dsgc_runtime::Metrics;
 
-#[path = "../frontends/cli/host.rs"]
-mod host;
+mod stages;
+
+use stages::{cpu, interp};
 
 const STAGES: &str = "\
 dsgc: 1
@@ -39,52 +33,10 @@ stages:
     logging_steps: 1
 ";
 
-/// The stage as loaded, with further settings; its folder holds the rows.
 fn program(folder: &Path, sets: &[&str]) -> Program {
-    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/rlhf");
     let rows: Vec<String> = (0..12).map(|i| format!("{{\"prompt\": \"Question {i}?\"}}")).collect();
-    let text = STAGES.replace("TOKENIZER", &examples.join("tokenizer").display().to_string());
-    fs::write(folder.join("rows.jsonl"), rows.join("\n")).expect("a new file");
-    fs::write(folder.join("pipeline.yaml"), text).expect("a new file");
-    let mut sets: Vec<String> = sets.iter().map(|s| format!("stages.ppo.{s}")).collect();
-    sets.push(format!("output_dir={}", folder.join("runs").display()));
-    let loaded = load::load(&folder.join("pipeline.yaml"), &Options { sets, ..Options::default() }, &host::Disk);
-    loaded.unwrap_or_else(|e| panic!("{:?}", e.diags)).stages.remove(0)
-}
-
-/// The planned program, with or without the pass.
-fn compile(program: &Program, context: &PassContext, join: bool) -> Planned {
-    let names: Vec<&str> = PIPELINE.iter().map(|p| p.name).filter(|n| join || *n != "join_updates").collect();
-    let made = run_passes(program.clone(), &names, context).unwrap_or_else(|e| panic!("{e:?}"));
-    Planned::new(made).unwrap_or_else(|fault| panic!("{fault}"))
-}
-
-/// Metrics of all steps, and all parameters and states at the end.
-type Ran = (Vec<Metrics>, BTreeMap<String, Tensor>);
-
-fn run(planned: Planned, device: Box<dyn Device>) -> Ran {
-    let names: Vec<(String, dsgc_ir::StateId)> = planned.state_ids().map(|(id, s)| (s.name.clone(), id)).collect();
-    let mut session = Session::open(planned, device, &mut |_| Ok(())).unwrap_or_else(|e| panic!("{e:?}"));
-    let mut steps = Vec::new();
-    let end = session.run(&mut |event| {
-        if let Event::Step { metrics, .. } = event {
-            steps.push(metrics.clone());
-        }
-        Ok(())
-    });
-    assert!(end.is_ok(), "{end:?}");
-    let states = names.into_iter().map(|(name, id)| (name, session.device().state(id))).collect();
-    (steps, states)
-}
-
-fn interp(planned: Planned) -> Ran {
-    let device = Box::new(Interp::planned(planned.clone(), Precision::F64));
-    run(planned, device)
-}
-
-fn cpu(program: &Program, threads: usize, join: bool) -> Ran {
-    let planned = compile(program, &PassContext::new(&CpuTarget { threads }), join);
-    run(planned.clone(), Box::new(Cpu::new(planned, threads)))
+    let sets: Vec<String> = sets.iter().map(|s| format!("stages.ppo.{s}")).collect();
+    stages::program(folder, STAGES, &rows, &sets.iter().map(String::as_str).collect::<Vec<_>>())
 }
 
 /// Whether the stage's only call is joined with updates, and of how many roles.
@@ -107,13 +59,10 @@ fn joined(planned: &Planned) -> usize {
 fn both(sets: &[&str]) -> (usize, Vec<Metrics>) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = program(folder.path(), sets);
-    let context = PassContext::new(&InterpTarget);
-    let (with, without) = (compile(&program, &context, true), compile(&program, &context, false));
-    assert_eq!(joined(&without), 0);
-    let updates = joined(&with);
-    let (with, without) = (interp(with), interp(without));
-    assert_eq!(with, without, "{sets:?}");
-    (updates, with.0)
+    let (with, without) = (interp(&program, None), interp(&program, Some("join_updates")));
+    assert_eq!(joined(&without.0), 0);
+    assert_eq!(with.1, without.1, "{sets:?}");
+    (joined(&with.0), with.1.0)
 }
 
 #[test]
@@ -151,8 +100,8 @@ fn what_is_cut_or_differs_stays_apart() {
 fn the_cpu_gives_equal_bits_with_any_threads() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = program(folder.path(), &[]);
-    let first = cpu(&program, 1, false);
+    let first = cpu(&program, 1, Some("join_updates"));
     for threads in [1, 2, 3] {
-        assert_eq!(cpu(&program, threads, true), first, "{threads} threads");
+        assert_eq!(cpu(&program, threads, None), first, "{threads} threads");
     }
 }

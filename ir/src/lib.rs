@@ -49,6 +49,7 @@ pub mod op;
 mod parse;
 pub mod print;
 mod program;
+pub mod segment;
 pub mod stage;
 mod target;
 mod tensor;

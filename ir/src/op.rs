@@ -386,7 +386,7 @@ ops! {
     /// `softmax(scale * q k^T) v`: operands q `[B, T, H, D]`, k and v `[B, T, K, D]` with `H` a multiple of `K`
     /// (grouped queries), segment `i32[B, T]`. A query sees keys of its own segment, not after itself if `causal`.
     /// Segment 0 is padding: nobody sees it, and it sees all text, as in Hugging Face's models, whose scores on padding
-    /// some losses read. A query that sees nothing gives 0. Results: `[B, T, H, D]`, and the log of the softmax's
+    /// some losses read. Texts may have branches ([`crate::segment`]). A query that sees nothing gives 0. Results: `[B, T, H, D]`, and the log of the softmax's
     /// divisor `[B, H, T]` for the gradient.
     Attention "attention" Composite 4 { /// Whether later keys are hidden.
         causal: bool, /// Factor on the scores.
@@ -404,8 +404,8 @@ ops! {
     TokenLogp "token_logp" Composite 2 { }
     /// Gradient of [`Op::TokenLogp`] for the logits: operands logits, tokens, result gradient.
     TokenLogpGrad "token_logp_grad" Composite 3 { }
-    /// Place of each token inside its text: operand segment `i32[B, T]`; counts from 0 in every segment of a row. On
-    /// padding, segment 0, it is the column.
+    /// Place of each token inside its text: operand segment `i32[B, T]`; counts from 0 in every segment of a row, and
+    /// goes on from the beginning of a text in each of its branches ([`crate::segment`]). On padding it is the column.
     PositionIn "position_in" Composite 1 { }
 
     // Random.

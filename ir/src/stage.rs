@@ -50,6 +50,18 @@ pub struct Stage {
     pub health: Vec<Bounds>,
     /// Roles whose models are written to `output_dir` at the end.
     pub save: Vec<String>,
+    /// What rows of sequences have in common, for graphs that compute it once; filled in by the pass `share_prefix`.
+    pub prefixes: Vec<Prefix>,
+}
+
+/// The columns with which some sequences of a batch begin alike.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Prefix {
+    /// The sequences, inputs `<name>.tokens` and `<name>.segment` of one shape `[N, T]`.
+    pub sequences: Vec<String>,
+    /// A graph's input `i32[S]` that says how many columns follow, `0 < S <= T`: in every row of the call, the first `T - S`
+    /// columns of these sequences are equal. What stands in it does not matter.
+    pub input: String,
 }
 
 /// A model in the part it plays in a stage.

@@ -13,6 +13,7 @@ pub mod join_updates;
 mod pipeline;
 pub mod plan_memory;
 mod rebuild;
+pub mod share_prefix;
 pub mod simplify;
 
 pub use pipeline::{Fact, Notes, Numerics, Observer, PIPELINE, Pass, PassContext, Step, compile, run_passes};

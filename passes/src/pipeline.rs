@@ -7,7 +7,7 @@ use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
-use crate::{adapt, autodiff, canonicalize, decode, fuse, infer, join_updates, plan_memory, simplify};
+use crate::{adapt, autodiff, canonicalize, decode, fuse, infer, join_updates, plan_memory, share_prefix, simplify};
 
 /// What a program satisfies at a point of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -98,6 +98,7 @@ pub const PIPELINE: &[Pass] = &[
     infer::PASS,
     adapt::PASS,
     canonicalize::PASS,
+    share_prefix::PASS,
     decode::PASS,
     // Before gradients: what is cut away here has none.
     simplify::PASS,

@@ -17,6 +17,8 @@ pub type Named = BTreeMap<String, Tensor>;
 /// Runs a graph on those of the given tensors that it names.
 pub fn call(device: &mut dyn Device, program: &Program, graph: &str, given: &[&Named]) -> Result<Named, Diag> {
     let graph = graph_named(program, graph);
+    let prefixes = prefixes(program, graph, given)?;
+    let given = [given, &[&prefixes]].concat();
     let inputs: Vec<(&str, &Tensor)> = graph
         .inputs()
         .filter_map(|v| {
@@ -25,6 +27,42 @@ pub fn call(device: &mut dyn Device, program: &Program, graph: &str, given: &[&N
         })
         .collect();
     Ok(device.run(&graph.name, &inputs)?.into_iter().collect())
+}
+
+/// The inputs that say after how many columns some sequences differ; see [`dsgc_ir::stage::Prefix`].
+fn prefixes(program: &Program, graph: &Graph, given: &[&Named]) -> Result<Named, Diag> {
+    let mut found = Named::new();
+    for prefix in program.stage.prefixes.iter().filter(|p| graph.input_named(&p.input).is_some()) {
+        let tensors = |end: &str| -> Result<Vec<&Tensor>, Diag> {
+            let tensor = |name: &String| {
+                let name = format!("{name}.{end}");
+                let found = given.iter().find_map(|g| g.get(&name));
+                found.ok_or_else(|| Diag::error(format!("found no `{name}` for @{}", graph.name)))
+            };
+            prefix.sequences.iter().map(tensor).collect()
+        };
+        let (tokens, segments) = (tensors("tokens")?, tensors("segment")?);
+        let columns = tokens[0].shape.get(1).copied().unwrap_or_default();
+        let common = common_columns(&tokens).min(common_columns(&segments)).min(columns.saturating_sub(1));
+        let rest = columns - common;
+        found.insert(prefix.input.clone(), Tensor::i32(&[rest], vec![0; rest]));
+    }
+    Ok(found)
+}
+
+/// How many first columns of these tensors `[N, T]` are equal in every row.
+fn common_columns(tensors: &[&Tensor]) -> usize {
+    let [first, others @ ..] = tensors else { return 0 };
+    let [_, width] = first.shape[..] else { return 0 };
+    let Data::I32(all) = &first.data else { return 0 };
+    let mut columns = width;
+    for other in others {
+        let Data::I32(other) = &other.data else { return 0 };
+        for (a, b) in all.chunks(width.max(1)).zip(other.chunks(width.max(1))) {
+            columns = columns.min(a.iter().zip(b).take_while(|(a, b)| a == b).count());
+        }
+    }
+    columns
 }
 
 /// The graph of this name.

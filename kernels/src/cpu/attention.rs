@@ -4,6 +4,7 @@
 //! taken there, and a second product gives the result (Rabe and Staats 2021, with whole rows of scores, which fit the
 //! cache). The gradient computes the scores again from the stored log of the divisor.
 
+use dsgc_ir::segment::sees;
 use gemm::Parallelism;
 use multiversion::multiversion;
 
@@ -107,12 +108,6 @@ pub(super) unsafe fn product(
             Parallelism::None,
         );
     }
-}
-
-/// Whether a query of the segment `own` sees a key of another: 0 is padding, which sees all text and is seen by nobody.
-#[inline(always)]
-fn sees(own: i32, segment: i32) -> bool {
-    segment != 0 && (segment == own || own == 0)
 }
 
 /// Sets scores of keys that the query does not see to minus infinity.

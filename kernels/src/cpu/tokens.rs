@@ -2,6 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use dsgc_ir::segment::counts;
 use dsgc_ir::stage::Sampling;
 use multiversion::multiversion;
 
@@ -173,10 +174,7 @@ pub(super) fn position_in(l: &mut Launch) {
             let (segments, out) =
                 unsafe { (segments.slice(row * places, places), out.slice_mut(row * places, places)) };
             for t in 0..places {
-                out[t] = match segments[t] {
-                    0 => t as i32,
-                    own => segments[..t].iter().filter(|&&s| s == own).count() as i32,
-                };
+                out[t] = segments[..t].iter().filter(|&&earlier| counts(segments[t], earlier)).count() as i32;
             }
         }
     });

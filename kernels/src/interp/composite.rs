@@ -1,6 +1,7 @@
 //! The composites, by their formulas.
 
 use dsgc_ir::Tensor;
+use dsgc_ir::segment::{counts, sees};
 
 use super::eval::{floats, ints, place, tensor};
 use super::real::Real;
@@ -168,11 +169,6 @@ pub(super) fn cached_attention<F: Real>(args: &[&Tensor], scale: f64) -> Results
     Ok(vec![tensor(&args[0].shape, out)])
 }
 
-/// Whether a query of one segment sees a key of another: 0 is padding.
-fn sees(query: i32, key: i32) -> bool {
-    key != 0 && (key == query || query == 0)
-}
-
 /// What attention and its gradient have in common: which query sees which key, and where their rows begin.
 pub(super) struct Heads<'a> {
     /// `B`, `T`, `H` (heads of queries), `K` (heads of keys), `D`.
@@ -301,12 +297,12 @@ pub(super) fn token_logp_grad<F: Real>(logits: &Tensor, tokens: &Tensor, grad: &
     Ok(vec![tensor(&logits.shape, out)])
 }
 
-/// How many places with the same segment number come before, in the same row; on padding, how many there are.
+/// How many places before this one, in the same row, are of its text; on padding, how many there are.
 pub(super) fn position_in(segment: &Tensor) -> Results {
     let places = segment.shape[1];
     let mut out = Vec::with_capacity(segment.len());
     for row in ints(segment).chunks(places.max(1)) {
-        out.extend((0..row.len()).map(|t| row[..t].iter().filter(|&&s| s == row[t] || row[t] == 0).count() as i32));
+        out.extend((0..row.len()).map(|t| row[..t].iter().filter(|&&s| counts(row[t], s)).count() as i32));
     }
     Ok(vec![Tensor::i32(&segment.shape, out)])
 }

@@ -410,6 +410,8 @@ pub(super) fn host_side(prepared: &Prepared, output_dir: &str) -> HostStage {
         require: prepared.require.clone(),
         health: prepared.health.clone(),
         save: prepared.save.clone(),
+        // The pass `share_prefix` says which.
+        prefixes: Vec::new(),
     }
 }
 
