@@ -239,8 +239,9 @@ impl Bench {
         let one = plan(case, 1, self.threads)?;
         let work = work(&one);
         let cache = last_level_cache().unwrap_or(CACHE);
-        let most = (COPIES / one.arena.total().max(1)).max(1);
-        let copies = (2 * cache).div_ceil((work.bytes as usize).max(1)).clamp(1, most);
+        // What is read and then written over is in its bytes twice, and of a table only a part is touched.
+        let (memory, touched) = (one.arena.total().max(1), one.arena.total().min(work.bytes as usize).max(1));
+        let copies = (4 * cache).div_ceil(touched).clamp(1, (COPIES / memory).max(1));
         let planned = plan(case, copies, self.threads)?;
         self.measure_limits(case.float);
         let seconds = time(case, planned, copies, self.threads, self.time)?;
@@ -250,7 +251,7 @@ impl Bench {
         } else {
             (Bound::Copy, copy)
         };
-        let cached = copies * (work.bytes as usize) <= cache;
+        let cached = copies * touched <= 2 * cache;
         let Case { model, family, float, .. } = *case;
         let (name, shape) = (case.name.clone(), case.shape.clone());
         Ok(Measured { model, family, name, shape, float, seconds, work, bound, limit, cached })

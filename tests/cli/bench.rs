@@ -68,6 +68,6 @@ fn kernels_that_do_not_exist_are_told() {
     let ended = place.run(&kernels("abacus", &["--json"]));
     assert_eq!((ended.code, ended.out.as_str()), (Some(1), ""));
     has(&ended.err, &["no kernel has `abacus` in its name", "help", "opt-125m product projection"]);
-    has(&place.refused(&["bench", "kernels", "--seconds", "-1"]), &["expected a number of seconds"]);
+    has(&place.refused(&["bench", "kernels", "--seconds=-1"]), &["expected a number of seconds"]);
     has(&place.refused(&["bench", "kernels", "--threads", "0"]), &["--threads"]);
 }
