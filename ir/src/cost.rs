@@ -81,8 +81,9 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
     };
     let bytes = match (op, op.class()) {
         (_, Class::View | Class::State) => 0,
-        // Of a table or an array only the part that is asked for, read and written.
-        (Op::Embed {}, _) => moved(results[0])?.saturating_add(args[1].bytes(bindings)? as u64),
+        // Of what is larger only the part that is asked for, read and written. A row of a table may be asked for twice,
+        // and is read once.
+        (Op::Embed {}, _) => bytes.min(moved(results[0])?.saturating_add(args[1].bytes(bindings)? as u64)),
         (Op::Slice { .. } | Op::SliceAt { .. }, _) => moved(results[0])?,
         _ => bytes,
     };

@@ -17,24 +17,33 @@ from workload import MODELS, Ran, ours, report, rows, stage, write_pipeline, wri
 
 # Kind of work, model, rows of a batch, tokens of a row, bf16; wanted: theirs / ours over stock and over AVX-512.
 CASES = {
-    "sft-opt-f32": ("sft", "opt-125m", 4, 256, False, (2.4, 1.25), "SFT step, OPT-125m, 4 x 256, f32"),
-    "sft-opt-bf16": ("sft", "opt-125m", 4, 256, True, (1.35, 1.3), "the same, bf16"),
-    "sft-llama-f32": ("sft", "llama-15m", 8, 256, False, (2.7, 1.6), "SFT step, Llama of 15M, 8 x 256, f32"),
-    "sft-llama-bf16": ("sft", "llama-15m", 8, 256, True, (1.5, 1.5), "the same, bf16"),
-    "reward-opt-f32": ("reward", "opt-125m", 4, 256, False, (2.5, 1.1), "reward-model step, OPT-125m, 4 pairs x 256, f32"),
-    "generate-opt-f32": ("generate", "opt-125m", 4, 256, False, (4.0, 2.0), "generation, OPT-125m, 128 + 128, batch 4, f32"),
-    "generate-opt-bf16": ("generate", "opt-125m", 4, 256, True, (4.0, 2.0), "the same, bf16"),
-    "ppo-opt-f32": ("ppo", "opt-125m", 4, 256, False, (3.4, 1.6), "PPO iteration, OPT-125m, 128 + 128, batch 4, f32"),
-    "ppo-opt-bf16": ("ppo", "opt-125m", 4, 256, True, (2.2, 1.9), "the same, bf16"),
+    "sft-opt-f32": ("sft", "opt-125m", 4, 256, False, (2.4, 1.25)),
+    "sft-opt-bf16": ("sft", "opt-125m", 4, 256, True, (1.35, 1.3)),
+    "sft-llama-f32": ("sft", "llama-15m", 8, 256, False, (2.7, 1.6)),
+    "sft-llama-bf16": ("sft", "llama-15m", 8, 256, True, (1.5, 1.5)),
+    "reward-opt-f32": ("reward", "opt-125m", 4, 256, False, (2.5, 1.1)),
+    "generate-opt-f32": ("generate", "opt-125m", 4, 256, False, (4.0, 2.0)),
+    "generate-opt-bf16": ("generate", "opt-125m", 4, 256, True, (4.0, 2.0)),
+    "ppo-opt-f32": ("ppo", "opt-125m", 4, 256, False, (3.4, 1.6)),
+    "ppo-opt-bf16": ("ppo", "opt-125m", 4, 256, True, (2.2, 1.9)),
+}
+KINDS = {
+    "sft": "SFT step", "reward": "reward-model step, pairs", "generate": "generation, half prompt, half answer",
+    "ppo": "PPO iteration, half prompt, half answer",
 }
 # Cases whose processes also give peak memory (wanted: ours / theirs), and the time to the end of the first step.
 MEMORY = {"sft-opt-f32": 0.7, "ppo-opt-f32": 0.8}
 FIRST_STEP = {"sft-opt-f32": 15.0}
 # Seconds that `dsgc compile` may take.
-COMPILE = {"compile-opt": (0.3, "`dsgc compile`, three stages of OPT-125m"), "compile-llama": (2.0, "`dsgc compile`, SFT of a Llama of 96 layers")}
+COMPILE = {
+    "compile-opt": (0.3, "`dsgc compile`, three stages of OPT-125m"),
+    "compile-llama": (2.0, "`dsgc compile`, SFT of a Llama of 96 layers"),
+}
 # Their ways to compute in bf16: weights in bf16 with masters in f32, autocast; one graph can be compiled too.
-WAYS = {"sft": ["bf16", "autocast", "compile"], "reward": ["bf16", "autocast", "compile"], "generate": ["bf16", "autocast"],
-        "ppo": ["bf16", "autocast"]}
+WAYS = {
+    "sft": ["bf16", "autocast", "compile"], "reward": ["bf16", "autocast", "compile"],
+    "generate": ["bf16", "autocast"], "ppo": ["bf16", "autocast"],
+}
 SIDES = ["stock", "avx512"]
 
 HERE = Path(__file__).resolve().parent
@@ -64,7 +73,7 @@ class Bench:
             env["LD_PRELOAD"] = str(self.preload)
         chat = self.options.examples and str(Path(self.options.examples).resolve() / "applications/DeepSpeed-Chat")
         facts = dict(facts, threads=threads, chat=chat, training=workload.TRAINING)
-        ran = Ran([self.options.python, str(HERE / "torch_side.py"), json.dumps(facts)], threads, env, until="first")
+        ran = Ran([sys.executable, str(HERE / "torch_side.py"), json.dumps(facts)], threads, env, until="first")
         if ran.code != 0:
             raise RuntimeError(ran.why)
         if facts["kind"] == "model":
@@ -82,12 +91,14 @@ class Bench:
         return folder
 
     def case(self, name):
-        kind, model, batch, length, bf16, wanted, what = CASES[name]
+        kind, model, batch, length, bf16, wanted = CASES[name]
+        what = f"{KINDS[kind]}, {model}, {batch} x {length}, {'bf16' if bf16 else 'f32'}"
         base, folder, steps = self.model(model), self.folder / name, self.options.steps
         vocab = MODELS[model]["config"]["vocab"]
         pipeline = write_pipeline(folder, {"path": str(base)}, vocab, {kind: stage(kind, batch, length, bf16)})
         write_rows(folder, rows(kind, batch, length, 1 + steps, vocab))
-        facts = {"kind": kind, "folder": str(base), "rows": str(folder / "rows.jsonl"), "batch": batch, "length": length}
+        facts = {"kind": kind, "folder": str(base), "rows": str(folder / "rows.jsonl")}
+        facts.update(batch=batch, length=length)
         row = {"case": name, "what": what, "wanted": dict(zip(SIDES, wanted)), "rounds": [], "notes": {}}
         try:
             row["planned"] = report(self.program, pipeline, self.options.threads)[0][0]["memory"]["peak"]
@@ -97,7 +108,8 @@ class Bench:
         if needs_chat and not self.options.examples:
             row["notes"].update({side: "needs DEEPSPEED_EXAMPLES" for side in SIDES})
         # Which of their ways is best on each side is found out once; only that one goes into the rounds.
-        row["way"] = {side: self.best_way(row, dict(facts), side, WAYS[kind] if bf16 else ["f32"]) for side in SIDES if side not in row["notes"]}
+        ways, sides = WAYS[kind] if bf16 else ["f32"], [side for side in SIDES if side not in row["notes"]]
+        row["way"] = {side: self.best_way(row, facts, side, ways) for side in sides}
         for number in range(self.options.rounds):
             found = {"load": os.getloadavg()[0]}
             if "ours" not in row["notes"]:
@@ -145,13 +157,13 @@ class Bench:
             values = [value(found[side]) for found in row["rounds"] if found.get(side)]
             return statistics.median(values) if values else None
 
-        for key, value in {"seconds": self.of_process, "memory": lambda f: f["memory"], "first_step": lambda f: f["first_step"]}.items():
-            row[key] = {side: median(side, value) for side in ["ours", *SIDES]}
+        row["seconds"] = {side: median(side, self.of_process) for side in ["ours", *SIDES]}
+        for key in ("memory", "first_step"):
+            row[key] = {side: median(side, lambda found: found[key]) for side in ["ours", *SIDES]}
         own = row["seconds"]["ours"]
         row["ratio"] = {side: row["seconds"][side] / own if own and row["seconds"][side] else None for side in SIDES}
         if row["case"].startswith("sft"):
-            row["first_loss"] = {side: median(side, lambda f: f["metrics"][0]["loss"] if side == "ours" else f["losses"][0])
-                                 for side in ["ours", *SIDES]}
+            row["first_loss"] = {side: median(side, lambda found: found["losses"][0]) for side in ["ours", *SIDES]}
             both = [loss for loss in row["first_loss"].values() if loss is not None]
             if max(both, default=0.0) - min(both, default=0.0) > 0.01:
                 row["notes"]["losses"] = f"the losses of the first step differ: {row['first_loss']}"
@@ -166,7 +178,8 @@ class Bench:
             stages["reward"] = dict(stage("reward", 4, 256, False), reward="sft", save=["reward"])
             stages["ppo"] = dict(stage("ppo", 4, 256, False), actor={"model": "sft"}, critic={"model": "reward"})
         else:
-            config = {"vocab": 32000, "hidden": 2048, "layers": 96, "heads": 16, "kv_heads": 16, "head_dim": 128, "ffn": 5632}
+            config = {"vocab": 32000, "hidden": 2048, "layers": 96, "heads": 16, "kv_heads": 16, "head_dim": 128,
+                      "ffn": 5632}
             base = {"model": "llama", "config": config}
             stages = {"sft": stage("sft", 4, 256, False)}
         pipeline = write_pipeline(folder, base, base["config"]["vocab"], stages)
@@ -191,9 +204,10 @@ def number(x, unit=""):
 def table(document):
     """The rows as Markdown."""
     m = document["machine"]
+    versions = [f"{name} {version}" for name, version in document["versions"].items()]
     lines = [
-        f"{m['cpu']}, {document['threads']} threads, commit {m['commit']}, torch {document['versions'].get('torch', '?')}, "
-        f"transformers {document['versions'].get('transformers', '?')}; median of {document['rounds']}; load before {m['load_before']:.2f}",
+        ", ".join([m["cpu"] or "unknown CPU", f"{document['threads']} threads", f"commit {m['commit']}", *versions])
+        + f"; median of {document['rounds']} rounds; load of the machine before: {m['load_before']:.2f}",
         "",
         "| work | dsgc | PyTorch | PyTorch, MKL on AVX-512 | over PyTorch (wanted) | over AVX-512 (wanted) |",
         "|---|---|---|---|---|---|",
@@ -230,23 +244,26 @@ def table(document):
 
 def main():
     parser = argparse.ArgumentParser(prog="bench-peers", description="Our programs beside PyTorch's, interleaved.")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="all of them unless given: " + " ".join([*CASES, *COMPILE]))
+    names = [*CASES, *COMPILE]
+    models = os.environ.get("BENCH_CACHE", str(ROOT / "target/bench-peers/models"))
+    chat = os.environ.get("DEEPSPEED_EXAMPLES")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="all of them unless given: " + " ".join(names))
     parser.add_argument("--json", action="store_true", help="print JSON with every number, not a Markdown table")
     parser.add_argument("--rounds", type=int, default=5, help="how often each side runs")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a process, after the first")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--dsgc", default=str(ROOT / "target/release/dsgc"), help="our program")
-    parser.add_argument("--cache", default=os.environ.get("BENCH_CACHE", str(ROOT / "target/bench-peers/models")), help="where models of random weights are kept")
-    parser.add_argument("--python", default=sys.executable, help=argparse.SUPPRESS)
-    parser.add_argument("--examples", default=os.environ.get("DEEPSPEED_EXAMPLES"), help="a checkout of DeepSpeedExamples")
+    parser.add_argument("--cache", default=models, help="where models of random weights are kept")
+    parser.add_argument("--examples", default=chat, help="a checkout of DeepSpeedExamples")
     options = parser.parse_args()
-    unknown = [case for case in options.cases if case not in CASES and case not in COMPILE]
-    if unknown or options.rounds < 1 or options.steps < 1:
-        parser.error(f"unknown case `{unknown[0]}`; cases are {' '.join([*CASES, *COMPILE])}" if unknown else "rounds and steps are at least 1")
+    if unknown := [case for case in options.cases if case not in names]:
+        parser.error(f"unknown case `{unknown[0]}`; cases are {' '.join(names)}")
+    if options.rounds < 1 or options.steps < 1:
+        parser.error("rounds and steps are at least 1")
     bench = Bench(options)
     document = {"machine": workload.machine(bench.program), "threads": options.threads, "rounds": options.rounds,
                 "steps": options.steps, "rows": []}
-    for name in options.cases or [*CASES, *COMPILE]:
+    for name in options.cases or names:
         document["rows"].append(bench.case(name) if name in CASES else bench.compile(name))
         document["versions"] = bench.versions
     print(json.dumps(document, indent=1) if options.json else table(document))

@@ -81,7 +81,8 @@ def plot(document, file):
     base = ", ".join(f"{count} {TITLES[axis]}" if axis != "width" else f"width {count}" for axis, count in BASE.items())
     machine = document["machine"]
     figure.suptitle(f"SFT of OPT, f32; where not varied: {base}, vocabulary of {VOCAB}\n"
-                    f"{machine['cpu']}, {document['threads']} threads, commit {machine['commit']}; grey: in proportion", fontsize=9)
+                    f"{machine['cpu']}, {document['threads']} threads, commit {machine['commit']}; "
+                    "grey: in proportion", fontsize=9)
     figure.savefig(file, metadata={"Date": None})
 
 
@@ -105,10 +106,12 @@ def main():
             for count in AXES[axis]:
                 if options.most is not None and count > options.most:
                     continue
-                point = measure(program, Path(folder) / f"{axis}-{count}", dict(BASE, **{axis: count}), options.steps, options.threads)
+                sizes, place = dict(BASE, **{axis: count}), Path(folder) / f"{axis}-{count}"
+                point = measure(program, place, sizes, options.steps, options.threads)
                 document["axes"][axis].append(point)
-                print(f"{axis} {count}: step {point['step_s']:.3f} s, memory {point['measured_bytes'] >> 20} MiB "
-                      f"({point['planned_bytes'] >> 20} planned), compile {point['compile_s']:.3f} s", file=sys.stderr, flush=True)
+                memory, planned = point["measured_bytes"] >> 20, point["planned_bytes"] >> 20
+                print(f"{axis} {count}: step {point['step_s']:.3f} s, memory {memory} MiB ({planned} planned), "
+                      f"compile {point['compile_s']:.3f} s", file=sys.stderr, flush=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / "growth.json").write_text(json.dumps(document, indent=1) + "\n")
     plot(document, out / "growth.svg")

@@ -1,6 +1,6 @@
 """One case on PyTorch's side, in a process of its own: `torch_side.py FACTS`, where FACTS is a JSON object.
 
-Prints `first` as soon as the first step has ended, and a JSON object at the end: seconds of every step, its loss, versions.
+Prints `first` as soon as the first step has ended, and a JSON object at the end: seconds and losses of steps, versions.
 With `"kind": "model"` it writes a model of random weights as a Hugging Face folder instead.
 """
 import json

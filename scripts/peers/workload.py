@@ -163,7 +163,8 @@ def ours(program, pipeline, threads):
     lines = (pipeline.parent / "out" / name / "metrics.jsonl").read_text().splitlines()
     steps = [line for line in map(json.loads, lines) if "tokens_per_second" in line]
     seconds = [line["tokens"] / line["tokens_per_second"] for line in steps]
-    return {"seconds": seconds, "metrics": steps, "first_step": ran.until, "memory": ran.memory}
+    losses = [line.get("loss") for line in steps]
+    return {"seconds": seconds, "losses": losses, "metrics": steps, "first_step": ran.until, "memory": ran.memory}
 
 
 def report(program, pipeline, threads):
@@ -185,5 +186,6 @@ def machine(program):
     return {
         "cpu": names[0] if names else None, "cores": len(os.sched_getaffinity(0)),
         "commit": commit + (" with changes" if changed else "") if commit else None,
-        "dsgc": run(str(program), "--version"), "load_before": os.getloadavg()[0], "at": time.strftime("%Y-%m-%d %H:%M"),
+        "dsgc": run(str(program), "--version"), "load_before": os.getloadavg()[0],
+        "at": time.strftime("%Y-%m-%d %H:%M"),
     }
