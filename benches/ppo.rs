@@ -4,35 +4,23 @@
 //! `cargo bench --bench ppo` prints best and median of 4 iterations, and what of the time goes where. The work is that of
 //! one experience and one training call of DeepSpeed-Chat's `DeepSpeedPPOTrainer`.
 
+mod common;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
-use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Instant;
 
-use dsgc_hf::Tokenizer;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::{StateId, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 use dsgc_passes::PassContext;
 use dsgc_runtime::{Event, Session};
-use dsgc_yaml::load::{Host, Options, TokenizerFacts, load};
-use dsgc_yaml::render::{Look, render};
-use serde_json::{Map, Value, json};
 
-/// facebook/opt-125m by its config.json, without dropout.
-const PIPELINE: &str = "
-dsgc: 1
-models:
-  base:
-    model: opt
-    tokenizer: tokenizer
-    config: {vocab: 50272, hidden: 768, layers: 12, heads: 12, ffn: 3072, max_positions: 2048}
-data:
-  rows: {path: rows.jsonl, shuffle: none}
+use common::{Folder, OPT_125M};
+
+const STAGE: &str = "
 stages:
   ppo:
     actor: {model: base, warmup_steps: 0}
@@ -49,25 +37,6 @@ stages:
 const ROWS: usize = 4;
 const PROMPT: usize = 128;
 const ITERATIONS: usize = 5;
-
-/// The folder of the pipeline.
-struct Disk(PathBuf);
-
-impl Host for Disk {
-    fn text(&self, path: &Path) -> io::Result<String> {
-        fs::read_to_string(path)
-    }
-    fn hf_config(&self, _: &Path) -> Result<Map<String, Value>, Diag> {
-        Err(Diag::error("there is no model"))
-    }
-    fn tokenizer(&self, folder: &Path) -> Result<TokenizerFacts, Diag> {
-        let tokenizer = Tokenizer::load(folder)?;
-        Ok(TokenizerFacts { vocab: tokenizer.vocab_size(), pad: tokenizer.pad(), eos: tokenizer.eos(), bos: None })
-    }
-    fn columns(&self, file: &Path) -> Result<Vec<String>, Diag> {
-        dsgc_runtime::data::columns_of_file(&file.to_string_lossy())
-    }
-}
 
 /// Seconds by graph.
 type Times = Rc<RefCell<BTreeMap<String, f64>>>;
@@ -96,32 +65,11 @@ impl Device for Timed {
     }
 }
 
-/// Writes the pipeline, a tokenizer whose words are numbers and that has no end token, and rows of random words.
-fn files(folder: &Path) -> io::Result<()> {
-    let words: Map<String, Value> = (0..50265).map(|i| (format!("w{i}"), i.into())).collect();
-    let tokenizer = json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
-        "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
-        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w3"},
-    });
-    fs::create_dir_all(folder.join("tokenizer"))?;
-    fs::write(folder.join("tokenizer/tokenizer.json"), tokenizer.to_string())?;
-    fs::write(folder.join("tokenizer/tokenizer_config.json"), json!({"pad_token": "w1"}).to_string())?;
-    fs::write(folder.join("pipeline.yaml"), PIPELINE)?;
-    let row = |r: usize| (0..PROMPT).map(move |i| format!("w{}", 5 + (r * PROMPT + i) * 7919 % 50000));
-    let rows = (0..ROWS * ITERATIONS).map(|r| json!({"prompt": row(r).collect::<Vec<_>>().join(" ")}).to_string());
-    fs::write(folder.join("rows.jsonl"), rows.collect::<Vec<_>>().join("\n"))
-}
-
 fn main() {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    files(folder.path()).expect("files in a temporary folder");
-    let disk = Disk(folder.path().into());
-    let loaded = load(&disk.0.join("pipeline.yaml"), &Options::default(), &disk)
-        .unwrap_or_else(|failed| panic!("{}", render(&failed.diags, &failed.sources, Look::Plain)));
-    let mut program = loaded.stages.into_iter().next().expect("there is one stage");
-    program.stage.output_dir = folder.path().join("out").display().to_string();
+    // Without an end token answers have their full length.
+    let folder = Folder::new(&format!("{OPT_125M}{STAGE}"), ROWS * ITERATIONS, PROMPT, false);
+    let program = folder.stages().swap_remove(0);
     let target = CpuTarget { threads };
     let planned = dsgc_passes::compile(program, &PassContext::new(&target), &mut |_| {})
         .unwrap_or_else(|diags| panic!("{}", diags[0]));

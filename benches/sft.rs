@@ -3,31 +3,20 @@
 //! `cargo bench --bench sft` prints what the pass `fuse` saves, what the device compiles, best and median of 8 steps, and
 //! tokens per second. A step is the same work as one of PyTorch's eager mode: forward, backward, clipping, AdamW.
 
-use std::io;
-use std::path::Path;
+mod common;
+
 use std::time::{Duration, Instant};
 
 use dsgc_ir::cost::graph_cost;
-use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Statement, UpdateSteps};
 use dsgc_ir::{Planned, Program, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget, compile_time};
 use dsgc_passes::PassContext;
-use dsgc_yaml::load::{Host, Options, TokenizerFacts, load};
-use dsgc_yaml::render::{Look, render};
-use serde_json::{Map, Value};
 
-/// facebook/opt-125m by its config.json.
-const PIPELINE: &str = "
-dsgc: 1
-models:
-  base:
-    model: opt
-    tokenizer: tokenizer
-    config: {vocab: 50272, hidden: 768, layers: 12, heads: 12, ffn: 3072, max_positions: 2048}
-data:
-  rows: {path: rows.jsonl}
+use common::{Folder, OPT_125M};
+
+const STAGE: &str = "
 stages:
   sft:
     model: base
@@ -42,29 +31,9 @@ const ROWS: usize = 4;
 const TOKENS: usize = 256;
 const STEPS: usize = 8;
 
-/// A machine with nothing on it but the pipeline.
-struct Bare;
-
-impl Host for Bare {
-    fn text(&self, _: &Path) -> io::Result<String> {
-        Ok(PIPELINE.into())
-    }
-    fn hf_config(&self, _: &Path) -> Result<Map<String, Value>, Diag> {
-        Err(Diag::error("there is no folder"))
-    }
-    fn tokenizer(&self, _: &Path) -> Result<TokenizerFacts, Diag> {
-        Ok(TokenizerFacts { vocab: 50265, pad: Some(1), eos: Some(2), bos: Some(2) })
-    }
-    fn columns(&self, _: &Path) -> Result<Vec<String>, Diag> {
-        Ok(vec!["text".into()])
-    }
-}
-
 fn compile(threads: usize) -> Planned {
-    let loaded = load(Path::new("bench.yaml"), &Options::default(), &Bare)
-        .unwrap_or_else(|failed| panic!("{}", render(&failed.diags, &failed.sources, Look::Plain)));
     let target = CpuTarget { threads };
-    let program = loaded.stages.into_iter().next().expect("there is one stage");
+    let program = Folder::new(&format!("{OPT_125M}{STAGE}"), 1, TOKENS, true).stages().swap_remove(0);
     let work = |p: &Program| {
         let costs = p.graphs.iter().filter_map(|g| graph_cost(g, &g.upper_bounds()).ok());
         let ops: usize = p.graphs.iter().map(|g| g.len()).sum();

@@ -63,6 +63,6 @@ impl DeviceName {
 }
 
 /// A thread per core that this process may use.
-fn threads() -> usize {
+pub fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
 }

@@ -7,6 +7,7 @@ mod commands;
 mod console;
 mod device;
 mod host;
+mod measure;
 mod plan_text;
 mod progress;
 mod report;
@@ -15,7 +16,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{chat, check, compile, generate, library, opt, run, score};
+use commands::{bench, chat, check, compile, generate, library, opt, run, score};
 
 /// A compiler for training pipelines: YAML graphs to planned programs.
 #[derive(Parser)]
@@ -43,6 +44,8 @@ enum Command {
     Opt(opt::Args),
     /// Look into the standard library.
     Std(library::Args),
+    /// Measure kernels against the limits of this machine.
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(&args),
         Command::Opt(args) => opt::run(&args),
         Command::Std(args) => library::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

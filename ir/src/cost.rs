@@ -43,6 +43,7 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
     for ty in args.iter().chain(results) {
         bytes = bytes.saturating_add(ty.bytes(bindings)? as u64);
     }
+    let moved = |ty: &Type| ty.bytes(bindings).map(|n| (n as u64).saturating_mul(2));
     let out = results.first().map_or(Ok(0), |ty| len(ty))?;
     let times = |n: u64| n.saturating_mul(out);
     let extent = |ty: &Type, axis: usize| ty.dims[axis].eval(bindings).map(|n| n.max(0) as u64);
@@ -57,11 +58,12 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
             }
             times(summed.saturating_mul(2))
         }
-        // Scores and their product with v: two contractions over all pairs of places; masked ones count too.
-        (Op::Attention { .. }, _) => times(extent(args[1], 1)?.saturating_mul(4)),
+        // Scores and their product with v: two contractions over all pairs of places that the causal mask leaves. What
+        // segments hide counts too.
+        (Op::Attention { causal, .. }, _) => times(seen(extent(args[1], 1)?, *causal).saturating_mul(2)),
         (Op::CachedAttention { .. }, _) => times(extent(args[1], 1)?.saturating_mul(4)),
         // The scores again, and four gradients.
-        (Op::AttentionGrad { .. }, _) => times(extent(args[1], 1)?.saturating_mul(10)),
+        (Op::AttentionGrad { causal, .. }, _) => times(seen(extent(args[1], 1)?, *causal).saturating_mul(5)),
         (Op::LayerNorm { .. }, _) => times(8),
         (Op::RmsNorm { .. }, _) => times(5),
         (Op::RmsNormGrad { .. }, _) => times(10),
@@ -77,11 +79,20 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
         (_, Class::Elementwise | Class::Composite | Class::Fused | Class::Random) => out,
         (_, Class::Structure | Class::View | Class::State | Class::Contraction | Class::Update) => 0,
     };
-    let bytes = match op.class() {
-        Class::View | Class::State => 0,
+    let bytes = match (op, op.class()) {
+        (_, Class::View | Class::State) => 0,
+        // Of what is larger only the part that is asked for, read and written. A row of a table may be asked for twice,
+        // and is read once.
+        (Op::Embed {}, _) => bytes.min(moved(results[0])?.saturating_add(args[1].bytes(bindings)? as u64)),
+        (Op::Slice { .. } | Op::SliceAt { .. }, _) => moved(results[0])?,
         _ => bytes,
     };
     Ok(Cost { flops, bytes })
+}
+
+/// Twice the mean number of keys that a query sees, of so many.
+fn seen(keys: u64, causal: bool) -> u64 {
+    if causal { keys.saturating_add(1) } else { keys.saturating_mul(2) }
 }
 
 /// How long an op takes, in bytes that the device could have moved meanwhile; an unbound symbol otherwise.

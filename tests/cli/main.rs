@@ -1,6 +1,7 @@
 //! The program `dsgc` as users run it: what it prints and writes, and the codes with which it ends.
 
 mod answers;
+mod bench;
 mod compile;
 mod documents;
 mod run;
@@ -131,7 +132,7 @@ fn help_and_version_are_results() {
     let place = Workplace::new();
     has(
         &place.out(&["--help"]),
-        &["Usage: dsgc", "check", "compile", "run", "score", "generate", "chat", "opt", "std"],
+        &["Usage: dsgc", "check", "compile", "run", "score", "generate", "chat", "opt", "std", "bench"],
     );
     assert_eq!(place.out(&["--version"]), format!("dsgc {}\n", env!("CARGO_PKG_VERSION")));
     has(&place.out(&["run", "--help"]), &["--stage", "--device", "--set"]);

@@ -12,6 +12,7 @@ mod cached;
 mod contract;
 mod elementwise;
 mod fused;
+pub mod limits;
 mod memory;
 mod norm;
 mod parallel;

@@ -1,0 +1,277 @@
+//! The limits of this machine, measured: multiply-adds that never leave the registers, and bytes that only move.
+//!
+//! Kernels are measured against these, by `dsgc bench kernels`. A rate is the best of many short windows, since other
+//! programs only ever make one lower. A multiply-add counts as two operations; a copied byte counts twice, read and
+//! written.
+
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use multiversion::multiversion;
+
+/// Multiply-adds in a row of the loops below, per accumulator: about 100 microseconds.
+const ROUNDS: usize = 20_000;
+
+/// Bytes of an array whose last-level cache is not known.
+const ARRAY: usize = 256 << 20;
+
+/// Most bytes of an array, whatever the cache.
+const LARGEST_ARRAY: usize = 1 << 30;
+
+/// The instruction sets of this machine that kernels know of, by their Linux names.
+pub fn instructions() -> Vec<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        macro_rules! present {
+            ($($name:tt),*) => { [$((is_x86_feature_detected!($name), $name)),*] };
+        }
+        let all = present!("sse4.2", "avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16");
+        all.into_iter().filter(|(here, _)| *here).map(|(_, name)| name).collect()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        vec![]
+    }
+}
+
+/// Bytes of the last-level cache, where the system says so.
+pub fn last_level_cache() -> Option<usize> {
+    let size = |index: usize| {
+        let file = format!("/sys/devices/system/cpu/cpu0/cache/index{index}/size");
+        let text = std::fs::read_to_string(file).ok()?;
+        let text = text.trim();
+        let (digits, unit) = match text.strip_suffix('K') {
+            Some(digits) => (digits, 1 << 10),
+            None => (text.strip_suffix('M')?, 1 << 20),
+        };
+        Some(digits.parse::<usize>().ok()? * unit)
+    };
+    (0..8).filter_map(size).max()
+}
+
+/// A loop of multiply-adds on registers.
+#[derive(Clone, Copy)]
+pub struct MultiplyAdds {
+    /// With which instructions.
+    pub how: &'static str,
+    /// Operations of a window.
+    work: usize,
+    window: fn(),
+}
+
+impl MultiplyAdds {
+    /// In f32, by the widest vectors of this machine.
+    pub fn f32() -> MultiplyAdds {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") {
+                // SAFETY: the machine has these instructions.
+                return MultiplyAdds { how: "AVX-512 FMA", work: x86::WORK_512, window: || unsafe { x86::f32_512() } };
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                // SAFETY: the machine has these instructions.
+                return MultiplyAdds { how: "AVX2 FMA", work: x86::WORK_256, window: || unsafe { x86::f32_256() } };
+            }
+        }
+        MultiplyAdds { how: "portable loop", work: PORTABLE_WORK, window: portable }
+    }
+
+    /// Products of bf16 that are added in f32; nothing where the CPU has no instruction for it.
+    pub fn bf16() -> Option<MultiplyAdds> {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
+            // SAFETY: the machine has these instructions.
+            let window = || unsafe { x86::bf16_512() };
+            return Some(MultiplyAdds { how: "vdpbf16ps", work: 2 * x86::WORK_512, window });
+        }
+        None
+    }
+
+    /// Operations per second of so many threads together, in so much time, at least one window of each.
+    pub fn rate(self, threads: usize, time: Duration) -> f64 {
+        let begin = Barrier::new(threads.max(1));
+        let one = || {
+            begin.wait();
+            let (started, mut best) = (Instant::now(), Duration::MAX);
+            loop {
+                let window = Instant::now();
+                (self.window)();
+                best = best.min(window.elapsed());
+                if started.elapsed() >= time {
+                    return self.work as f64 / best.as_secs_f64().max(f64::MIN_POSITIVE);
+                }
+            }
+        };
+        thread::scope(|scope| {
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(one)).collect();
+            let own = one();
+            own + others.into_iter().map(|t| t.join().expect("the loop does not panic")).sum::<f64>()
+        })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+
+    use super::ROUNDS;
+
+    /// Two units of a latency of 4 or 5 cycles are busy with 10 sums that do not wait for each other; half the registers.
+    const SUMS: usize = 16;
+    pub(super) const WORK_512: usize = ROUNDS * SUMS * 16 * 2;
+    /// With 16 registers in all, 12 are left for sums.
+    const SUMS_256: usize = 12;
+    pub(super) const WORK_256: usize = ROUNDS * SUMS_256 * 8 * 2;
+
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn f32_512() {
+        let (x, y) = (_mm512_set1_ps(black_box(0.999)), _mm512_set1_ps(black_box(0.001)));
+        let mut sums = [y; SUMS];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(*sum, x, y);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) fn f32_256() {
+        let (x, y) = (_mm256_set1_ps(black_box(0.999)), _mm256_set1_ps(black_box(0.001)));
+        let mut sums = [y; SUMS_256];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = _mm256_fmadd_ps(*sum, x, y);
+            }
+        }
+        black_box(sums);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(super) fn bf16_512() {
+        let (x, y) = (_mm512_set1_ps(black_box(0.001)), _mm512_set1_ps(black_box(0.001)));
+        let (a, b) = (_mm512_cvtne2ps_pbh(x, y), _mm512_cvtne2ps_pbh(y, x));
+        let mut sums = [x; SUMS];
+        for _ in 0..ROUNDS {
+            for sum in &mut sums {
+                *sum = _mm512_dpbf16_ps(*sum, a, b);
+            }
+        }
+        black_box(sums);
+    }
+}
+
+/// Sums of the portable loop: as many as the least of x86-64 holds in registers, in vectors of 128 bits.
+const PORTABLE_SUMS: usize = 48;
+const PORTABLE_WORK: usize = ROUNDS * PORTABLE_SUMS * 2;
+
+/// What any CPU can do: a fused multiply-add only where every CPU of the architecture has one.
+fn portable() {
+    let (x, y) = (black_box(0.999f32), black_box(0.001f32));
+    let mut sums = [y; PORTABLE_SUMS];
+    for _ in 0..ROUNDS {
+        for sum in &mut sums {
+            *sum = if cfg!(target_arch = "aarch64") { sum.mul_add(x, y) } else { *sum * x + y };
+        }
+    }
+    black_box(sums);
+}
+
+/// Two arrays that are several times larger than the last-level cache.
+pub struct Arrays {
+    from: Vec<u64>,
+    to: Vec<u64>,
+}
+
+impl Default for Arrays {
+    fn default() -> Arrays {
+        let bytes = last_level_cache().map_or(ARRAY, |cache| (4 * cache).min(LARGEST_ARRAY));
+        let array = |value| vec![value; bytes / size_of::<u64>()];
+        // Other than zero, since zeroed memory is one page of the system's until it is written.
+        Arrays { from: array(1), to: array(2) }
+    }
+}
+
+impl Arrays {
+    /// Bytes of one of them.
+    pub fn bytes(&self) -> usize {
+        self.from.len() * size_of::<u64>()
+    }
+
+    /// Bytes read and written per second while so many threads copy one to the other, in so much time, at least once.
+    pub fn copy(&mut self, threads: usize, time: Duration) -> f64 {
+        let bytes = 2 * self.bytes();
+        let part = self.from.len().div_ceil(threads.max(1));
+        let parts = self.to.chunks_mut(part).zip(self.from.chunks(part)).collect();
+        bytes as f64 / fastest_pass(parts, time, |(to, from): &mut (&mut [u64], &[u64])| to.copy_from_slice(from))
+    }
+
+    /// Bytes read per second while so many threads add up an array, in so much time, at least once.
+    pub fn read(&self, threads: usize, time: Duration) -> f64 {
+        let part = self.from.len().div_ceil(threads.max(1));
+        let parts = self.from.chunks(part).collect();
+        let work = |from: &mut &[u64]| {
+            black_box(sum(from));
+        };
+        self.bytes() as f64 / fastest_pass(parts, time, work)
+    }
+}
+
+/// Seconds of the fastest pass in which every part is worked on by a thread of its own.
+fn fastest_pass<T: Send>(parts: Vec<T>, time: Duration, work: impl Fn(&mut T) + Sync) -> f64 {
+    let (gate, done) = (Barrier::new(parts.len()), AtomicBool::new(false));
+    let passes = |mut part: T, leads: bool| {
+        let (started, mut best) = (Instant::now(), Duration::MAX);
+        loop {
+            gate.wait();
+            if done.load(Ordering::Acquire) {
+                return best.as_secs_f64().max(f64::MIN_POSITIVE);
+            }
+            let pass = Instant::now();
+            work(&mut part);
+            gate.wait();
+            best = best.min(pass.elapsed());
+            // All others wait at the gate until this thread comes.
+            if leads && started.elapsed() >= time {
+                done.store(true, Ordering::Release);
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let mut parts = parts.into_iter();
+        let first = parts.next().expect("an array has a part");
+        let passes = &passes;
+        parts.for_each(|part| drop(scope.spawn(move || passes(part, false))));
+        passes(first, true)
+    })
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn sum(from: &[u64]) -> u64 {
+    from.iter().fold(0, |sum, x| sum.wrapping_add(*x))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_rates() {
+        let threads = 2;
+        let loops = [Some(MultiplyAdds::f32()), MultiplyAdds::bf16()];
+        for adds in loops.into_iter().flatten() {
+            let rate = adds.rate(threads, Duration::ZERO);
+            assert!(rate.is_finite() && rate > 1e8, "{}: {rate}", adds.how);
+        }
+        let mut arrays = Arrays { from: vec![1; 1 << 20], to: vec![0; 1 << 20] };
+        for rate in [arrays.copy(threads, Duration::ZERO), arrays.read(threads, Duration::ZERO)] {
+            assert!(rate.is_finite() && rate > 1e7, "{rate}");
+        }
+        assert_eq!(arrays.to, arrays.from, "every part was copied");
+        assert_eq!(sum(&arrays.from), 1 << 20);
+    }
+}
