@@ -50,6 +50,28 @@ pub struct Stage {
     pub health: Vec<Bounds>,
     /// Roles whose models are written to `output_dir` at the end.
     pub save: Vec<String>,
+    /// What may be computed twice to need less memory.
+    #[serde(skip_serializing_if = "Memory::is_default")]
+    pub memory: Memory,
+}
+
+/// How much memory a stage may take, and what it may compute twice to need no more.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Memory {
+    /// Keep as little of every layer as there can be, and recompute the rest for its gradient.
+    pub gradient_checkpointing: bool,
+    /// Most bytes of the arena; as much is recomputed as that takes, and no more.
+    pub max: Option<usize>,
+    /// Where the user asks for the limit.
+    pub span: Span,
+}
+
+impl Memory {
+    /// Whether nothing is asked for.
+    fn is_default(&self) -> bool {
+        *self == Memory::default()
+    }
 }
 
 /// A model in the part it plays in a stage.

@@ -7,11 +7,14 @@ pub mod adapt;
 pub mod autodiff;
 pub mod canonicalize;
 pub mod decode;
+mod fit;
 pub mod fuse;
 pub mod infer;
+pub mod order;
 mod pipeline;
 pub mod plan_memory;
 mod rebuild;
+pub mod rematerialize;
 pub mod simplify;
 
 pub use pipeline::{Fact, Notes, Numerics, Observer, PIPELINE, Pass, PassContext, Step, compile, run_passes};

@@ -15,7 +15,8 @@
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::verify::{last_uses, root};
 use dsgc_ir::{
-    Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpId, Program, Region, StateId, Target, Type, Value,
+    Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpData, OpId, Program, Region, StateId, Target, Type,
+    Value,
 };
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
@@ -48,30 +49,57 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         arena.persistent += bytes.next_multiple_of(target.alignment());
     }
     let mut graphs: Vec<Graph> = program.graphs.iter().map(|g| with_copies(g, &program)).collect();
-    let mut limit = Vec::new();
+    let limit = limit(&program, target);
+    let mut missed = Vec::new();
     for graph in &mut graphs {
-        let bounds = graph.upper_bounds();
-        graph.scratch = graph
-            .ops()
-            .map(|(_, op)| {
-                target.workspace(&op.op, &types(graph, &op.args), &bounds).next_multiple_of(target.alignment())
-            })
-            .collect();
+        graph.scratch = workspaces(graph, target);
         arena.scratch = arena.scratch.max(graph.scratch.iter().copied().max().unwrap_or(0));
         let storages = Storages::new(graph, &program, target);
         let (offsets, used) = pack(&storages.all);
         storages.place(graph, &program, &offsets);
-        if let Some(memory) = target.memory()
+        if let Some(memory) = limit
             && arena.persistent + used + arena.scratch > memory
         {
-            limit.push(does_not_fit(graph, &storages, arena, used, memory));
+            missed.push(does_not_fit(graph, &program, &storages, arena, used, memory));
         }
         arena.values = arena.values.max(used);
     }
-    if !limit.is_empty() {
-        return Err(limit);
+    if !missed.is_empty() {
+        return Err(missed);
     }
     Ok(Program { graphs, arena, level: Level::Planned, ..program })
+}
+
+/// Most bytes that the arena may have, if there is a limit: the user's or the device's.
+pub(crate) fn limit(program: &Program, target: &dyn Target) -> Option<usize> {
+    [program.stage.memory.max, target.memory()].into_iter().flatten().min()
+}
+
+/// Bytes of the arena beside values: parameters and state, and the largest workspace.
+pub(crate) fn fixed_bytes(program: &Program, target: &dyn Target) -> usize {
+    let aligned = |bytes: usize| bytes.next_multiple_of(target.alignment());
+    let persistent: usize = program.states.iter().map(|state| aligned(state.bytes())).sum();
+    let scratch = program.graphs.iter().flat_map(|g| workspaces(g, target)).max();
+    persistent + scratch.unwrap_or(0)
+}
+
+/// Bytes of workspace that each op's kernel needs.
+fn workspaces(graph: &Graph, target: &dyn Target) -> Vec<usize> {
+    let bounds = graph.upper_bounds();
+    let of = |op: &OpData| target.workspace(&op.op, &types(graph, &op.args), &bounds);
+    graph.ops().map(|(_, op)| of(op).next_multiple_of(target.alignment())).collect()
+}
+
+/// Most bytes of values that are in use during one op, as [`run`] counts them; no plan is smaller.
+pub(crate) fn peak_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
+    let graph = with_copies(graph, program);
+    peak(&Storages::new(&graph, program, target).all).0
+}
+
+/// Bytes of the values region that a plan of the graph takes.
+pub(crate) fn planned_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
+    let graph = with_copies(graph, program);
+    pack(&Storages::new(&graph, program, target).all).1
 }
 
 fn types(graph: &Graph, values: &[Value]) -> Vec<Type> {
@@ -343,18 +371,29 @@ fn peak(storages: &[Storage]) -> (usize, i64) {
 }
 
 /// The limit, with the values that take most of the memory when most is in use.
-fn does_not_fit(graph: &Graph, storages: &Storages, arena: Arena, used: usize, memory: usize) -> Diag {
+fn does_not_fit(
+    graph: &Graph,
+    program: &Program,
+    storages: &Storages,
+    arena: Arena,
+    used: usize,
+    memory: usize,
+) -> Diag {
     let needed = arena.persistent + used + arena.scratch;
-    let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+    let asked = &program.stage.memory;
+    let who = if asked.max == Some(memory) { "`max_memory` allows" } else { "the device has" };
     let mut diag = Diag::error(format!(
-        "graph @{} needs {} of memory, the device has {}: parameters and state {}, values {}, workspace {}",
+        "graph @{} needs at least {} of memory, {who} {}: parameters and state {}, values {}, workspace {}",
         graph.name,
-        mib(needed),
-        mib(memory),
-        mib(arena.persistent),
-        mib(used),
-        mib(arena.scratch),
+        size(needed),
+        size(memory),
+        size(arena.persistent),
+        size(used),
+        size(arena.scratch),
     ));
+    if asked.max == Some(memory) {
+        diag = diag.label(asked.span, "the limit");
+    }
     let (_, at) = peak(&storages.all);
     let mut largest: Vec<(usize, Value)> = graph
         .values()
@@ -368,9 +407,18 @@ fn does_not_fit(graph: &Graph, storages: &Storages, arena: Arena, used: usize, m
     largest.sort_by_key(|&(bytes, v)| (std::cmp::Reverse(bytes), v));
     for (bytes, value) in largest.into_iter().take(3) {
         let span = graph.def(value).map_or(Span::NONE, |d| graph.op(d).site.loc.span);
-        diag = diag.label(span, format!("{}, {}", graph.ty(value), mib(bytes)));
+        diag = diag.label(span, format!("{}, {}", graph.ty(value), size(bytes)));
     }
-    diag.help("a smaller `micro_batch_size` needs less memory and changes no numbers")
+    diag
+}
+
+/// `1.5 MiB`.
+fn size(bytes: usize) -> String {
+    let units = [("GiB", 1usize << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    match units.iter().find(|(_, unit)| bytes >= *unit) {
+        Some((name, unit)) => format!("{:.1} {name}", bytes as f64 / *unit as f64),
+        None => format!("{bytes} B"),
+    }
 }
 
 #[cfg(test)]
