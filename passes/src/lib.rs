@@ -18,3 +18,4 @@ pub mod rematerialize;
 pub mod simplify;
 
 pub use pipeline::{Fact, Notes, Numerics, Observer, PIPELINE, Pass, PassContext, Step, compile, run_passes};
+pub use plan_memory::live_bytes;

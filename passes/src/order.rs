@@ -21,7 +21,7 @@ use dsgc_ir::verify::{last_uses, root};
 use dsgc_ir::{Bindings, Graph, Op, OpId, Program, StateId, Target, Value};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
-use crate::plan_memory::peak_bytes;
+use crate::plan_memory::live_bytes;
 use crate::rebuild::Rebuild;
 
 /// The pass.
@@ -66,7 +66,7 @@ pub(crate) fn order(graph: &Graph, program: &Program, target: &dyn Target) -> Op
     let same: Vec<OpId> = graph.ops().map(|(id, _)| id).collect();
     let late = work.late();
     let orders = [late.clone(), work.early(&same, false), work.early(&late, false), work.early(&late, true)];
-    let before = peak_bytes(graph, program, target);
+    let before = live_bytes(graph, program, target);
     let mut best: Option<Better> = None;
     for order in orders {
         let moved = order.iter().enumerate().filter(|(i, op)| *i as u32 != op.0).count();
@@ -76,7 +76,7 @@ pub(crate) fn order(graph: &Graph, program: &Program, target: &dyn Target) -> Op
         let mut rebuild = Rebuild::same(graph);
         order.iter().for_each(|&id| rebuild.copy(graph.op(id), program));
         let graph = rebuild.finish();
-        let after = peak_bytes(&graph, program, target);
+        let after = live_bytes(&graph, program, target);
         if after < best.as_ref().map_or(before, |b| b.after) {
             best = Some(Better { graph, moved, before, after });
         }

@@ -12,6 +12,8 @@
 //! orders, of which the smallest plan is kept. Sizes are those at the upper bounds of all dims. The peak is exact, as
 //! the device has no other memory.
 
+use std::collections::BTreeMap;
+
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::verify::{last_uses, root};
 use dsgc_ir::{
@@ -90,8 +92,9 @@ fn workspaces(graph: &Graph, target: &dyn Target) -> Vec<usize> {
     graph.ops().map(|(_, op)| of(op).next_multiple_of(target.alignment())).collect()
 }
 
-/// Most bytes of values that are in use during one op, as [`run`] counts them; no plan is smaller.
-pub(crate) fn peak_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
+/// Most bytes of values that are in use during one op, as [`run`] counts them: what lies in the place of something else
+/// counts once. No plan is smaller.
+pub fn live_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
     let graph = with_copies(graph, program);
     peak(&Storages::new(&graph, program, target).all).0
 }
@@ -146,12 +149,19 @@ fn with_copies(graph: &Graph, program: &Program) -> Graph {
     for (_, output) in &graph.outputs {
         direct[output.0 as usize] = graph.len() as u32;
     }
-    let is_old =
-        |v: Value, state: StateId| graph.def(root(graph, v)).is_some_and(|d| graph.op(d).op == Op::Read { state });
+    // Values that are a state's old value or views of it, per state.
+    let mut old: BTreeMap<StateId, Vec<Value>> = BTreeMap::new();
+    for value in graph.values() {
+        if let Some(def) = graph.def(root(graph, value))
+            && let Op::Read { state } = graph.op(def).op
+        {
+            old.entry(state).or_default().push(value);
+        }
+    }
     let mut rebuild = Rebuild::same(graph);
     for (id, op) in graph.ops() {
         if let Op::Write { state } = op.op {
-            for old in graph.values().filter(|&v| direct[v.0 as usize] > id.0 && is_old(v, state)) {
+            for &old in old.get(&state).into_iter().flatten().filter(|v| direct[v.0 as usize] > id.0) {
                 let Some(now) = rebuild.find(old) else { continue };
                 let mut b = Builder::new(&mut rebuild.new, op.site.clone());
                 let shape = b.ty(now).dims;
@@ -268,6 +278,12 @@ impl Storages {
 /// value has been read for the last time, at the latest by the very op that may work in place.
 fn written_in_place(graph: &Graph, program: &Program, last: &[u32]) -> Vec<Option<usize>> {
     let mut places: Vec<Option<usize>> = vec![None; graph.values().len()];
+    let mut reads: BTreeMap<StateId, Vec<Value>> = BTreeMap::new();
+    for (_, op) in graph.ops() {
+        if let Op::Read { state } = op.op {
+            reads.entry(state).or_default().push(op.result());
+        }
+    }
     for (_, write) in graph.ops() {
         let Op::Write { state } = write.op else { continue };
         let made = root(graph, write.args[0]);
@@ -281,11 +297,7 @@ fn written_in_place(graph: &Graph, program: &Program, last: &[u32]) -> Vec<Optio
         }
         let result = op.results().position(|r| r == made).expect("the op defines it");
         let in_place = op.op.in_place(op.args.len());
-        let free = graph.ops().all(|(_, read)| {
-            if read.op != (Op::Read { state }) {
-                return true;
-            }
-            let old = read.result();
+        let free = reads.get(&state).into_iter().flatten().all(|&old| {
             let works_in_place = in_place.iter().any(|&(res, arg)| res == result && root(graph, op.args[arg]) == old);
             let until = OpId(last[old.0 as usize]);
             until < def || (until == def && works_in_place && uses(op.args.as_slice(), graph, old) == 1)
@@ -416,7 +428,7 @@ fn does_not_fit(
 fn size(bytes: usize) -> String {
     let units = [("GiB", 1usize << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
     match units.iter().find(|(_, unit)| bytes >= *unit) {
-        Some((name, unit)) => format!("{:.1} {name}", bytes as f64 / *unit as f64),
+        Some((name, unit)) => format!("{:.2} {name}", bytes as f64 / *unit as f64),
         None => format!("{bytes} B"),
     }
 }
