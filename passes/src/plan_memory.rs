@@ -77,12 +77,14 @@ pub(crate) fn limit(program: &Program, target: &dyn Target) -> Option<usize> {
     [program.stage.memory.max, target.memory()].into_iter().flatten().min()
 }
 
-/// Bytes of the arena beside values: parameters and state, and the largest workspace.
-pub(crate) fn fixed_bytes(program: &Program, target: &dyn Target) -> usize {
-    let aligned = |bytes: usize| bytes.next_multiple_of(target.alignment());
-    let persistent: usize = program.states.iter().map(|state| aligned(state.bytes())).sum();
-    let scratch = program.graphs.iter().flat_map(|g| workspaces(g, target)).max();
-    persistent + scratch.unwrap_or(0)
+/// Bytes of parameters and state.
+pub(crate) fn persistent_bytes(program: &Program, target: &dyn Target) -> usize {
+    program.states.iter().map(|state| state.bytes().next_multiple_of(target.alignment())).sum()
+}
+
+/// Bytes of the largest workspace of a graph.
+pub(crate) fn scratch_bytes(graph: &Graph, target: &dyn Target) -> usize {
+    workspaces(graph, target).into_iter().max().unwrap_or(0)
 }
 
 /// Bytes of workspace that each op's kernel needs.

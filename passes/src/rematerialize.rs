@@ -31,7 +31,7 @@ use dsgc_ir::{Builder, Class, Graph, OpId, Phase, Program, Site, Target, Value};
 use crate::fuse::fuse;
 use crate::order::order;
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
-use crate::plan_memory::{fixed_bytes, limit, planned_bytes};
+use crate::plan_memory::{limit, persistent_bytes, planned_bytes, scratch_bytes};
 use crate::rebuild::{Rebuild, without_dead_ops};
 use body::{Bodies, Group};
 
@@ -63,8 +63,7 @@ fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies
         groups.iter().map(|g| if checkpoints && g.tag.is_some() { g.hull.len() - 1 } else { 0 }).collect();
     let mut chosen = with_cuts(graph, program, &groups, &choice);
     if let Some(limit) = limit(program, context.target) {
-        let room = limit.saturating_sub(fixed_bytes(program, context.target));
-        let fits = |graph: &Graph| bytes_at_last(graph, program, context.target) <= room;
+        let fits = |graph: &Graph| arena(graph, program, context.target) <= limit;
         if !fits(&chosen) {
             let steps = steps(&groups, &choice);
             let taken = |n: usize| {
@@ -89,12 +88,16 @@ fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies
     chosen
 }
 
-/// Bytes of values that a plan of this graph takes after the passes that follow.
-fn bytes_at_last(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
-    let fused = fuse(&without_dead_ops(graph, program), program);
-    let fused = without_dead_ops(&fused, program);
-    let ordered = order(&fused, program, target).map_or(fused, |better| better.graph);
-    planned_bytes(&ordered, program, target)
+/// Bytes of the arena that this graph takes after the passes that follow. Its workspace is that of the graph that needs
+/// most.
+fn arena(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
+    let fused = |graph: &Graph| without_dead_ops(&fuse(&without_dead_ops(graph, program), program), program);
+    let others = program.graphs.iter().filter(|g| g.name != graph.name);
+    let scratch = others.map(|g| scratch_bytes(&fused(g), target)).max().unwrap_or(0);
+    let graph = fused(graph);
+    let graph = order(&graph, program, target).map_or(graph, |better| better.graph);
+    let scratch = scratch.max(scratch_bytes(&graph, target));
+    persistent_bytes(program, target) + scratch + planned_bytes(&graph, program, target)
 }
 
 /// All steps from the cuts that are chosen to the smallest: group and cut, those that save most bytes for their time
