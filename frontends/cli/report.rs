@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use dsgc_ir::cost::{graph_cost, live_bytes};
+use dsgc_ir::cost::graph_cost;
 use dsgc_ir::stage::{CallSteps, Role, Rows, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::verify::last_uses;
-use dsgc_ir::{Class, Graph, Planned, Program, Region, StateKind};
-use dsgc_passes::Step;
+use dsgc_ir::{Class, Graph, Planned, Program, Region, StateKind, Target};
+use dsgc_passes::{Step, live_bytes};
 use serde_json::{Value, json};
 
 /// What became of one stage.
@@ -70,35 +70,36 @@ pub struct PassReport {
 }
 
 /// How large the graphs of a program are together.
+#[derive(Clone, Copy)]
 struct Extent {
     ops: usize,
     /// Ops that run a kernel.
     kernels: usize,
     /// Bytes that one run of each graph reads and writes, at the largest dims.
     bytes: u64,
-    /// Bytes of the values that are needed at one time, of the graph that needs most.
+    /// Bytes of the values that are needed at one time, of the graph that needs most, as the planner counts them.
     live: u64,
 }
 
 impl PassReport {
-    /// Reads the report off a pass that has run.
-    pub fn new(step: &Step) -> PassReport {
-        let matched = step.notes.matched.clone();
-        PassReport { name: step.pass.name, before: Extent::of(step.before), after: Extent::of(step.after), matched }
+    /// Reads the report off a pass that has run after another one, which left it what it says.
+    pub fn new(step: &Step, last: Option<&PassReport>, target: &dyn Target) -> PassReport {
+        let before = last.map_or_else(|| Extent::of(step.before, target), |last| last.after);
+        let after = Extent::of(step.after, target);
+        PassReport { name: step.pass.name, before, after, matched: step.notes.matched.clone() }
     }
 }
 
 impl Extent {
-    fn of(program: &Program) -> Extent {
+    fn of(program: &Program, target: &dyn Target) -> Extent {
         let kernels =
             |g: &Graph| g.ops().filter(|(_, op)| !matches!(op.op.class(), Class::View | Class::State)).count();
         let bytes = |g: &Graph| graph_cost(g, &g.upper_bounds()).map_or(0, |c| c.bytes);
-        let live = |g: &Graph| live_bytes(g, &g.upper_bounds()).unwrap_or(0);
         Extent {
             ops: program.graphs.iter().map(Graph::len).sum(),
             kernels: program.graphs.iter().map(kernels).sum(),
             bytes: program.graphs.iter().map(bytes).fold(0, u64::saturating_add),
-            live: program.graphs.iter().map(live).max().unwrap_or(0),
+            live: program.graphs.iter().map(|g| live_bytes(g, program, target)).max().unwrap_or(0) as u64,
         }
     }
 }

@@ -7,11 +7,10 @@
 //! [`time`] makes one figure of both, by which passes choose between programs.
 
 use crate::dim::{Bindings, Symbol};
-use crate::graph::{Graph, OpData, Value};
+use crate::graph::{Graph, OpData};
 use crate::infer::Contraction;
 use crate::op::{Class, Op};
 use crate::types::Type;
-use crate::verify::last_uses;
 
 /// Floating-point operations that a device does while it moves a byte: 487 GFLOP/s beside 57 GB/s on two cores of a
 /// Zen 5. Graphics cards have more of both, in about the same proportion.
@@ -125,71 +124,4 @@ pub fn graph_time(graph: &Graph, bindings: &Bindings) -> Result<u64, Symbol> {
         let (args, results) = types(graph, op);
         Ok(sum.saturating_add(time(&op.op, &args, &results, bindings)?))
     })
-}
-
-/// The most bytes of values that a graph needs at one time, in its order; an unbound symbol otherwise. What a plan needs
-/// is close to it: a plan has gaps, and knows of more reuse in place.
-pub fn live_bytes(graph: &Graph, bindings: &Bindings) -> Result<u64, Symbol> {
-    let last = last_uses(graph);
-    let mut dead_after: Vec<Vec<Value>> = vec![Vec::new(); graph.len() + 1];
-    let mut live = 0u64;
-    let bytes = |value: Value| -> Result<u64, Symbol> {
-        // A view is its operand's bytes, and what is read lies in its state.
-        match graph.def(value).map(|def| graph.op(def).op.class()) {
-            Some(Class::View | Class::State) => Ok(0),
-            _ => Ok(graph.ty(value).bytes(bindings)? as u64),
-        }
-    };
-    for value in graph.values() {
-        dead_after[last[value.0 as usize] as usize].push(value);
-    }
-    for input in graph.inputs() {
-        live = live.saturating_add(bytes(input)?);
-    }
-    let mut most = live;
-    for (id, op) in graph.ops() {
-        let in_place = op.op.in_place(op.args.len());
-        let mut shared = 0u64;
-        for (i, result) in op.results().enumerate() {
-            let own = bytes(result)?;
-            live = live.saturating_add(own);
-            for &(_, arg) in in_place.iter().filter(|pair| pair.0 == i) {
-                if last[op.args[arg].0 as usize] == id.0 && bytes(op.args[arg])? == own {
-                    shared = shared.saturating_add(own);
-                    break;
-                }
-            }
-        }
-        most = most.max(live.saturating_sub(shared));
-        for &value in &dead_after[id.0 as usize] {
-            live = live.saturating_sub(bytes(value)?);
-        }
-    }
-    Ok(most)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::parse;
-
-    #[test]
-    fn values_live_from_their_op_to_their_last_use() {
-        let text = "graph @g(%x: f32[4]) {
-  dim B: 1..3
-  %a = broadcast %x shape=[B, 4]
-  %b = reshape %a shape=[4*B]
-  %c = cumsum %b axis=0 reverse=false
-  %n = neg %c
-  %d = reduce_sum %n axes=[0]
-  %e = broadcast %d shape=[B, 4]
-  return e=%e
-}
-";
-        let program = parse(text).unwrap_or_else(|e| panic!("{e}"));
-        let graph = &program.graphs[0];
-        // %a, through its view, beside %c; %x is dead by then, and %n lies where %c lay.
-        assert_eq!(live_bytes(graph, &graph.upper_bounds()), Ok(2 * 3 * 4 * 4));
-        assert_eq!(live_bytes(graph, &Bindings::new()), Err("B".into()));
-    }
 }

@@ -51,7 +51,11 @@ pub struct Stage {
     /// Roles whose models are written to `output_dir` at the end.
     pub save: Vec<String>,
     /// What rows of sequences have in common, for graphs that compute it once; filled in by the pass `share_prefix`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub prefixes: Vec<Prefix>,
+    /// What may be computed twice to need less memory.
+    #[serde(skip_serializing_if = "Memory::is_default")]
+    pub memory: Memory,
 }
 
 /// The columns with which some sequences of a batch begin alike.
@@ -62,6 +66,25 @@ pub struct Prefix {
     /// A graph's input `i32[S]` that says how many columns follow, `0 < S <= T`: in every row of the call, the first `T - S`
     /// columns of these sequences are equal. What stands in it does not matter.
     pub input: String,
+}
+
+/// How much memory a stage may take, and what it may compute twice to need no more.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Memory {
+    /// Keep as little of every layer as there can be, and recompute the rest for its gradient.
+    pub gradient_checkpointing: bool,
+    /// Most bytes of the arena; as much is recomputed as that takes, and no more.
+    pub max: Option<usize>,
+    /// Where the user asks for the limit.
+    pub span: Span,
+}
+
+impl Memory {
+    /// Whether nothing is asked for.
+    fn is_default(&self) -> bool {
+        *self == Memory::default()
+    }
 }
 
 /// A model in the part it plays in a stage.

@@ -28,6 +28,9 @@ pub trait Device {
     ///
     /// Errors are the user's: a shape beyond its declared range, a token outside the vocabulary.
     fn run(&mut self, graph: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag>;
+
+    /// Gives memory that holds nothing between two runs back to the system, until the next run needs it.
+    fn rest(&mut self) {}
 }
 
 /// The values of a graph's symbols from the shapes of its inputs, checked against the declared types and ranges.

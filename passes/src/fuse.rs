@@ -40,7 +40,8 @@ pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> 
     Ok(program)
 }
 
-fn fuse(graph: &Graph, program: &Program) -> Graph {
+/// The graph with its elementwise ops joined.
+pub(crate) fn fuse(graph: &Graph, program: &Program) -> Graph {
     let regions = Regions::grow(graph);
     let mut rebuild = Rebuild::same(graph);
     for (id, op) in graph.ops() {
@@ -307,7 +308,7 @@ impl<'a> Regions<'a> {
 }
 
 /// Whether an op can be in a region, and somebody wants its value.
-fn is_step(graph: &Graph, op: &OpData) -> bool {
+pub(crate) fn is_step(graph: &Graph, op: &OpData) -> bool {
     let types: Vec<Type> = op.args.iter().map(|&a| graph.ty(a).clone()).collect();
     op.op.class() == Class::Elementwise && can_be_step(&op.op, &types)
 }

@@ -7,13 +7,17 @@ pub mod adapt;
 pub mod autodiff;
 pub mod canonicalize;
 pub mod decode;
+mod fit;
 pub mod fuse;
 pub mod infer;
 pub mod join_updates;
+pub mod order;
 mod pipeline;
 pub mod plan_memory;
 mod rebuild;
+pub mod rematerialize;
 pub mod share_prefix;
 pub mod simplify;
 
 pub use pipeline::{Fact, Notes, Numerics, Observer, PIPELINE, Pass, PassContext, Step, compile, run_passes};
+pub use plan_memory::live_bytes;

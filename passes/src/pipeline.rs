@@ -7,7 +7,10 @@ use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
-use crate::{adapt, autodiff, canonicalize, decode, fuse, infer, join_updates, plan_memory, share_prefix, simplify};
+use crate::{
+    adapt, autodiff, canonicalize, decode, fit, fuse, infer, join_updates, order, plan_memory, rematerialize, share_prefix,
+    simplify,
+};
 
 /// What a program satisfies at a point of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -106,7 +109,10 @@ pub const PIPELINE: &[Pass] = &[
     join_updates::PASS,
     canonicalize::PASS,
     simplify::PASS,
+    // Before regions are made, so that what is recomputed becomes part of what uses it.
+    rematerialize::PASS,
     fuse::PASS,
+    order::PASS,
     plan_memory::PASS,
 ];
 
@@ -127,9 +133,13 @@ pub type Observer<'a> = &'a mut dyn FnMut(&Step);
 
 /// Runs the pipeline. In debug builds the verifier runs after every pass.
 pub fn compile(program: Program, context: &PassContext, observe: Observer) -> Result<Planned, Vec<Diag>> {
+    let asked = plan_memory::limit(&program, context.target).map(|_| program.clone());
     let mut program = program;
     for pass in PIPELINE {
-        let next = run_one(pass, program.clone(), context)?;
+        let next = run_one(pass, program.clone(), context).map_err(|errors| match &asked {
+            Some(asked) if pass.name == plan_memory::PASS.name => fit::with_help(errors, asked, context),
+            _ => errors,
+        })?;
         observe(&Step { pass, before: &program, after: &next, notes: context.take_notes() });
         program = next;
     }
@@ -178,7 +188,8 @@ fn all_names() -> String {
     names.join(", ")
 }
 
-fn run_one(pass: &Pass, program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
+/// Runs a pass. In debug builds the verifier runs after it.
+pub(crate) fn run_one(pass: &Pass, program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
     let next = (pass.run)(program, context)?;
     if cfg!(debug_assertions)
         && let Err(fault) = verify(&next)

@@ -12,10 +12,13 @@
 //! orders, of which the smallest plan is kept. Sizes are those at the upper bounds of all dims. The peak is exact, as
 //! the device has no other memory.
 
+use std::collections::BTreeMap;
+
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::verify::{last_uses, root};
 use dsgc_ir::{
-    Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpId, Program, Region, StateId, Target, Type, Value,
+    Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpData, OpId, Program, Region, StateId, Target, Type,
+    Value,
 };
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
@@ -48,30 +51,60 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         arena.persistent += bytes.next_multiple_of(target.alignment());
     }
     let mut graphs: Vec<Graph> = program.graphs.iter().map(|g| with_copies(g, &program)).collect();
-    let mut limit = Vec::new();
+    let limit = limit(&program, target);
+    let mut missed = Vec::new();
     for graph in &mut graphs {
-        let bounds = graph.upper_bounds();
-        graph.scratch = graph
-            .ops()
-            .map(|(_, op)| {
-                target.workspace(&op.op, &types(graph, &op.args), &bounds).next_multiple_of(target.alignment())
-            })
-            .collect();
+        graph.scratch = workspaces(graph, target);
         arena.scratch = arena.scratch.max(graph.scratch.iter().copied().max().unwrap_or(0));
         let storages = Storages::new(graph, &program, target);
         let (offsets, used) = pack(&storages.all);
         storages.place(graph, &program, &offsets);
-        if let Some(memory) = target.memory()
+        if let Some(memory) = limit
             && arena.persistent + used + arena.scratch > memory
         {
-            limit.push(does_not_fit(graph, &storages, arena, used, memory));
+            missed.push(does_not_fit(graph, &program, &storages, arena, used, memory));
         }
         arena.values = arena.values.max(used);
     }
-    if !limit.is_empty() {
-        return Err(limit);
+    if !missed.is_empty() {
+        return Err(missed);
     }
     Ok(Program { graphs, arena, level: Level::Planned, ..program })
+}
+
+/// Most bytes that the arena may have, if there is a limit: the user's or the device's.
+pub(crate) fn limit(program: &Program, target: &dyn Target) -> Option<usize> {
+    [program.stage.memory.max, target.memory()].into_iter().flatten().min()
+}
+
+/// Bytes of parameters and state.
+pub(crate) fn persistent_bytes(program: &Program, target: &dyn Target) -> usize {
+    program.states.iter().map(|state| state.bytes().next_multiple_of(target.alignment())).sum()
+}
+
+/// Bytes of the largest workspace of a graph.
+pub(crate) fn scratch_bytes(graph: &Graph, target: &dyn Target) -> usize {
+    workspaces(graph, target).into_iter().max().unwrap_or(0)
+}
+
+/// Bytes of workspace that each op's kernel needs.
+fn workspaces(graph: &Graph, target: &dyn Target) -> Vec<usize> {
+    let bounds = graph.upper_bounds();
+    let of = |op: &OpData| target.workspace(&op.op, &types(graph, &op.args), &bounds);
+    graph.ops().map(|(_, op)| of(op).next_multiple_of(target.alignment())).collect()
+}
+
+/// Most bytes of values that are in use during one op, as [`run`] counts them: what lies in the place of something else
+/// counts once. No plan is smaller.
+pub fn live_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
+    let graph = with_copies(graph, program);
+    peak(&Storages::new(&graph, program, target).all).0
+}
+
+/// Bytes of the values region that a plan of the graph takes.
+pub(crate) fn planned_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
+    let graph = with_copies(graph, program);
+    pack(&Storages::new(&graph, program, target).all).1
 }
 
 fn types(graph: &Graph, values: &[Value]) -> Vec<Type> {
@@ -118,12 +151,19 @@ fn with_copies(graph: &Graph, program: &Program) -> Graph {
     for (_, output) in &graph.outputs {
         direct[output.0 as usize] = graph.len() as u32;
     }
-    let is_old =
-        |v: Value, state: StateId| graph.def(root(graph, v)).is_some_and(|d| graph.op(d).op == Op::Read { state });
+    // Values that are a state's old value or views of it, per state.
+    let mut old: BTreeMap<StateId, Vec<Value>> = BTreeMap::new();
+    for value in graph.values() {
+        if let Some(def) = graph.def(root(graph, value))
+            && let Op::Read { state } = graph.op(def).op
+        {
+            old.entry(state).or_default().push(value);
+        }
+    }
     let mut rebuild = Rebuild::same(graph);
     for (id, op) in graph.ops() {
         if let Op::Write { state } = op.op {
-            for old in graph.values().filter(|&v| direct[v.0 as usize] > id.0 && is_old(v, state)) {
+            for &old in old.get(&state).into_iter().flatten().filter(|v| direct[v.0 as usize] > id.0) {
                 let Some(now) = rebuild.find(old) else { continue };
                 let mut b = Builder::new(&mut rebuild.new, op.site.clone());
                 let shape = b.ty(now).dims;
@@ -240,6 +280,12 @@ impl Storages {
 /// value has been read for the last time, at the latest by the very op that may work in place.
 fn written_in_place(graph: &Graph, program: &Program, last: &[u32]) -> Vec<Option<usize>> {
     let mut places: Vec<Option<usize>> = vec![None; graph.values().len()];
+    let mut reads: BTreeMap<StateId, Vec<Value>> = BTreeMap::new();
+    for (_, op) in graph.ops() {
+        if let Op::Read { state } = op.op {
+            reads.entry(state).or_default().push(op.result());
+        }
+    }
     for (_, write) in graph.ops() {
         let Op::Write { state } = write.op else { continue };
         let made = root(graph, write.args[0]);
@@ -253,11 +299,7 @@ fn written_in_place(graph: &Graph, program: &Program, last: &[u32]) -> Vec<Optio
         }
         let result = op.results().position(|r| r == made).expect("the op defines it");
         let in_place = op.op.in_place(op.args.len());
-        let free = graph.ops().all(|(_, read)| {
-            if read.op != (Op::Read { state }) {
-                return true;
-            }
-            let old = read.result();
+        let free = reads.get(&state).into_iter().flatten().all(|&old| {
             let works_in_place = in_place.iter().any(|&(res, arg)| res == result && root(graph, op.args[arg]) == old);
             let until = OpId(last[old.0 as usize]);
             until < def || (until == def && works_in_place && uses(op.args.as_slice(), graph, old) == 1)
@@ -343,18 +385,29 @@ fn peak(storages: &[Storage]) -> (usize, i64) {
 }
 
 /// The limit, with the values that take most of the memory when most is in use.
-fn does_not_fit(graph: &Graph, storages: &Storages, arena: Arena, used: usize, memory: usize) -> Diag {
+fn does_not_fit(
+    graph: &Graph,
+    program: &Program,
+    storages: &Storages,
+    arena: Arena,
+    used: usize,
+    memory: usize,
+) -> Diag {
     let needed = arena.persistent + used + arena.scratch;
-    let mib = |bytes: usize| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+    let asked = &program.stage.memory;
+    let who = if asked.max == Some(memory) { "`max_memory` allows" } else { "the device has" };
     let mut diag = Diag::error(format!(
-        "graph @{} needs {} of memory, the device has {}: parameters and state {}, values {}, workspace {}",
+        "graph @{} needs at least {} of memory, {who} {}: parameters and state {}, values {}, workspace {}",
         graph.name,
-        mib(needed),
-        mib(memory),
-        mib(arena.persistent),
-        mib(used),
-        mib(arena.scratch),
+        size(needed),
+        size(memory),
+        size(arena.persistent),
+        size(used),
+        size(arena.scratch),
     ));
+    if asked.max == Some(memory) {
+        diag = diag.label(asked.span, "the limit");
+    }
     let (_, at) = peak(&storages.all);
     let mut largest: Vec<(usize, Value)> = graph
         .values()
@@ -368,9 +421,18 @@ fn does_not_fit(graph: &Graph, storages: &Storages, arena: Arena, used: usize, m
     largest.sort_by_key(|&(bytes, v)| (std::cmp::Reverse(bytes), v));
     for (bytes, value) in largest.into_iter().take(3) {
         let span = graph.def(value).map_or(Span::NONE, |d| graph.op(d).site.loc.span);
-        diag = diag.label(span, format!("{}, {}", graph.ty(value), mib(bytes)));
+        diag = diag.label(span, format!("{}, {}", graph.ty(value), size(bytes)));
     }
-    diag.help("a smaller `micro_batch_size` needs less memory and changes no numbers")
+    diag
+}
+
+/// `1.5 MiB`.
+fn size(bytes: usize) -> String {
+    let units = [("GiB", 1usize << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    match units.iter().find(|(_, unit)| bytes >= *unit) {
+        Some((name, unit)) => format!("{:.2} {name}", bytes as f64 / *unit as f64),
+        None => format!("{bytes} B"),
+    }
 }
 
 #[cfg(test)]

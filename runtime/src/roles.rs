@@ -1,12 +1,13 @@
 //! The models of a stage: where their weights come from, and where they go.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use dsgc_hf::{AdapterConfig, Folder, merge, read_params, save, save_adapter};
+use dsgc_hf::{AdapterConfig, Folder, Param, ParamFiles, merge, read_params, save, save_adapter};
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Adapter, Lora, LoraSave, Origin, Role, Stage};
-use dsgc_ir::{Bindings, Program, StateId, Tensor};
+use dsgc_ir::{Bindings, Data, Program, StateId, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::random::Key;
 
@@ -156,16 +157,27 @@ pub(crate) fn load_folder(
             (id, (name, shape))
         })
         .unzip();
-    let tensors = read_params(&folder, &role.model.tensors, &wanted)?;
-    let new: Vec<String> =
-        wanted.iter().zip(&tensors).filter(|(_, t)| t.is_none()).map(|((name, _), _)| name.clone()).collect();
+    let files = ParamFiles::open(&folder).map_err(|e| vec![e])?;
+    let found = files.find(&role.model.tensors, &wanted)?;
+    let lacking = wanted.iter().enumerate().filter(|(at, _)| !found.has(*at));
+    let new: Vec<String> = lacking.map(|(_, (name, _))| name.clone()).collect();
     if !new.is_empty() {
         // It draws all of them, also those that the folder has.
         init(program, device, role).map_err(|e| vec![e])?;
     }
-    for (id, tensor) in ids.into_iter().zip(tensors) {
-        if let Some(tensor) = tensor {
-            device.set_state(id, &tensor);
+    // One by one, so that no two are held twice. An adapter is merged into the base model, which it holds at once.
+    match folder.adapter() {
+        None => ids.iter().enumerate().for_each(|(at, &id)| {
+            if let Some(tensor) = found.read(at) {
+                device.set_state(id, &tensor);
+            }
+        }),
+        Some(_) => {
+            for (&id, tensor) in ids.iter().zip(read_params(&folder, &role.model.tensors, &wanted)?) {
+                if let Some(tensor) = tensor {
+                    device.set_state(id, &tensor);
+                }
+            }
         }
     }
     Ok(new)
@@ -203,7 +215,11 @@ impl Saving<'_> {
     fn param(&self, name: &str) -> Result<Tensor, Diag> {
         let id = self.program.param(&self.role.name, name);
         let tensor = self.device.state(id.unwrap_or_else(|| panic!("bug: there is no parameter `{name}`"))).single();
-        if tensor.to_f64().iter().all(|x| x.is_finite()) {
+        let finite = match &tensor.data {
+            Data::F32(v) => v.iter().all(|x| x.is_finite()),
+            _ => tensor.to_f64().iter().all(|x| x.is_finite()),
+        };
+        if finite {
             return Ok(tensor);
         }
         let message =
@@ -215,22 +231,21 @@ impl Saving<'_> {
         self.role.tokenizer.as_deref().map(Path::new)
     }
 
-    /// Writes the model, with its factors merged into their weights.
+    /// Writes the model, with its factors merged into their weights. Parameters are read from the device one by one, twice:
+    /// to see that all of them are finite before anything is written, and to write them.
     fn model(&self, lora: Option<(&Lora, &Adapter)>) -> Result<(), Diag> {
-        let mut params: Vec<(String, Tensor)> = Vec::new();
-        for (_, name) in params_of(self.program, &self.role.name) {
-            let own = self.param(&name)?;
+        let mut params: Vec<(String, InDevice)> = Vec::new();
+        for (id, name) in params_of(self.program, &self.role.name) {
             let factors = lora.and_then(|(lora, adapter)| {
                 let module = adapter.modules.iter().find(|m| name.strip_suffix(".weight") == Some(m.as_str()))?;
-                Some((lora, Adapter::factors(module)))
+                Some((lora.alpha / lora.r as f64, Adapter::factors(module)))
             });
-            let param = match factors {
-                Some((lora, [a, b])) => merge(&own, [&self.param(&a)?, &self.param(&b)?], lora.alpha / lora.r as f64),
-                None => own,
-            };
+            let shape = self.program.state(id).ty.shape(&Bindings::new()).expect("states have constant dims");
+            let param = InDevice { saving: self, name: name.clone(), shape, factors };
+            param.read()?;
             params.push((name, param));
         }
-        let params: Vec<(String, &Tensor)> = params.iter().map(|(n, t)| (n.clone(), t)).collect();
+        let params: Vec<(String, &InDevice)> = params.iter().map(|(n, p)| (n.clone(), p)).collect();
         save(&self.folder, &self.role.model, &params, self.tokenizer())
     }
 
@@ -255,6 +270,39 @@ impl Saving<'_> {
         let folder = self.folder.join("adapter");
         save_adapter(&folder, &self.role.model, &about, &tensors, self.tokenizer())?;
         Ok(folder)
+    }
+}
+
+/// A parameter that lies in the device until it is written.
+struct InDevice<'a> {
+    saving: &'a Saving<'a>,
+    name: String,
+    shape: Vec<usize>,
+    /// The factor on the product of its low-rank factors, and their names.
+    factors: Option<(f64, [String; 2])>,
+}
+
+impl InDevice<'_> {
+    fn read(&self) -> Result<Tensor, Diag> {
+        let own = self.saving.param(&self.name)?;
+        Ok(match &self.factors {
+            Some((scale, [a, b])) => merge(&own, [&self.saving.param(a)?, &self.saving.param(b)?], *scale),
+            None => own,
+        })
+    }
+}
+
+impl Param for InDevice<'_> {
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn is_float(&self) -> bool {
+        true
+    }
+
+    fn value(&self) -> Cow<'_, Tensor> {
+        Cow::Owned(self.read().unwrap_or_else(|e| panic!("bug: what was finite is not any more: {}", e.message)))
     }
 }
 

@@ -166,6 +166,8 @@ impl Session {
     pub fn run(&mut self, observer: Observer) -> Result<(), Diag> {
         let plan = self.program.stage.plan.clone();
         let reached = self.train(&plan, observer)?;
+        // Writing needs memory of its own, which what trained before does not need any more.
+        self.device.rest();
         roles::save_all(&self.program, self.device.as_ref(), observer)?;
         self.require(&reached)
     }

@@ -45,11 +45,10 @@ fn the_report_adds_up() {
         assert!(memory("persistent") >= 12 * PARAMETERS, "{}", memory("persistent"));
         let largest = graphs.iter().filter_map(|g| g["value_bytes"].as_u64()).max().expect("a graph");
         assert!((largest..largest + 4096).contains(&memory("values")), "{largest} of {}", memory("values"));
-        // What lives at once is what the plan needs, but for gaps, and for what is written into its state in place.
+        // What lives at once is what the plan needs, but for gaps.
         let live = passes.last().expect("a pass")["live_bytes_after"].as_f64().expect("a number");
         let planned = memory("values") as f64;
-        let most = planned + memory("persistent") as f64;
-        assert!((0.8 * planned..most).contains(&live), "{live} live, {planned} planned");
+        assert!((0.95 * planned..=planned).contains(&live), "{live} live, {planned} planned");
     }
     // Twice a product per parameter of a matrix and token forwards, twice that backwards; attention and the rest on top.
     let products = (640 * 16 + 2 * 8 * 16 * 16) as f64;

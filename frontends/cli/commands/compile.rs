@@ -38,12 +38,13 @@ pub fn run(args: &Args) -> Done {
         return Err(Diag::error("found `--json` with `--emit ir`, which has a text form only").into());
     }
     let (loaded, device) = args.pipeline.open()?;
+    let target = device.target();
     let mut all = Vec::new();
     for program in &loaded.stages {
-        let (mut passes, mut changes) = (Vec::new(), Vec::new());
+        let (mut passes, mut changes) = (Vec::<PassReport>::new(), Vec::new());
         let explain = args.emit == Some(Emit::Changes);
         let planned = plan(program, &loaded, device, explain, &mut |step| {
-            passes.push(PassReport::new(step));
+            passes.push(PassReport::new(step, passes.last(), target.as_ref()));
             changes.extend(step.notes.changes.iter().map(|text| format!("{}: {text}", step.pass.name)));
         })?;
         match (args.emit, args.json) {

@@ -173,9 +173,9 @@ pub fn save_adapter(
     tensors: &[(String, &Tensor)],
     tokenizer_from: Option<&Path>,
 ) -> Result<(), Diag> {
-    let stored: Vec<(String, Stored)> = tensors
+    let stored: Vec<(String, Stored<Tensor>)> = tensors
         .iter()
-        .map(|(name, tensor)| Ok((format!("{PREFIX}{name}"), Stored::new(name, tensor, model)?)))
+        .map(|&(ref name, tensor)| Ok((format!("{PREFIX}{name}"), Stored::new(name, tensor, model)?)))
         .collect::<Result<_, Diag>>()?;
     write_folder(path, (CONFIG, &config(model, about)), WEIGHTS, stored, tokenizer_from)
 }

@@ -23,9 +23,9 @@ mod weights;
 pub use adapter::{Adapter, AdapterConfig, merge, save_adapter};
 pub use chat::{ChatTemplate, Message, PLAIN_TEMPLATE};
 pub use config::Folder;
-pub use save::save;
+pub use save::{Param, save};
 pub use tokenizer::{Encoded, Tokenizer, end_tokens};
-pub use weights::read_params;
+pub use weights::{FoundParams, ParamFiles, read_params};
 
 use std::path::Path;
 

@@ -32,29 +32,55 @@ const COMPANIONS: &[&str] = &[
     "generation_config.json",
 ];
 
+/// What is written of a parameter: its shape, and its elements when their turn comes.
+pub trait Param {
+    /// Its dims.
+    fn shape(&self) -> &[usize];
+
+    /// Whether it holds floats.
+    fn is_float(&self) -> bool;
+
+    /// Its value.
+    fn value(&self) -> Cow<'_, Tensor>;
+}
+
+impl Param for Tensor {
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn is_float(&self) -> bool {
+        matches!(self.data, Data::F32(_) | Data::F64(_))
+    }
+
+    fn value(&self) -> Cow<'_, Tensor> {
+        Cow::Borrowed(self)
+    }
+}
+
 /// Writes `config.json`, `model.safetensors` (single precision) and the files of the tokenizer in `tokenizer_from`.
 ///
 /// Parameters go under their own names, transposed where the model's rules say so. The `dtype` in `config.json` becomes
 /// that of the file, `float32`.
-pub fn save(
+pub fn save<P: Param>(
     path: &Path,
     model: &Model,
-    params: &[(String, &Tensor)],
+    params: &[(String, &P)],
     tokenizer_from: Option<&Path>,
 ) -> Result<(), Diag> {
-    let tensors: Vec<(&str, Stored)> = params
+    let tensors: Vec<(&str, Stored<P>)> = params
         .iter()
-        .map(|(name, t)| Ok((name.as_str(), Stored::new(name, t, model)?)))
+        .map(|&(ref name, param)| Ok((name.as_str(), Stored::new(name, param, model)?)))
         .collect::<Result<_, Diag>>()?;
     write_folder(path, ("config.json", &single_precision(&model.config)), "model.safetensors", tensors, tokenizer_from)
 }
 
 /// Writes a folder whose file `config.0` makes it whole.
-pub(crate) fn write_folder<N: AsRef<str> + Ord + std::fmt::Display>(
+pub(crate) fn write_folder<N: AsRef<str> + Ord + std::fmt::Display, P: Param>(
     path: &Path,
     config: (&str, &Map<String, Value>),
     weights: &str,
-    tensors: Vec<(N, Stored)>,
+    tensors: Vec<(N, Stored<P>)>,
     tokenizer_from: Option<&Path>,
 ) -> Result<(), Diag> {
     let tokenizer_from = tokenizer_from.map(|from| Folder::holding("tokenizer.json", from)).transpose()?;
@@ -147,33 +173,33 @@ fn single_precision(config: &Map<String, Value>) -> Map<String, Value> {
 }
 
 /// A parameter as it lies in the file.
-pub(crate) struct Stored<'a> {
-    tensor: &'a Tensor,
+pub(crate) struct Stored<'a, P> {
+    param: &'a P,
     shape: Vec<usize>,
     transpose: bool,
 }
 
-impl<'a> Stored<'a> {
-    pub fn new(name: &str, tensor: &'a Tensor, model: &Model) -> Result<Stored<'a>, Diag> {
-        if !matches!(tensor.data, Data::F32(_) | Data::F64(_)) {
+impl<'a, P: Param> Stored<'a, P> {
+    pub fn new(name: &str, param: &'a P, model: &Model) -> Result<Stored<'a, P>, Diag> {
+        if !param.is_float() {
             return Err(Diag::error(format!("parameter `{name}` holds no floats, expected f32")));
         }
         let transpose = is_transposed(&model.tensors, name);
-        if transpose && tensor.shape.len() != 2 {
+        if transpose && param.shape().len() != 2 {
             return Err(Diag::error(format!(
                 "parameter `{name}` of shape {:?} is no matrix, but stands under `transpose`",
-                tensor.shape
+                param.shape()
             )));
         }
-        let mut shape = tensor.shape.clone();
+        let mut shape = param.shape().to_vec();
         if transpose {
             shape.reverse();
         }
-        Ok(Stored { tensor, shape, transpose })
+        Ok(Stored { param, shape, transpose })
     }
 }
 
-impl View for Stored<'_> {
+impl<P: Param> View for Stored<'_, P> {
     fn dtype(&self) -> Dtype {
         Dtype::F32
     }
@@ -183,17 +209,20 @@ impl View for Stored<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let floats: Cow<[f32]> = match &self.tensor.data {
+        let value = self.param.value();
+        let floats: Cow<[f32]> = match &value.data {
             Data::F32(v) => Cow::Borrowed(v),
             Data::F64(v) => v.iter().map(|&x| x as f32).collect(),
             Data::I32(_) | Data::Bool(_) | Data::Key(_) => unreachable!("`Stored::new` takes floats only"),
         };
         let floats = if self.transpose { transposed(&floats, self.shape[1], self.shape[0]).into() } else { floats };
-        floats.iter().flat_map(|x| x.to_le_bytes()).collect()
+        let mut bytes = Vec::with_capacity(self.data_len());
+        floats.iter().for_each(|x| bytes.extend(x.to_le_bytes()));
+        Cow::Owned(bytes)
     }
 
     fn data_len(&self) -> usize {
-        4 * self.tensor.len()
+        4 * self.shape.iter().product::<usize>()
     }
 }
 

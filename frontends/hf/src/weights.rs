@@ -13,7 +13,7 @@
 //! 4. it is then a parameter, another name of one (`also_called`), to be left (`may_be_left`), a repetition
 //!    (`may_repeat`), or not ours (`skip`).
 //!
-//! Files are mapped into memory, so only what is read is held twice, one tensor at a time.
+//! Files are mapped into memory and read one tensor at a time, so no more than one is held twice.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -29,7 +29,7 @@ use safetensors::{Dtype, SafeTensors};
 use crate::{Folder, file_error, read_object};
 
 /// Reads the parameters `wanted` (name and shape) in that order, as single-precision floats: `None` for those that the
-/// files lack and `may_be_new` allows to begin otherwise.
+/// files lack and `may_be_new` allows to begin otherwise. Factors of an adapter are merged into them.
 ///
 /// A missing, surplus, mis-shaped or doubled tensor is an error, and all such errors come at once.
 pub fn read_params(
@@ -37,11 +37,69 @@ pub fn read_params(
     rules: &TensorRules,
     wanted: &[(String, Vec<usize>)],
 ) -> Result<Vec<Option<Tensor>>, Vec<Diag>> {
-    let files = open_files(folder).map_err(|e| vec![e])?;
+    let files = ParamFiles::open(folder).map_err(|e| vec![e])?;
+    let found = files.find(rules, wanted)?;
+    let mut params: Vec<Option<Tensor>> = (0..wanted.len()).map(|at| found.read(at)).collect();
+    if let Some(adapter) = folder.adapter() {
+        adapter.merge_into(&Places::new(folder, rules, wanted), wanted, &mut params)?;
+    }
+    Ok(params)
+}
+
+/// The files of a folder's weights, mapped into memory.
+pub struct ParamFiles<'a> {
+    folder: &'a Folder,
+    files: Vec<(String, Mmap)>,
+}
+
+/// Parameters that were found in files and can be read one by one.
+pub struct FoundParams<'a> {
+    rules: &'a TensorRules,
+    wanted: &'a [(String, Vec<usize>)],
+    found: Vec<Option<Found<'a>>>,
+}
+
+impl FoundParams<'_> {
+    /// A parameter by its place in what was wanted, as [`read_params`] gives it but without an adapter.
+    pub fn read(&self, at: usize) -> Option<Tensor> {
+        let (name, shape) = &self.wanted[at];
+        let tensor = self.found[at].as_ref()?;
+        let read = tensor.read(name, shape, is_transposed(self.rules, name));
+        Some(read.unwrap_or_else(|e| panic!("bug: what was checked cannot be read: {}", e.message)))
+    }
+
+    /// Whether the files have a parameter.
+    pub fn has(&self, at: usize) -> bool {
+        self.found[at].is_some()
+    }
+}
+
+impl<'f> ParamFiles<'f> {
+    /// Maps the files.
+    pub fn open(folder: &'f Folder) -> Result<ParamFiles<'f>, Diag> {
+        Ok(ParamFiles { folder, files: open_files(folder)? })
+    }
+
+    /// Finds and checks the parameters; errors as those of [`read_params`].
+    pub fn find<'a>(
+        &'a self,
+        rules: &'a TensorRules,
+        wanted: &'a [(String, Vec<usize>)],
+    ) -> Result<FoundParams<'a>, Vec<Diag>> {
+        find(self.folder, &self.files, rules, wanted)
+    }
+}
+
+fn find<'a>(
+    folder: &'a Folder,
+    files: &'a [(String, Mmap)],
+    rules: &'a TensorRules,
+    wanted: &'a [(String, Vec<usize>)],
+) -> Result<FoundParams<'a>, Vec<Diag>> {
     let places = Places::new(folder, rules, wanted);
     let mut found: Vec<Option<Found>> = wanted.iter().map(|_| None).collect();
     let (mut repeats, mut surplus, mut errors) = (Vec::new(), Vec::new(), Vec::new());
-    for (file, map) in &files {
+    for (file, map) in files {
         let tensors = parse(folder.path(), file, map).map_err(|e| vec![e])?;
         let mut tensors = tensors.tensors();
         tensors.sort_by(|a, b| a.0.cmp(&b.0));
@@ -84,13 +142,9 @@ pub fn read_params(
         });
     }
 
-    let mut params: Vec<Option<Tensor>> = Vec::new();
     for ((name, shape), tensor) in wanted.iter().zip(&found) {
-        match tensor.as_ref().map(|tensor| tensor.read(name, shape, is_transposed(rules, name))) {
-            Some(Ok(param)) => params.push(Some(param)),
-            Some(Err(diag)) => errors.push(diag),
-            None => params.push(None),
-        }
+        let checked = tensor.as_ref().map(|tensor| tensor.check(name, shape, is_transposed(rules, name)));
+        errors.extend(checked.and_then(Result::err));
     }
     for (tensor, of) in repeats {
         // A repetition of something that is not read, or that has failed already, proves nothing.
@@ -108,13 +162,7 @@ pub fn read_params(
             );
         }
     }
-    if !errors.is_empty() {
-        return Err(errors);
-    }
-    if let Some(adapter) = folder.adapter() {
-        adapter.merge_into(&places, wanted, &mut params)?;
-    }
-    Ok(params)
+    if errors.is_empty() { Ok(FoundParams { rules, wanted, found }) } else { Err(errors) }
 }
 
 /// Whether files have this parameter transposed.
@@ -146,16 +194,12 @@ impl Found<'_> {
             Dtype::F64 => Ok(each(bytes, |b| f64::from_le_bytes(b) as f32)),
             Dtype::F16 => Ok(each(bytes, |b| half::f16::from_le_bytes(b).to_f32())),
             Dtype::BF16 => Ok(each(bytes, |b| half::bf16::from_le_bytes(b).to_f32())),
-            other => Err(Diag::error(format!(
-                "tensor `{}` in `{}` has elements of type {other:?}, expected F32, F64, F16 or BF16",
-                self.name, self.file
-            ))
-            .help("quantised files cannot be trained: take the model's original weights")),
+            _ => Err(self.no_floats()),
         }
     }
 
-    /// The parameter `name` of this shape.
-    pub fn read(&self, name: &str, shape: &[usize], transpose: bool) -> Result<Tensor, Diag> {
+    /// What is wrong with it as the parameter `name` of this shape.
+    fn check(&self, name: &str, shape: &[usize], transpose: bool) -> Result<(), Diag> {
         let stored: Vec<usize> = if transpose { shape.iter().rev().copied().collect() } else { shape.to_vec() };
         if self.view.shape() != stored {
             let diag = Diag::error(format!(
@@ -171,13 +215,33 @@ impl Found<'_> {
                 diag
             });
         }
+        if !matches!(self.view.dtype(), Dtype::F32 | Dtype::F64 | Dtype::F16 | Dtype::BF16) {
+            return Err(self.no_floats());
+        }
+        if transpose && shape.len() != 2 {
+            let message = format!("parameter `{name}` of shape {shape:?} is no matrix, but stands under `transpose`");
+            return Err(Diag::error(message));
+        }
+        Ok(())
+    }
+
+    fn no_floats(&self) -> Diag {
+        Diag::error(format!(
+            "tensor `{}` in `{}` has elements of type {:?}, expected F32, F64, F16 or BF16",
+            self.name,
+            self.file,
+            self.view.dtype()
+        ))
+        .help("quantised files cannot be trained: take the model's original weights")
+    }
+
+    /// The parameter `name` of this shape.
+    pub fn read(&self, name: &str, shape: &[usize], transpose: bool) -> Result<Tensor, Diag> {
+        self.check(name, shape, transpose)?;
         let floats = self.floats()?;
         match (transpose, shape) {
-            (false, _) => Ok(Tensor::f32(shape, floats)),
             (true, &[rows, columns]) => Ok(Tensor::f32(shape, transposed(&floats, columns, rows))),
-            (true, _) => Err(Diag::error(format!(
-                "parameter `{name}` of shape {shape:?} is no matrix, but stands under `transpose`"
-            ))),
+            _ => Ok(Tensor::f32(shape, floats)),
         }
     }
 }

@@ -145,6 +145,7 @@ const KEYS: &[Foreign] = &[
     f("enable_gradient_checkpointing",   VERL,    "`compile: {gradient_checkpointing: true}`"),
     f("actor_gradient_checkpointing",    DSC,     "`compile: {gradient_checkpointing: true}`"),
     f("critic_gradient_checkpointing",   DSC,     "`compile: {gradient_checkpointing: true}`"),
+    f("activation_memory_budget",        "PyTorch's name", "`compile: {max_memory: ...}`, in bytes of all memory: `2GiB`"),
     f("n_gpus_per_node",                 VERL,    "`compile: {devices: ...}`"),
     // Algorithms
     f("rl",                              AXOLOTL, "`recipe` of an entry of `stages`"),

@@ -221,7 +221,16 @@ pub const COMPILE: Table = Table {
             Form::Int,
             "what is split over data-parallel ranks: 0 nothing, 1 optimizer, 2 gradients, 3 all",
         ),
-        key("gradient_checkpointing", Form::Bool, "recompute activations instead of keeping them"),
+        key(
+            "gradient_checkpointing",
+            Form::Bool,
+            "keep the least of every layer and recompute the rest for its gradient",
+        ),
+        key(
+            "max_memory",
+            Form::Literal,
+            "most memory of a stage, such as `2GiB`: as much is recomputed as that takes, and no more",
+        ),
         key("parallel", Form::Keys(&PARALLEL), "the axes of the mesh"),
     ],
 };

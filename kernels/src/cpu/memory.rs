@@ -2,43 +2,65 @@
 
 use dsgc_ir::{Arena, Buffer, DType, Data, Region, Tensor};
 
-/// A cache line: the unit in which the arena is allocated, and the alignment of every buffer.
+/// A cache line: the alignment of every buffer.
 pub(super) const ALIGNMENT: usize = 64;
-
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; ALIGNMENT]);
 
 /// Bytes that are a signalling pattern of NaN as floats and no index as integers.
 const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
 
+/// A part of the arena: zeros that the system need not provide before they are written to.
+struct Zeros {
+    /// Up to a cache line more than asked for.
+    bytes: Vec<u8>,
+    /// Where the first whole cache line begins.
+    start: usize,
+}
+
+impl Zeros {
+    fn new(len: usize) -> Zeros {
+        // Zeros of bytes come fresh from the system; those of an aligned type would be written one by one.
+        let bytes = vec![0; len.next_multiple_of(ALIGNMENT) + ALIGNMENT];
+        let start = bytes.as_ptr().align_offset(ALIGNMENT);
+        Zeros { bytes, start }
+    }
+
+    fn len(&self) -> usize {
+        self.bytes.len() - ALIGNMENT
+    }
+}
+
 /// All memory that the device has.
 pub(super) struct Memory {
-    regions: [Vec<Line>; 3],
+    regions: [Zeros; 3],
 }
 
 impl Memory {
     /// Zeros, as large as planned.
     pub(super) fn new(arena: Arena) -> Memory {
-        let region = |bytes: usize| vec![Line([0; ALIGNMENT]); bytes.div_ceil(ALIGNMENT)];
-        Memory { regions: [region(arena.persistent), region(arena.values), region(arena.scratch)] }
+        Memory { regions: [arena.persistent, arena.values, arena.scratch].map(Zeros::new) }
+    }
+
+    /// Gives a region whose bytes hold nothing back to the system, until they are written to again.
+    pub(super) fn release(&mut self, region: Region) {
+        let region = &mut self.regions[region as usize];
+        *region = Zeros::new(region.len());
     }
 
     /// The first element of a buffer, to read only.
     fn view<T>(&self, buffer: Buffer) -> Ptr<T> {
         let region = &self.regions[buffer.region as usize];
-        assert!(buffer.offset + buffer.bytes <= region.len() * ALIGNMENT, "bug: a buffer leaves the arena");
+        assert!(buffer.offset + buffer.bytes <= region.len(), "bug: a buffer leaves the arena");
         // SAFETY: the offset is inside of the allocation.
-        Ptr(unsafe { region.as_ptr().cast::<u8>().add(buffer.offset) }.cast_mut().cast())
+        Ptr(unsafe { region.bytes.as_ptr().add(region.start + buffer.offset) }.cast_mut().cast())
     }
 
     /// The first element of a buffer. Its bytes may be read and written as the plan says, by which no two values that
     /// are alive at the same time overlap.
     pub(super) fn at<T>(&mut self, buffer: Buffer) -> Ptr<T> {
         let region = &mut self.regions[buffer.region as usize];
-        assert!(buffer.offset + buffer.bytes <= region.len() * ALIGNMENT, "bug: a buffer leaves the arena");
+        assert!(buffer.offset + buffer.bytes <= region.len(), "bug: a buffer leaves the arena");
         // SAFETY: the offset is inside of the allocation.
-        Ptr(unsafe { region.as_mut_ptr().cast::<u8>().add(buffer.offset) }.cast())
+        Ptr(unsafe { region.bytes.as_mut_ptr().add(region.start + buffer.offset) }.cast())
     }
 
     /// The workspace of the running kernel.
@@ -58,7 +80,7 @@ impl Memory {
 
     /// Fills a region with poison.
     pub(super) fn poison_region(&mut self, region: Region) {
-        let bytes = self.regions[region as usize].len() * ALIGNMENT;
+        let bytes = self.regions[region as usize].len();
         self.poison(Buffer { region, offset: 0, bytes });
     }
 

@@ -156,6 +156,11 @@ impl Device for Cpu {
         self.memory.read(state.buffer.expect("a planned program has a buffer for every state"), state.ty.dtype, &shape)
     }
 
+    fn rest(&mut self) {
+        self.memory.release(Region::Values);
+        self.memory.release(Region::Scratch);
+    }
+
     fn run(&mut self, name: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag> {
         let program = Arc::clone(&self.program);
         let Some(at) = program.graphs.iter().position(|g| g.name == name) else {

@@ -36,6 +36,7 @@ use std::path::{Path, PathBuf};
 
 use dsgc_ir::Program;
 use dsgc_ir::diag::{Diag, Sources, Span, nearest};
+use dsgc_ir::stage::Memory;
 
 use crate::document::{self, Document};
 use crate::expr::Word;
@@ -212,7 +213,7 @@ fn pipeline(
     path: &Path,
     options: &Options,
 ) -> Option<Loaded> {
-    let device = compile(documents, pipeline);
+    let (device, memory) = compile(documents, pipeline);
     let models = models::known(documents, &pipeline.models, places, options.smoke);
     let (output_dir, output_from) = output_dir(documents, pipeline, path);
     let stage_names: Vec<String> = pipeline.stages.iter().map(|s| s.name.text.clone()).collect();
@@ -248,7 +249,7 @@ fn pipeline(
     );
     let (mut stages, mut tests) = (Vec::new(), Vec::<DocumentTest>::new());
     for stage in prepared.iter().filter(|s| options.stage.as_ref().is_none_or(|wanted| *wanted == s.name)) {
-        stages.extend(graphs::program(documents, stage, stage::host_side(stage, &output_dir)));
+        stages.extend(graphs::program(documents, stage, stage::host_side(stage, &output_dir, &memory)));
         for test in graphs::tests_of_recipe(documents, &stage.recipe) {
             if !tests.iter().any(|known| known.span == test.span) {
                 tests.push(test);
@@ -267,15 +268,23 @@ fn pipeline(
 }
 
 /// `compile:`, as far as this version has it.
-fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> Device {
-    let mut device = Device::Cpu;
+fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, Memory) {
+    let (mut device, mut memory) = (Device::Cpu, Memory::default());
     for Setting { key, value } in pipeline.compile.iter().chain(&pipeline.settings) {
         let given = settings::literal(value).value;
         match (key.text.as_str(), &given) {
             ("device", Constant::Str(name)) if name == "cpu" => device = Device::Cpu,
             ("device", Constant::Str(name)) if name == "interp" => device = Device::Interp,
             ("devices", Constant::Int(1)) | ("zero_stage", Constant::Int(0)) => {}
-            ("gradient_checkpointing", Constant::Bool(false)) => {}
+            ("gradient_checkpointing", Constant::Bool(on)) => memory.gradient_checkpointing = *on,
+            ("max_memory", Constant::None) => memory.max = None,
+            ("max_memory", given) => match settings::bytes(given) {
+                Some(bytes) => (memory.max, memory.span) = (Some(bytes), value.span),
+                None => {
+                    let diag = Diag::error(format!("found {} as `max_memory`, expected a size", shown(given)));
+                    documents.error(diag.label(value.span, "").help("write a number and its unit, such as `2GiB`"));
+                }
+            },
             ("save_steps" | "save_total_limit", Constant::None) => {}
             // A mapping, which the readers have checked.
             ("parallel", _) => {
@@ -288,7 +297,7 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> Device {
             }
         }
     }
-    device
+    (device, memory)
 }
 
 /// `output_dir`, by default named after the file.

@@ -279,6 +279,22 @@ pub(super) fn literal(node: &Node) -> Literal {
     Literal::read(node, &mut Vec::new()).unwrap_or(Literal { span: node.span, value: Constant::None })
 }
 
+/// Bytes of a size with its unit: `512 MiB`, `1.5GiB`, `2GB`.
+pub(super) fn bytes(given: &Constant) -> Option<usize> {
+    const UNITS: [(&str, f64); 6] = [
+        ("KiB", 1024.0),
+        ("MiB", 1024.0 * 1024.0),
+        ("GiB", 1024.0 * 1024.0 * 1024.0),
+        ("KB", 1e3),
+        ("MB", 1e6),
+        ("GB", 1e9),
+    ];
+    let Constant::Str(text) = given else { return None };
+    let (number, unit) = UNITS.iter().find_map(|(unit, bytes)| Some((text.strip_suffix(unit)?, bytes)))?;
+    let size = number.trim_end().parse::<f64>().ok()? * unit;
+    (size >= 1.0 && size <= 2f64.powi(60)).then_some(size as usize)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -289,6 +305,19 @@ mod tests {
         let ruled: Vec<&str> = rules.iter().map(|r| r.key).collect();
         let known: Vec<&str> = table.keys.iter().map(|k| k.name).collect();
         assert_eq!(ruled, known);
+    }
+
+    #[test]
+    fn sizes_have_a_unit() {
+        let read = |text: &str| bytes(&Constant::Str(text.into()));
+        assert_eq!(read("2GiB"), Some(2 << 30));
+        assert_eq!(read("1.5 KiB"), Some(1536));
+        assert_eq!(read("2GB"), Some(2_000_000_000));
+        assert_eq!(
+            (read("2"), read("GiB"), read("-1GiB"), read("infGiB"), read("2 gib")),
+            (None, None, None, None, None)
+        );
+        assert_eq!(bytes(&Constant::Int(2)), None);
     }
 
     #[test]

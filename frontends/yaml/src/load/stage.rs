@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::stage::{Bounds, Origin, Role, Stage as HostStage};
+use dsgc_ir::stage::{Bounds, Memory, Origin, Role, Stage as HostStage};
 
 use crate::expr::{BinaryOp, Expr, ExprKind, Word};
 use crate::graph::{Declaration, RoleDecl};
@@ -387,7 +387,7 @@ fn save(
 }
 
 /// The host side of a stage.
-pub(super) fn host_side(prepared: &Prepared, output_dir: &str) -> HostStage {
+pub(super) fn host_side(prepared: &Prepared, output_dir: &str, memory: &Memory) -> HostStage {
     let find = |key: &str| prepared.run.iter().find(|d| d.key == key);
     let count = |key: &str| find(key).and_then(Decided::count);
     HostStage {
@@ -412,6 +412,7 @@ pub(super) fn host_side(prepared: &Prepared, output_dir: &str) -> HostStage {
         save: prepared.save.clone(),
         // The pass `share_prefix` says which.
         prefixes: Vec::new(),
+        memory: memory.clone(),
     }
 }
 

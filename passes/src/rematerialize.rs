@@ -1,0 +1,199 @@
+//! Keeps less of the forward pass for the backward pass, and computes again what is not kept.
+//!
+//! ```text
+//! %s = silu %g                                 %s = silu %g
+//! %h = mul %s, %u                              %h = mul %s, %u           // %s dies here
+//! ...                                   =>     ...
+//! %du = mul %dh, %s   phase=backward_input     %s.1 = silu %g            phase=backward_input
+//!                                              %du = mul %dh, %s.1       phase=backward_input
+//! ```
+//!
+//! Inside of a layer a minimum cut says what is kept ([`cut`]): bytes against the time of running again, where an
+//! elementwise op takes none if it becomes part of a region with what uses it. Layers with equal ops have equal cuts. What
+//! other layers or the loss need is kept always, so what runs again lives for one layer's gradients only.
+//!
+//! What costs nothing is computed again always. `gradient_checkpointing` takes the smallest cut of every layer. Where the
+//! memory is limited, by `max_memory` or by the device, and a graph does not fit, layers go over to smaller cuts one by
+//! one, the cheapest step by bytes that it saves first and the earliest layer first, until the plan of the graph fits; so
+//! as much is kept as there is room for. If it never fits, `plan_memory` says so.
+//!
+//! Values are the same bit by bit: random ops have their keys as operands, and a state's old value is still there.
+
+mod body;
+mod class;
+mod cut;
+
+use std::collections::BTreeMap;
+
+use dsgc_ir::diag::Diag;
+use dsgc_ir::{Builder, Class, Graph, OpId, Phase, Program, Site, Target, Value};
+
+use crate::fuse::fuse;
+use crate::order::order;
+use crate::pipeline::{Fact, Numerics, Pass, PassContext};
+use crate::plan_memory::{limit, persistent_bytes, planned_bytes, scratch_bytes};
+use crate::rebuild::{Rebuild, without_dead_ops};
+use body::{Bodies, Group};
+
+/// The pass.
+pub const PASS: Pass = Pass {
+    name: "rematerialize",
+    requires: &[Fact::Typed, Fact::Differentiated],
+    provides: &[],
+    numerics: Numerics::Exact,
+    run,
+};
+
+/// Runs the pass.
+pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
+    let mut bodies = Bodies::default();
+    let graphs: Vec<Graph> = program.graphs.iter().map(|g| rematerialize(g, &program, context, &mut bodies)).collect();
+    program.graphs = graphs;
+    Ok(program)
+}
+
+fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies: &mut Bodies) -> Graph {
+    if graph.ops().all(|(_, op)| op.site.phase == Phase::Forward) {
+        return graph.clone();
+    }
+    let groups = bodies.groups(graph);
+    let checkpoints = program.stage.memory.gradient_checkpointing;
+    // Per group, the cut of its hull.
+    let mut choice: Vec<usize> =
+        groups.iter().map(|g| if checkpoints && g.tag.is_some() { g.hull.len() - 1 } else { 0 }).collect();
+    let mut chosen = with_cuts(graph, program, &groups, &choice);
+    if let Some(limit) = limit(program, context.target) {
+        let fits = |graph: &Graph| arena(graph, program, context.target) <= limit;
+        if !fits(&chosen) {
+            let steps = steps(&groups, &choice);
+            let taken = |n: usize| {
+                let mut choice = choice.clone();
+                steps[..n].iter().for_each(|&(group, to)| choice[group] = to);
+                choice
+            };
+            // The fewest steps with which it fits; all, where it never does.
+            let (mut few, mut enough) = (0, steps.len());
+            while few + 1 < enough {
+                let middle = few.midpoint(enough);
+                match fits(&with_cuts(graph, program, &groups, &taken(middle))) {
+                    true => enough = middle,
+                    false => few = middle,
+                }
+            }
+            choice = taken(enough);
+            chosen = with_cuts(graph, program, &groups, &choice);
+        }
+    }
+    note(graph, &groups, &choice, context);
+    chosen
+}
+
+/// Bytes of the arena that this graph takes after the passes that follow. Its workspace is that of the graph that needs
+/// most.
+fn arena(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
+    let fused = |graph: &Graph| without_dead_ops(&fuse(&without_dead_ops(graph, program), program), program);
+    let others = program.graphs.iter().filter(|g| g.name != graph.name);
+    let scratch = others.map(|g| scratch_bytes(&fused(g), target)).max().unwrap_or(0);
+    let graph = fused(graph);
+    let graph = order(&graph, program, target).map_or(graph, |better| better.graph);
+    let scratch = scratch.max(scratch_bytes(&graph, target));
+    persistent_bytes(program, target) + scratch + planned_bytes(&graph, program, target)
+}
+
+/// All steps from the cuts that are chosen to the smallest: group and cut, those that save most bytes for their time
+/// first. Of equal ones the first layer's comes first: what it keeps is kept longest.
+fn steps(groups: &[Group], choice: &[usize]) -> Vec<(usize, usize)> {
+    let mut steps: Vec<((u128, u128), usize, usize)> = Vec::new();
+    for (i, group) in groups.iter().enumerate().filter(|(_, g)| g.tag.is_some()) {
+        for (from, pair) in group.hull.windows(2).enumerate().skip(choice[i]) {
+            let (saved, spent) = (pair[0].bytes - pair[1].bytes, pair[1].time - pair[0].time);
+            steps.push(((u128::from(saved), u128::from(spent)), i, from + 1));
+        }
+    }
+    // On a hull, steps save less and less for their time: those of a group stay in their order.
+    steps.sort_by(|((a_saved, a_spent), a, a_to), ((b_saved, b_spent), b, b_to)| {
+        (b_saved * a_spent).cmp(&(a_saved * b_spent)).then((a, a_to).cmp(&(b, b_to)))
+    });
+    steps.into_iter().map(|(_, group, to)| (group, to)).collect()
+}
+
+/// The graph that keeps what these cuts of the groups keep.
+fn with_cuts(graph: &Graph, program: &Program, groups: &[Group], choice: &[usize]) -> Graph {
+    let mut again = vec![false; graph.len()];
+    for (group, &cut) in groups.iter().zip(choice) {
+        for (&op, _) in group.ops.iter().zip(&group.hull[cut].again).filter(|(_, again)| **again) {
+            again[op.0 as usize] = true;
+        }
+    }
+    if !again.contains(&true) {
+        return graph.clone();
+    }
+    let foreign = body::needed_elsewhere(graph);
+    // A view of what is kept is there already.
+    for (id, op) in graph.ops().filter(|(_, op)| op.op.class() == Class::View) {
+        let base = graph.def(op.args[0]).filter(|_| !foreign[op.args[0].0 as usize]);
+        again[id.0 as usize] &= base.is_some_and(|d| again[d.0 as usize]);
+    }
+    let mut rebuild = Rebuild::same(graph);
+    // What was computed again so far, by the old value.
+    let mut second: BTreeMap<Value, Value> = BTreeMap::new();
+    let twice = |v: Value| graph.def(v).filter(|d| again[d.0 as usize] && !foreign[v.0 as usize]);
+    for (_, op) in graph.ops() {
+        if op.site.phase == Phase::Forward {
+            rebuild.copy(op, program);
+            continue;
+        }
+        // Operands before what needs them; a stack, as a chain can be long.
+        let mut stack: Vec<OpId> = op.args.iter().rev().filter_map(|&arg| twice(arg)).collect();
+        while let Some(&top) = stack.last() {
+            let first = graph.op(top);
+            if first.results().all(|r| second.contains_key(&r)) {
+                stack.pop();
+                continue;
+            }
+            let missing = first.args.iter().filter(|arg| !second.contains_key(arg)).find_map(|&arg| twice(arg));
+            if let Some(missing) = missing {
+                stack.push(missing);
+                continue;
+            }
+            let args: Vec<Value> =
+                first.args.iter().map(|&a| second.get(&a).copied().unwrap_or_else(|| rebuild.get(a))).collect();
+            let site = Site { phase: op.site.phase, ..first.site.clone() };
+            let results = Builder::new(&mut rebuild.new, site).push(first.op.clone(), &args);
+            for (old, new) in first.results().zip(results) {
+                rebuild.new.set_name(new, graph.name_of(old));
+                second.insert(old, new);
+            }
+            stack.pop();
+        }
+        let args: Vec<Value> = op
+            .args
+            .iter()
+            .map(|&arg| match twice(arg) {
+                Some(_) => second[&arg],
+                None => rebuild.get(arg),
+            })
+            .collect();
+        rebuild.push(op, op.op.clone(), &args, program);
+    }
+    without_dead_ops(&rebuild.finish(), program)
+}
+
+/// Says what runs again.
+fn note(graph: &Graph, groups: &[Group], choice: &[usize], context: &PassContext) {
+    for (group, &cut) in groups.iter().zip(choice) {
+        let cut = &group.hull[cut];
+        let again = group.ops.iter().zip(&cut.again).filter(|(_, again)| **again).map(|(&op, _)| &graph.op(op).op);
+        for op in again.filter(|op| op.class() != Class::View) {
+            context.matched(&format!("{} computed again", op.name()), 1);
+        }
+        if context.explain && cut.again.contains(&true) {
+            let what = group.tag.as_ref().map_or("outside of layers".into(), |t| format!("{} {}", t.block, t.instance));
+            let of = group.all;
+            context.changed(format!(
+                "@{}, {what}: keeps {} of {of} bytes for the gradient, and takes the time of moving {} bytes",
+                graph.name, cut.bytes, cut.time
+            ));
+        }
+    }
+}
