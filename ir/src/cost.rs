@@ -57,6 +57,19 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
             }
             times(summed.saturating_mul(2))
         }
+        (Op::ContractEach { spec, common }, _) => {
+            let one = Op::Contract { spec: spec.clone() };
+            let mut flops = 0u64;
+            for (&other, &result) in args[1..].iter().zip(results) {
+                let pair = if *common == 0 { [args[0], other] } else { [other, args[0]] };
+                flops = flops.saturating_add(cost(&one, &pair, &[result], bindings)?.flops);
+            }
+            flops
+        }
+        (Op::SumSquares {}, _) => {
+            let lens = args.iter().map(|ty| len(ty)).collect::<Result<Vec<u64>, _>>()?;
+            lens.into_iter().fold(0u64, u64::saturating_add).saturating_mul(2)
+        }
         // Scores and their product with v: two contractions over all pairs of places; masked ones count too.
         (Op::Attention { .. }, _) => times(extent(args[1], 1)?.saturating_mul(4)),
         (Op::CachedAttention { .. }, _) => times(extent(args[1], 1)?.saturating_mul(4)),
@@ -71,14 +84,20 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
         (Op::LayerNormGrad { .. }, _) => times(14),
         (Op::TokenLogp {} | Op::TokenLogpGrad {}, _) => len(args[0])?.saturating_mul(3),
         (Op::EmbedGrad { .. }, _) => len(args[1])?,
-        (Op::Adamw { .. }, _) => times(14),
+        (Op::AddRows {}, _) => len(args[2])?,
+        (Op::Adamw { .. }, _) => {
+            let lens = results.iter().step_by(3).map(|ty| len(ty)).collect::<Result<Vec<u64>, _>>()?;
+            lens.into_iter().fold(0u64, u64::saturating_add).saturating_mul(14)
+        }
         (Op::Fused { body, .. }, _) => times(body.work() as u64),
         (_, Class::Reduction) => len(args[0])?,
         (_, Class::Elementwise | Class::Composite | Class::Fused | Class::Random) => out,
         (_, Class::Structure | Class::View | Class::State | Class::Contraction | Class::Update) => 0,
     };
-    let bytes = match op.class() {
-        Class::View | Class::State => 0,
+    let bytes = match (op, op.class()) {
+        (_, Class::View | Class::State) => 0,
+        // The rows that are added, and those that they are added to, read and written.
+        (Op::AddRows {}, _) => (args[1].bytes(bindings)? as u64).saturating_add(3 * args[2].bytes(bindings)? as u64),
         _ => bytes,
     };
     Ok(Cost { flops, bytes })

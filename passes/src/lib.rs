@@ -9,6 +9,7 @@ pub mod canonicalize;
 pub mod decode;
 pub mod fuse;
 pub mod infer;
+pub mod merge;
 mod pipeline;
 pub mod plan_memory;
 mod rebuild;

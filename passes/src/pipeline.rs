@@ -7,7 +7,7 @@ use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
-use crate::{adapt, autodiff, canonicalize, decode, fuse, infer, plan_memory, simplify};
+use crate::{adapt, autodiff, canonicalize, decode, fuse, infer, merge, plan_memory, simplify};
 
 /// What a program satisfies at a point of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -104,6 +104,7 @@ pub const PIPELINE: &[Pass] = &[
     autodiff::PASS,
     canonicalize::PASS,
     simplify::PASS,
+    merge::PASS,
     fuse::PASS,
     plan_memory::PASS,
 ];

@@ -13,7 +13,7 @@
 //! the device has no other memory.
 
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::verify::{last_uses, root};
+use dsgc_ir::verify::{last_uses, may_be_overwritten, root};
 use dsgc_ir::{
     Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpId, Program, Region, StateId, Target, Type, Value,
 };
@@ -201,7 +201,8 @@ impl Storages {
                                     && storages.all[s].live.1 == i64::from(id.0)
                                     && graph.ty(arg).dtype.bytes() == graph.ty(result).dtype.bytes()
                                     && bytes(arg) == bytes(result)
-                                    && !taken.contains(&s);
+                                    && !taken.contains(&s)
+                                    && may_be_overwritten(graph, op, arg);
                                 fits.then_some(s)
                             });
                             match dying {

@@ -5,9 +5,9 @@ use std::sync::{Mutex, PoisonError};
 use dsgc_ir::stage::Sampling;
 use multiversion::multiversion;
 
-use super::Launch;
 use super::elementwise::{exp, larger};
-use super::memory::Ptr;
+use super::memory::{ALIGNMENT, Ptr};
+use super::{Launch, structure};
 use crate::random::Key;
 use crate::sample::choose;
 
@@ -57,6 +57,54 @@ pub(super) fn embed_grad(l: &mut Launch) -> Result<(), String> {
                 // SAFETY: the gradient has a row per index.
                 let from = unsafe { grad.slice(i * width, width) };
                 row.iter_mut().zip(from).for_each(|(a, b)| *a += b);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Bytes of workspace of `add_rows`: a row for each thread, in whole cache lines.
+pub(super) fn workspace(width: usize, threads: usize) -> usize {
+    threads.max(1) * padded(width) * size_of::<f32>()
+}
+
+/// A width in whole cache lines.
+fn padded(width: usize) -> usize {
+    width.next_multiple_of(ALIGNMENT / size_of::<f32>())
+}
+
+/// Runs `add_rows`: of each row that indices name, all that is added to it is summed first, in the order of the indices,
+/// as `embed_grad` sums it. Other rows are not touched where the result lies in the place of the operand.
+pub(super) fn add_rows(l: &mut Launch) -> Result<(), String> {
+    let (rows, width) = l.rows(l.result());
+    let n = l.len(l.op.args[1]);
+    let (from, to) = (l.buffer(l.op.args[0]), l.buffer(l.result()));
+    if (from.region, from.offset) != (to.region, to.offset) {
+        structure::copy(l, from, to);
+    }
+    let (indices, grad, out): (Ptr<i32>, Ptr<f32>, Ptr<f32>) = (l.arg(1), l.arg(2), l.out(0));
+    // SAFETY: the operand holds `n` indices.
+    let indices = unsafe { indices.slice(0, n) };
+    check(indices, rows, "index")?;
+    // Places by the row that they name; of one row in their order.
+    let mut order: Vec<usize> = (0..n).collect();
+    order.sort_by_key(|&i| indices[i]);
+    let groups: Vec<&[usize]> = order.chunk_by(|&a, &b| indices[a] == indices[b]).collect();
+    let (sums, parts): (Ptr<f32>, usize) = (l.workspace(), l.threads.count());
+    let groups_of = |part: usize| groups.len() * part / parts..groups.len() * (part + 1) / parts;
+    l.threads.run(parts, n * width / parts.max(1), |r| {
+        for part in r {
+            // SAFETY: every part has a row of the workspace.
+            let sum = unsafe { sums.slice_mut(part * padded(width), width) };
+            for group in &groups[groups_of(part)] {
+                sum.fill(0.0);
+                for &i in *group {
+                    // SAFETY: the gradient has a row per index.
+                    sum.iter_mut().zip(unsafe { grad.slice(i * width, width) }).for_each(|(a, b)| *a += b);
+                }
+                // SAFETY: the index was checked; rows of different groups are apart.
+                let row = unsafe { out.slice_mut(indices[group[0]] as usize * width, width) };
+                row.iter_mut().zip(&*sum).for_each(|(a, b)| *a += b);
             }
         }
     });

@@ -311,6 +311,9 @@ pub fn vjp(
 
         // Derived ops: the passes make them, and autodiff does not meet them.
         Op::EmbedGrad { .. }
+        | Op::AddRows {}
+        | Op::ContractEach { .. }
+        | Op::SumSquares {}
         | Op::LayerNormGrad { .. }
         | Op::RmsNormGrad { .. }
         | Op::CachedAttention { .. }
