@@ -110,9 +110,8 @@ fn fused_regions_have_the_bits_of_their_ops() {
 fn merged_ops_have_the_bits_of_their_ops() {
     // Rows may be added to a -0 by leaving it alone.
     let text = |results: Result<Vec<Tensor>, String>| {
-        let all =
-            results.map(|all| all.into_iter().map(|t| if t.dtype() == DType::F32 { positive_zeros(&t) } else { t }));
-        format!("{:?}", all.map(Iterator::collect::<Vec<Tensor>>))
+        let positive = |t: &Tensor| if t.dtype() == DType::F32 { positive_zeros(t) } else { t.clone() };
+        format!("{:?}", results.map(|all| all.iter().map(positive).collect::<Vec<Tensor>>()))
     };
     let mut merged: BTreeMap<&str, usize> = BTreeMap::new();
     for seed in 0..150 {
