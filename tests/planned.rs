@@ -123,13 +123,13 @@ fn merged_ops_have_the_bits_of_their_ops() {
             let found = text(run(Cpu::poisoned(planned.clone(), threads), &program, seed));
             assert_eq!(found, expected, "seed {seed}, {threads} threads\n{}", *planned);
             let (with, without) = (planned.op_counts(), apart.op_counts());
-            for name in ["contract_each", "sum_squares", "add_rows", "adamw"] {
+            for name in ["contract_each", "sum_squares", "add_rows", "adamw", "head_logp", "head_logp_grad"] {
                 let count = |counts: &BTreeMap<&str, usize>| counts.get(name).copied().unwrap_or(0);
                 *merged.entry(name).or_default() += count(&with).abs_diff(count(&without));
             }
         }
     }
-    assert!(merged.values().all(|&n| n >= 20), "only {merged:?}");
+    assert!(merged.values().all(|&n| n >= 12), "only {merged:?}");
 }
 
 /// The tensor with 0 for every -0.

@@ -83,6 +83,12 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
         (Op::Sample { .. }, _) => len(args[0])?.saturating_mul(3),
         (Op::LayerNormGrad { .. }, _) => times(14),
         (Op::TokenLogp {} | Op::TokenLogpGrad {}, _) => len(args[0])?.saturating_mul(3),
+        // One product, or with it those of the gradients; and what `token_logp` does to every logit.
+        (Op::HeadLogp {} | Op::HeadLogpGrad { .. }, _) => {
+            let products = results.len() as u64;
+            let logits = len(args[2])?.saturating_mul(extent(args[1], 0)?);
+            logits.saturating_mul(extent(args[1], 1)?.saturating_mul(2 * products).saturating_add(3))
+        }
         (Op::EmbedGrad { .. }, _) => len(args[1])?,
         (Op::AddRows {}, _) => len(args[2])?,
         (Op::Adamw { .. }, _) => {

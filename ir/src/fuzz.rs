@@ -439,6 +439,7 @@ impl<'a> Draw<'a> {
                     self.push(Op::TokenLogpGrad {}, &[logits, tokens, grad]);
                 }
             }
+            "head_logp" | "head_logp_grad" => self.head_logp(row == "head_logp_grad"),
             "position_in" => {
                 let ty = Type::new(DType::I32, [self.dim(), self.dim()]);
                 let segment = self.value_of(&ty);

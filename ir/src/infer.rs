@@ -276,6 +276,20 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             }
             one(args[1].with(args[0].dtype))
         }
+        Op::HeadLogp {} | Op::HeadLogpGrad { .. } => {
+            let (x, head) = (float(op, &args[0])?, float(op, &args[1])?);
+            let (width, lead) = x.dims.split_last().ok_or_else(|| format!("`{}` of a scalar", op.name()))?;
+            rank(op, head, 2)?;
+            if head.dims[1] != *width {
+                return Err(format!("{x} and the head {head} differ"));
+            }
+            same(&args[2], &Type::new(DType::I32, lead))?;
+            let logp = Type::new(x.dtype, lead);
+            let Op::HeadLogpGrad { head: wanted } = op else { return one(logp) };
+            same(&args[3], &logp)?;
+            let all = [logp, x.clone(), head.clone()];
+            Ok(all.into_iter().take(2 + usize::from(*wanted)).collect())
+        }
         Op::PositionIn {} => {
             rank(op, &args[0], 2)?;
             one(typed(op, &args[0], DType::I32)?.clone())

@@ -415,6 +415,13 @@ ops! {
     TokenLogp "token_logp" Composite 2 { }
     /// Gradient of [`Op::TokenLogp`] for the logits: operands logits, tokens, result gradient.
     TokenLogpGrad "token_logp_grad" Composite 3 { }
+    /// [`Op::TokenLogp`] of a linear head: operands x `[.., D]`, head `[V, D]`, tokens `i32[..]`; its logits are `x head^T`,
+    /// and never stored whole. Made by the pass `merge`.
+    HeadLogp "head_logp" Composite 3 { }
+    /// [`Op::HeadLogp`] with gradients, where the result's is known beforehand: operands x, head, tokens, result gradient
+    /// `[..]`. Results: log-probabilities, gradients of x and, if wanted, of the head. Made by the pass `merge`.
+    HeadLogpGrad "head_logp_grad" Composite 4 { /// Whether the head's gradient is wanted.
+        head: bool }
     /// Place of each token inside its text: operand segment `i32[B, T]`; counts from 0 in every segment of a row. On
     /// padding, segment 0, it is the column.
     PositionIn "position_in" Composite 1 { }

@@ -391,6 +391,18 @@ fn composites_of_every_width() {
         compare(&params, "%y = embed_grad %t, %g rows=9", &[("t", 9)]);
     }
     compare("%s: i32[3, 200]", "%y = position_in %s", &[("s", 3)]);
+    // Rows of an index that comes again and again, and of one that never comes.
+    compare("%x: f32[400, 37], %t: i32[900], %g: f32[900, 37]", "%y = add_rows %x, %t, %g", &[("t", 350)]);
+    // More rows than a block has, and fewer.
+    for (rows, width, vocabulary) in [(600, 24, 300), (257, 3, 33), (7, 40, 1000), (0, 5, 9)] {
+        let params =
+            format!("%x: f32[{rows}, {width}], %h: f32[{vocabulary}, {width}], %t: i32[{rows}], %g: f32[{rows}]");
+        compare(&params, "%y = head_logp %x, %h, %t", &[("t", vocabulary)]);
+        compare(&params, "%y, %z, %u = head_logp_grad %x, %h, %t, %g head=true", &[("t", vocabulary)]);
+        compare(&params, "%y, %z = head_logp_grad %x, %h, %t, %g head=false", &[("t", vocabulary)]);
+    }
+    // Sizes of tensors that are not cut alike by blocks and threads.
+    compare("%a: f32[20000], %b: f32[3], %c: f32[130, 70]", "%y = sum_squares %a, %b, %c, %a", &[]);
 }
 
 #[test]

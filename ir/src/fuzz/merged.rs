@@ -72,6 +72,43 @@ impl Draw<'_> {
         }
     }
 
+    /// Log-probabilities of a head, in one op or apart; with gradients whose own gradient is known beforehand, or is not.
+    pub(super) fn head_logp(&mut self, grad: bool) {
+        let x = self.any_with_dims(DType::F32);
+        // Single precision holds few digits of the probabilities of large logits, and fewer of gradients that sum to zero.
+        let x = self.must(Op::Tanh {}, &[x]);
+        let dims = self.ty(x).dims;
+        let (width, lead) = dims.split_last().expect("it has dims");
+        let vocabulary = self.rng.between(1, 4);
+        let head = self.value_of(&Type::new(DType::F32, [Dim::from(vocabulary), width.clone()]));
+        let head = self.must(Op::Tanh {}, &[head]);
+        let tokens = self.value_of(&Type::new(DType::I32, lead));
+        let tokens = self.below(tokens, vocabulary);
+        let of_logp = self.value_of(&Type::new(DType::F32, lead));
+        let of_logp = self.must(Op::Tanh {}, &[of_logp]);
+        if !self.fits(&Type::new(DType::F32, [lead, &[Dim::from(vocabulary)]].concat())) {
+            return;
+        }
+        if self.rng.once_in(2) {
+            let op = if grad { Op::HeadLogpGrad { head: self.rng.once_in(2) } } else { Op::HeadLogp {} };
+            self.push(op, &[x, head, tokens, of_logp][..if grad { 4 } else { 3 }]);
+            return;
+        }
+        let spec = |text: &str| text.replace('_', &"abcefgh"[..lead.len()]);
+        let logits = self.must(Op::Contract { spec: spec("_d,vd->_v") }, &[x, head]);
+        let logp = self.must(Op::TokenLogp {}, &[logits, tokens]);
+        if grad {
+            // The loss may be anything of the log-probabilities; only its gradient must not.
+            let loss = self.must(Op::Tanh {}, &[logp]);
+            let of_logp = if self.rng.once_in(4) { loss } else { of_logp };
+            let gradient = self.must(Op::TokenLogpGrad {}, &[logits, tokens, of_logp]);
+            self.must(Op::Contract { spec: spec("_v,vd->_d") }, &[gradient, head]);
+            if self.rng.once_in(2) {
+                self.must(Op::Contract { spec: spec("_v,_d->vd") }, &[gradient, x]);
+            }
+        }
+    }
+
     /// An optimizer's step for one or more parameters, in one op or apart.
     pub(super) fn adamw(&mut self) {
         let (rate, clip) = (self.value_of(&Type::scalar(DType::F32)), self.value_of(&Type::scalar(DType::F32)));

@@ -13,6 +13,7 @@ mod contract;
 mod contract_each;
 mod elementwise;
 mod fused;
+mod head;
 mod memory;
 mod norm;
 mod parallel;
@@ -70,6 +71,7 @@ impl Target for CpuTarget {
                 args[1..].iter().map(part).max().unwrap_or(0)
             }
             Op::SumSquares {} => (0..args.len()).map(|i| reduce::workspace(shape(i).iter().product())).sum(),
+            Op::HeadLogp {} | Op::HeadLogpGrad { .. } => head::workspace(shape(2).iter().product(), shape(1)[0]),
             Op::AddRows {} => tokens::workspace(shape(0)[1], self.threads),
             Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),
             Op::Fused { shape, body } => fused::workspace(shape, body, args, self.threads),
@@ -297,6 +299,8 @@ impl Launch<'_> {
             Op::AddRows {} => tokens::add_rows(self),
             Op::TokenLogp {} => tokens::logp(self),
             Op::TokenLogpGrad {} => tokens::logp_grad(self),
+            Op::HeadLogp {} => head::run(self, None),
+            Op::HeadLogpGrad { head } => head::run(self, Some(*head)),
             Op::PositionIn {} => {
                 tokens::position_in(self);
                 Ok(())

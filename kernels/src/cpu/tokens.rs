@@ -15,7 +15,7 @@ use crate::sample::choose;
 const LANES: usize = 32;
 
 /// Checks that all indices are rows of a table.
-fn check(indices: &[i32], rows: usize, what: &str) -> Result<(), String> {
+pub(super) fn check(indices: &[i32], rows: usize, what: &str) -> Result<(), String> {
     match indices.iter().find(|&&i| usize::try_from(i).map_or(true, |i| i >= rows)) {
         Some(odd) => Err(format!("found {what} {odd}, expected one of 0 to {} ({rows} rows)", rows as i64 - 1)),
         None => Ok(()),
@@ -135,7 +135,7 @@ fn divisor(row: &[f32]) -> (f32, f32) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn logp_row(row: &[f32], token: usize) -> f32 {
+pub(super) fn logp_row(row: &[f32], token: usize) -> f32 {
     let (most, beyond) = divisor(row);
     row[token] - most - beyond
 }
@@ -147,7 +147,32 @@ fn logp_row(row: &[f32], token: usize) -> f32 {
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
 unsafe fn logp_grad_row(row: *const f32, n: usize, token: usize, grad: f32, out: *mut f32) {
     // SAFETY: the caller's promise; the slice is not used once `out` is written.
-    let (most, beyond) = divisor(unsafe { std::slice::from_raw_parts(row, n) });
+    unsafe { write_grad(row, n, token, grad, divisor(std::slice::from_raw_parts(row, n)), out) };
+}
+
+/// The log-probability; its gradient takes the place of the logits.
+///
+/// # Safety
+/// There are `n` logits, and nobody else reads or writes them.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+pub(super) unsafe fn logp_and_grad_row(row: *mut f32, n: usize, token: usize, grad: f32) -> f32 {
+    // SAFETY: the caller's promise, and the token was checked.
+    unsafe {
+        let (most, beyond) = divisor(std::slice::from_raw_parts(row, n));
+        let logp = *row.add(token) - most - beyond;
+        if grad == 0.0 {
+            std::slice::from_raw_parts_mut(row, n).fill(0.0);
+        } else {
+            write_grad(row, n, token, grad, (most, beyond), row);
+        }
+        logp
+    }
+}
+
+/// # Safety
+/// As for `logp_grad_row`.
+#[inline(always)]
+unsafe fn write_grad(row: *const f32, n: usize, token: usize, grad: f32, (most, beyond): (f32, f32), out: *mut f32) {
     let mut i = 0;
     while i + LANES <= n {
         // SAFETY: all elements are loaded before any is stored.

@@ -146,6 +146,7 @@ pub(crate) fn eval<F: Real>(
         }
         Op::TokenLogp {} => composite::token_logp::<F>(args[0], args[1]),
         Op::TokenLogpGrad {} => composite::token_logp_grad::<F>(args[0], args[1], args[2]),
+        Op::HeadLogp {} | Op::HeadLogpGrad { .. } => head::<F>(op, args, shapes),
         Op::PositionIn {} => composite::position_in(args[0]),
 
         Op::Fold { data } => {
@@ -316,6 +317,25 @@ fn contract<F: Real>(labels: &Contraction, lhs: &Tensor, rhs: &Tensor, shape: &[
         sum
     };
     tensor(shape, outer_l.into_iter().zip(outer_r).map(|(l, r)| sum_at(l, r)).collect())
+}
+
+/// A head's log-probabilities, and the gradients that are wanted, by the ops that they stand for.
+fn head<F: Real>(op: &Op, args: &[&Tensor], shapes: &[Vec<usize>]) -> Result<Vec<Tensor>, String> {
+    let (n, [v, d]) = (args[2].len(), [args[1].shape[0], args[1].shape[1]]);
+    let (x, tokens) = (reshape(args[0], &[n, d]), reshape(args[2], &[n]));
+    let product = |spec: &str, a: &Tensor, b: &Tensor, shape: &[usize]| -> Result<Tensor, String> {
+        Ok(contract::<F>(&Contraction::parse(spec)?, a, b, shape))
+    };
+    let logits = product("nd,vd->nv", &x, args[1], &[n, v])?;
+    let mut all = composite::token_logp::<F>(&logits, &tokens)?;
+    if let Op::HeadLogpGrad { head } = op {
+        let gradient = composite::token_logp_grad::<F>(&logits, &tokens, &reshape(args[3], &[n]))?.remove(0);
+        all.push(product("nv,vd->nd", &gradient, args[1], &[n, d])?);
+        if *head {
+            all.push(product("nv,nd->vd", &gradient, &x, &[v, d])?);
+        }
+    }
+    Ok(all.iter().zip(shapes).map(|(one, shape)| reshape(one, shape)).collect())
 }
 
 fn reduce<F: Real>(

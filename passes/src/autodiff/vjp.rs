@@ -313,6 +313,8 @@ pub fn vjp(
         Op::EmbedGrad { .. }
         | Op::AddRows {}
         | Op::ContractEach { .. }
+        | Op::HeadLogp {}
+        | Op::HeadLogpGrad { .. }
         | Op::SumSquares {}
         | Op::LayerNormGrad { .. }
         | Op::RmsNormGrad { .. }
