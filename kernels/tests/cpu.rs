@@ -298,6 +298,42 @@ fn products_of_every_layout() {
 
 /// So an answer does not depend on the others of its batch.
 #[test]
+fn products_of_one_operand_have_the_bits_that_they_have_alone() {
+    // Few rows and large matrices; too many rows; a small matrix among large ones; a common second operand.
+    let linear = ("btd,vd->btv", 0, "2, ROWS", ["700, 100", "8, 100", "1301, 100"]);
+    let turned = ("btv,btd->vd", 1, "2, ROWS", ["2, ROWS, 70", "2, ROWS, 1", "2, ROWS, 33"]);
+    for (spec, common, rows, others) in [linear, turned] {
+        for (n, threads) in [(1, 1), (3, 2), (8, 3), (20, 2)] {
+            let shape = |text: &str| text.replace("ROWS", &n.to_string());
+            let others: Vec<String> = others.iter().map(|o| shape(o)).collect();
+            let params: Vec<String> =
+                others.iter().zip(["a", "b", "c"]).map(|(o, x)| format!("%{x}: f32[{o}]")).collect();
+            let pair = |x: &str| if common == 0 { format!("%x, %{x}") } else { format!("%{x}, %x") };
+            let text = format!(
+                "graph @g(%x: f32[{}, 100], {}) {{
+  %p, %q, %r = contract_each %x, %a, %b, %c spec={spec} common={common}
+  %s = contract {} spec={spec}
+  %t = contract {} spec={spec}
+  %u = contract {} spec={spec}
+  return p=%p, s=%s, q=%q, t=%t, r=%r, u=%u
+}}",
+                shape(rows),
+                params.join(", "),
+                pair("a"),
+                pair("b"),
+                pair("c")
+            );
+            let program = dsgc_ir::parse(&text).unwrap_or_else(|e| panic!("{e} in\n{text}"));
+            let results =
+                run(Cpu::new(plan(&program, threads), threads), &program, 5).unwrap_or_else(|e| panic!("{e}"));
+            for pair in results.chunks(2) {
+                assert_eq!(pair[0], pair[1], "{spec} of {n} rows");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_row_of_a_small_product_is_the_same_in_any_company() {
     let product = |rows: usize| {
         let program =

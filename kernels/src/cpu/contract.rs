@@ -67,12 +67,7 @@ pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
         return Ok(());
     }
     let dense = (k.left, k.right, n.out) == (1, 1, 1);
-    if batch.is_empty()
-        && more_k.is_empty()
-        && dense
-        && m.extent <= skinny::ROWS
-        && n.extent * k.extent >= skinny::LARGE
-    {
+    if batch.is_empty() && more_k.is_empty() && dense && skinny::fits(m.extent, n.extent, k.extent) {
         let (x, w, out) = ((left, m.left), (right, n.right), (out, m.out));
         // SAFETY: extents and strides are those of the operands and the result.
         unsafe { skinny::run(l.threads, (m.extent, n.extent, k.extent), x, w, out) };

@@ -4,7 +4,7 @@
 //! a whole tensor of logits would take from memory six times stays in the cache, and its divisors are taken once.
 
 use super::contract::{Matrix, product};
-use super::memory::Ptr;
+use super::memory::{ALIGNMENT, Ptr};
 use super::tokens::{check, logp_and_grad_row, logp_row};
 use super::{Launch, parallel::Threads};
 
@@ -14,7 +14,7 @@ const ROWS: usize = 256;
 
 /// Bytes for the logits of a block.
 pub(super) fn workspace(rows: usize, vocabulary: usize) -> usize {
-    rows.min(ROWS) * vocabulary * size_of::<f32>()
+    (rows.min(ROWS) * vocabulary * size_of::<f32>()).next_multiple_of(ALIGNMENT)
 }
 
 /// What all blocks work on.

@@ -69,6 +69,16 @@ unsafe fn adamw_part(f: Factors, given: [*const f32; 4], made: [*mut f32; 3], n:
     }
 }
 
+/// A parameter of several whose elements lie one after the other in thought.
+struct Part {
+    /// Its first element there.
+    first: usize,
+    /// Parameter, gradient, moments.
+    given: [Ptr<f32>; 4],
+    /// Parameter, moments.
+    made: [Ptr<f32>; 3],
+}
+
 /// Runs `adamw`.
 pub(super) fn adamw(l: &mut Launch) {
     let Op::Adamw { beta1, beta2, eps, decay } = l.op.op else { panic!("bug: `{}` is no adamw", l.op.op) };
@@ -88,17 +98,16 @@ pub(super) fn adamw(l: &mut Launch) {
         step: (lr / (1.0 - beta1.powf(t))) as f32,
         root: (1.0 / (1.0 - beta2.powf(t)).sqrt()) as f32,
     };
-    // Elements of all parameters one after the other: (its first one, operands, results).
-    let mut all: Vec<(usize, [Ptr<f32>; 4], [Ptr<f32>; 3])> = Vec::with_capacity(tensors);
+    let mut all: Vec<Part> = Vec::with_capacity(tensors);
     let mut total = 0;
     for i in 0..tensors {
         let given = [0, 1, 2, 3].map(|j| l.arg(4 * i + j));
-        all.push((total, given, [0, 1, 2].map(|j| l.out(3 * i + j))));
+        all.push(Part { first: total, given, made: [0, 1, 2].map(|j| l.out(3 * i + j)) });
         total += l.len(l.op.args[4 * i]);
     }
     l.threads.run(total, 4, |r| {
-        let ends = all[1..].iter().map(|x| x.0).chain([total]);
-        for (&(first, given, made), end) in all.iter().zip(ends) {
+        let ends = all[1..].iter().map(|part| part.first).chain([total]);
+        for (&Part { first, given, made }, end) in all.iter().zip(ends) {
             let (from, to) = (r.start.max(first), r.end.min(end));
             if from < to {
                 let at = from - first;
