@@ -1,6 +1,8 @@
 //! Memory plans on the device that is made for them: whole compiled programs on the CPU, where all memory that holds
 //! nothing is NaN, beside the interpreter in and out of the arena.
 
+use std::collections::BTreeMap;
+
 use dsgc_ir::fuzz::{Rng, random_bindings, random_inputs, random_program, random_tensor};
 use dsgc_ir::{Bindings, DType, Op, Planned, Program, StateId, Tensor};
 use dsgc_kernels::Device;
@@ -75,10 +77,10 @@ fn compiled_programs_run_among_nan() {
     assert!(in_place * 5 > total, "only {in_place} of {total} values share their bytes");
 }
 
-/// The plan without the pass `fuse`.
-fn plan_apart(program: &Program, threads: usize) -> Planned {
+/// The plan without one of the passes.
+fn plan_without(without: &str, program: &Program, threads: usize) -> Planned {
     let (mut program, target) = (program.clone(), CpuTarget { threads });
-    for pass in PIPELINE.iter().filter(|pass| pass.name != "fuse") {
+    for pass in PIPELINE.iter().filter(|pass| pass.name != without) {
         program = (pass.run)(program, &PassContext::new(&target)).unwrap_or_else(|diags| panic!("{diags:?}"));
     }
     Planned::new(program).unwrap_or_else(|fault| panic!("{fault}"))
@@ -89,7 +91,7 @@ fn fused_regions_have_the_bits_of_their_ops() {
     let (mut regions, mut steps) = (0, 0);
     for seed in 0..150 {
         let program = random_program(9000 + seed, 40);
-        let apart = format!("{:?}", run(Cpu::new(plan_apart(&program, 2), 2), &program, seed));
+        let apart = format!("{:?}", run(Cpu::new(plan_without("fuse", &program, 2), 2), &program, seed));
         for threads in 1..=3 {
             let planned = plan(&program, threads);
             let fused = format!("{:?}", run(Cpu::poisoned(planned.clone(), threads), &program, seed));
@@ -102,4 +104,35 @@ fn fused_regions_have_the_bits_of_their_ops() {
         }
     }
     assert!(regions > 500 && 2 * steps > 3 * regions, "only {regions} regions with {steps} steps");
+}
+
+#[test]
+fn merged_ops_have_the_bits_of_their_ops() {
+    // Rows may be added to a -0 by leaving it alone.
+    let text = |results: Result<Vec<Tensor>, String>| {
+        let positive = |t: &Tensor| if t.dtype() == DType::F32 { positive_zeros(t) } else { t.clone() };
+        format!("{:?}", results.map(|all| all.iter().map(positive).collect::<Vec<Tensor>>()))
+    };
+    let mut merged: BTreeMap<&str, usize> = BTreeMap::new();
+    for seed in 0..150 {
+        let program = random_program(11_000 + seed, 40);
+        let apart = plan_without("merge", &program, 2);
+        let expected = text(run(Cpu::new(apart.clone(), 2), &program, seed));
+        for threads in 1..=3 {
+            let planned = plan(&program, threads);
+            let found = text(run(Cpu::poisoned(planned.clone(), threads), &program, seed));
+            assert_eq!(found, expected, "seed {seed}, {threads} threads\n{}", *planned);
+            let (with, without) = (planned.op_counts(), apart.op_counts());
+            for name in ["contract_each", "sum_squares", "add_rows", "adamw", "head_logp", "head_logp_grad"] {
+                let count = |counts: &BTreeMap<&str, usize>| counts.get(name).copied().unwrap_or(0);
+                *merged.entry(name).or_default() += count(&with).abs_diff(count(&without));
+            }
+        }
+    }
+    assert!(merged.values().all(|&n| n >= 12), "only {merged:?}");
+}
+
+/// The tensor with 0 for every -0.
+fn positive_zeros(tensor: &Tensor) -> Tensor {
+    Tensor::f32(&tensor.shape, tensor.to_f64().into_iter().map(|x| x as f32 + 0.0).collect())
 }

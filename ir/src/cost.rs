@@ -60,6 +60,19 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
         // Scores and their product with v: two contractions over all pairs of places that the causal mask leaves. What
         // segments hide counts too.
         (Op::Attention { causal, .. }, _) => times(seen(extent(args[1], 1)?, *causal).saturating_mul(2)),
+        (Op::ContractEach { spec, common }, _) => {
+            let one = Op::Contract { spec: spec.clone() };
+            let mut flops = 0u64;
+            for (&other, &result) in args[1..].iter().zip(results) {
+                let pair = if *common == 0 { [args[0], other] } else { [other, args[0]] };
+                flops = flops.saturating_add(cost(&one, &pair, &[result], bindings)?.flops);
+            }
+            flops
+        }
+        (Op::SumSquares {}, _) => {
+            let lens = args.iter().map(|ty| len(ty)).collect::<Result<Vec<u64>, _>>()?;
+            lens.into_iter().fold(0u64, u64::saturating_add).saturating_mul(2)
+        }
         (Op::CachedAttention { .. }, _) => times(extent(args[1], 1)?.saturating_mul(4)),
         // The scores again, and four gradients.
         (Op::AttentionGrad { causal, .. }, _) => times(seen(extent(args[1], 1)?, *causal).saturating_mul(5)),
@@ -71,8 +84,18 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
         (Op::Sample { .. }, _) => len(args[0])?.saturating_mul(3),
         (Op::LayerNormGrad { .. }, _) => times(14),
         (Op::TokenLogp {} | Op::TokenLogpGrad {}, _) => len(args[0])?.saturating_mul(3),
+        // One product, or with it those of the gradients; and what `token_logp` does to every logit.
+        (Op::HeadLogp {} | Op::HeadLogpGrad { .. }, _) => {
+            let products = results.len() as u64;
+            let logits = len(args[2])?.saturating_mul(extent(args[1], 0)?);
+            logits.saturating_mul(extent(args[1], 1)?.saturating_mul(2 * products).saturating_add(3))
+        }
         (Op::EmbedGrad { .. }, _) => len(args[1])?,
-        (Op::Adamw { .. }, _) => times(14),
+        (Op::AddRows {}, _) => len(args[2])?,
+        (Op::Adamw { .. }, _) => {
+            let lens = results.iter().step_by(3).map(|ty| len(ty)).collect::<Result<Vec<u64>, _>>()?;
+            lens.into_iter().fold(0u64, u64::saturating_add).saturating_mul(14)
+        }
         (Op::Fused { body, .. }, _) => times(body.work() as u64),
         (_, Class::Reduction) => len(args[0])?,
         (_, Class::Elementwise | Class::Composite | Class::Fused | Class::Random) => out,
@@ -84,6 +107,8 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
         // and is read once.
         (Op::Embed {}, _) => bytes.min(moved(results[0])?.saturating_add(args[1].bytes(bindings)? as u64)),
         (Op::Slice { .. } | Op::SliceAt { .. }, _) => moved(results[0])?,
+        // The rows that are added, and those that they are added to, read and written.
+        (Op::AddRows {}, _) => (args[1].bytes(bindings)? as u64).saturating_add(3 * args[2].bytes(bindings)? as u64),
         _ => bytes,
     };
     Ok(Cost { flops, bytes })

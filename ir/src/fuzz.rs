@@ -12,6 +12,7 @@ use crate::program::{Program, StateKind};
 use crate::tensor::{Data, Tensor};
 use crate::types::{DType, Type};
 
+mod merged;
 mod region;
 
 /// Elements of the largest value: enough for every structure, small enough for thousands of graphs a second.
@@ -333,6 +334,9 @@ impl<'a> Draw<'a> {
             }
             "fused" => self.fused(),
             "contract" => self.contract(),
+            "contract_each" => self.contract_each(),
+            "sum_squares" => self.sum_squares(),
+            "add_rows" => self.add_rows(),
             "reduce_sum" | "reduce_max" | "reduce_min" => {
                 let x = self.number();
                 let axes: Vec<usize> = (0..self.ty(x).rank()).filter(|_| self.rng.once_in(2)).collect();
@@ -435,6 +439,7 @@ impl<'a> Draw<'a> {
                     self.push(Op::TokenLogpGrad {}, &[logits, tokens, grad]);
                 }
             }
+            "head_logp" | "head_logp_grad" => self.head_logp(row == "head_logp_grad"),
             "position_in" => {
                 let ty = Type::new(DType::I32, [self.dim(), self.dim()]);
                 let segment = self.value_of(&ty);
@@ -460,16 +465,7 @@ impl<'a> Draw<'a> {
                 let rows = self.value_of(&Type::new(DType::I32, [shape[0].clone()]));
                 self.push(Op::RowUniform { shape }, &[key, rows]);
             }
-            "adamw" => {
-                let param = self.any(DType::F32);
-                let (grad, first, second) = (self.same_as(param), self.same_as(param), self.same_as(param));
-                let (rate, clip) = (self.value_of(&Type::scalar(DType::F32)), self.value_of(&Type::scalar(DType::F32)));
-                let step = self.value_of(&Type::scalar(DType::I32));
-                let step = self.at_least_one(step);
-                let second = self.tame(Op::Abs {}, second);
-                let op = Op::Adamw { beta1: 0.9, beta2: 0.95, eps: 1e-8, decay: self.rng.choose(&[0.0, 0.1]) };
-                self.push(op, &[param, grad, first, second, rate, step, clip]);
-            }
+            "adamw" => self.adamw(),
             "read" => {
                 let id = StateId(self.rng.below(self.program.states.len()) as u32);
                 self.push_with(Op::Read { state: id }, &[], Some(&self.program.state(id).ty));

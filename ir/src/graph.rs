@@ -106,6 +106,12 @@ pub struct OpData {
 }
 
 impl OpData {
+    /// A part of an op, of which it has some operands and some neighbouring results: what a kernel of merged ops runs.
+    pub fn part(&self, op: Op, args: Vec<Value>, results: Range<usize>) -> OpData {
+        let at = |i: usize| self.results.start + i as u32;
+        OpData { op, args, results: at(results.start)..at(results.end), site: self.site.clone() }
+    }
+
     /// The values that the op defines.
     pub fn results(&self) -> impl ExactSizeIterator<Item = Value> + use<> {
         self.results.clone().map(Value)

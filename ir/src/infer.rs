@@ -145,6 +145,27 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             let labels = Contraction::parse(spec)?;
             one(labels.result(float(op, &args[0])?, float(op, &args[1])?)?)
         }
+        Op::ContractEach { spec, common } => {
+            let labels = Contraction::parse(spec)?;
+            if *common > 1 || args.len() < 2 {
+                return Err(format!(
+                    "`{op}` of {} operands, expected the one in common, 0 or 1, and others",
+                    args.len()
+                ));
+            }
+            let shared = float(op, &args[0])?;
+            let result = |other| match common {
+                0 => labels.result(shared, other),
+                _ => labels.result(other, shared),
+            };
+            args[1..].iter().map(|other| result(float(op, other)?)).collect()
+        }
+        Op::SumSquares {} => {
+            for arg in args {
+                float(op, arg)?;
+            }
+            one(Type::scalar(args[0].dtype))
+        }
         Op::ReduceSum { axes } | Op::ReduceMax { axes } | Op::ReduceMin { axes } => {
             number(op, &args[0])?;
             if !axes.windows(2).all(|w| w[0] < w[1]) || axes.iter().any(|&a| a >= args[0].rank()) {
@@ -175,6 +196,13 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
                 return Err(format!("indices {} and gradient {} differ", args[0], args[1]));
             }
             one(Type::new(args[1].dtype, [rows.clone(), width.clone()]))
+        }
+        Op::AddRows {} => {
+            let x = float(op, &args[0])?;
+            let [rows, width] = &x.dims[..] else { return Err(format!("`add_rows` to {x}, expected 2 dims")) };
+            let added = infer(&Op::EmbedGrad { rows: rows.clone() }, &args[1..], None)?;
+            same(&added[0], &Type::new(x.dtype, [rows.clone(), width.clone()]))?;
+            one(x.clone())
         }
         Op::LayerNorm { .. } => {
             let x = float(op, &args[0])?;
@@ -248,6 +276,20 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             }
             one(args[1].with(args[0].dtype))
         }
+        Op::HeadLogp {} | Op::HeadLogpGrad { .. } => {
+            let (x, head) = (float(op, &args[0])?, float(op, &args[1])?);
+            let (width, lead) = x.dims.split_last().ok_or_else(|| format!("`{}` of a scalar", op.name()))?;
+            rank(op, head, 2)?;
+            if head.dims[1] != *width {
+                return Err(format!("{x} and the head {head} differ"));
+            }
+            same(&args[2], &Type::new(DType::I32, lead))?;
+            let logp = Type::new(x.dtype, lead);
+            let Op::HeadLogpGrad { head: wanted } = op else { return one(logp) };
+            same(&args[3], &logp)?;
+            let all = [logp, x.clone(), head.clone()];
+            Ok(all.into_iter().take(2 + usize::from(*wanted)).collect())
+        }
         Op::PositionIn {} => {
             rank(op, &args[0], 2)?;
             one(typed(op, &args[0], DType::I32)?.clone())
@@ -275,13 +317,19 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             one(rows)
         }
         Op::Adamw { .. } => {
-            for arg in &args[1..4] {
-                same(arg, float(op, &args[0])?)?;
+            let (each, settings) = args.split_at(args.len().saturating_sub(3));
+            if each.is_empty() || each.len() % 4 != 0 {
+                return Err(format!("`adamw` of {} operands, expected 4 for each parameter and 3", args.len()));
             }
-            same(&args[4], &Type::scalar(DType::F32))?;
-            same(&args[5], &Type::scalar(DType::I32))?;
-            same(&args[6], &Type::scalar(DType::F32))?;
-            Ok(vec![args[0].clone(); 3])
+            for of in each.chunks(4) {
+                for arg in &of[1..] {
+                    same(arg, float(op, &of[0])?)?;
+                }
+            }
+            same(&settings[0], &Type::scalar(DType::F32))?;
+            same(&settings[1], &Type::scalar(DType::I32))?;
+            same(&settings[2], &Type::scalar(DType::F32))?;
+            Ok(each.chunks(4).flat_map(|of| vec![of[0].clone(); 3]).collect())
         }
         Op::Read { .. } => one(state.ok_or("`read` of an unknown state")?.clone()),
         Op::Write { .. } => {

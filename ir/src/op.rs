@@ -342,6 +342,11 @@ ops! {
     /// A sum of products in einsum letters, e.g. `btd,vd->btv`.
     Contract "contract" Contraction 2 { /// Labels of both operands and the result.
         spec: String }
+    /// Several [`Op::Contract`] with one operand in common: operands that one, then the others; a result for each of those.
+    /// Made by the pass `merge`.
+    ContractEach "contract_each" Contraction many { /// Labels of both operands and the result, of every one.
+        spec: String, /// Which operand they have in common: 0 the first, 1 the second.
+        common: usize }
     /// Sum over dims, which go away.
     ReduceSum "reduce_sum" Reduction 1 { /// The dims, ascending.
         axes: Vec<usize> }
@@ -351,6 +356,9 @@ ops! {
     /// Smallest element over dims, which go away.
     ReduceMin "reduce_min" Reduction 1 { /// The dims, ascending.
         axes: Vec<usize> }
+    /// The squares of all elements of an operand summed, and these sums of all operands added from the first to the last.
+    /// Made by the pass `merge`.
+    SumSquares "sum_squares" Reduction many { }
     /// Running sum along a dim; from the end if `reverse`.
     Cumsum "cumsum" Composite 1 { /// The dim.
         axis: usize, /// Whether it runs from the end.
@@ -367,6 +375,9 @@ ops! {
     /// Gradient of [`Op::Embed`] for the table: operands indices `[..]` and result gradient `[.., D]`.
     EmbedGrad "embed_grad" Composite 2 { /// Rows of the table.
         rows: Dim }
+    /// `x + embed_grad(indices, gradient)`: operands x `[V, D]`, indices `i32[..]`, gradient `[.., D]`. A device may leave
+    /// rows that no index names as they are, so that a -0 stays one. Made by the pass `merge`.
+    AddRows "add_rows" Composite 3 { }
     /// `(x - mean) / sqrt(var + eps) * weight + bias` over the last dim: operands x, weight, bias.
     LayerNorm "layer_norm" Composite 3 { /// Added to the variance.
         eps: f64 }
@@ -404,6 +415,13 @@ ops! {
     TokenLogp "token_logp" Composite 2 { }
     /// Gradient of [`Op::TokenLogp`] for the logits: operands logits, tokens, result gradient.
     TokenLogpGrad "token_logp_grad" Composite 3 { }
+    /// [`Op::TokenLogp`] of a linear head: operands x `[.., D]`, head `[V, D]`, tokens `i32[..]`; its logits are `x head^T`,
+    /// and never stored whole. Made by the pass `merge`.
+    HeadLogp "head_logp" Composite 3 { }
+    /// [`Op::HeadLogp`] with gradients, where the result's is known beforehand: operands x, head, tokens, result gradient
+    /// `[..]`. Results: log-probabilities, gradients of x and, if wanted, of the head. Made by the pass `merge`.
+    HeadLogpGrad "head_logp_grad" Composite 4 { /// Whether the head's gradient is wanted.
+        head: bool }
     /// Place of each token inside its text: operand segment `i32[B, T]`; counts from 0 in every segment of a row, and
     /// goes on from the beginning of a text in each of its branches ([`crate::segment`]). On padding it is the column.
     PositionIn "position_in" Composite 1 { }
@@ -434,10 +452,10 @@ ops! {
         top_p: f64 }
 
     // Optimizer.
-    /// AdamW with bias correction: operands parameter, gradient, both moments, learning rate `f32[]`, step from 1
-    /// `i32[]`, factor on the gradient `f32[]` (clipping). Results: parameter, both moments.
-    /// `p - lr * (m_hat / (sqrt(v_hat) + eps) + decay * p)`, Loshchilov and Hutter 2019.
-    Adamw "adamw" Update 7 { /// Decay rate of the first moment.
+    /// AdamW with bias correction, of one or more parameters: operands parameter, gradient, both moments for each of them,
+    /// then learning rate `f32[]`, step from 1 `i32[]`, factor on the gradient `f32[]` (clipping). Results: parameter, both
+    /// moments for each. `p - lr * (m_hat / (sqrt(v_hat) + eps) + decay * p)`, Loshchilov and Hutter 2019.
+    Adamw "adamw" Update many { /// Decay rate of the first moment.
         beta1: f64, /// Decay rate of the second moment.
         beta2: f64, /// Added to the root of the second moment.
         eps: f64, /// Decoupled weight decay.
@@ -492,8 +510,10 @@ impl Op {
     pub fn in_place(&self, operands: usize) -> Vec<(usize, usize)> {
         match self {
             Op::TokenLogpGrad {} => vec![(0, 0)],
-            Op::Adamw { .. } => vec![(0, 0), (1, 2), (2, 3)],
-            Op::Cast { .. } | Op::WriteAt { .. } | Op::Rope { .. } => vec![(0, 0)],
+            Op::Adamw { .. } => (0..operands / 4)
+                .flat_map(|i| [0, 2, 3].into_iter().enumerate().map(move |(r, a)| (3 * i + r, 4 * i + a)))
+                .collect(),
+            Op::Cast { .. } | Op::WriteAt { .. } | Op::Rope { .. } | Op::AddRows {} => vec![(0, 0)],
             Op::Fused { body, .. } => {
                 (0..body.results().len()).flat_map(|result| (0..operands).map(move |arg| (result, arg))).collect()
             }

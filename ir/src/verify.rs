@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::ops::Deref;
 
 use crate::dim::{Dim, Symbol};
-use crate::graph::{Buffer, Graph, OpId, Region, Value};
+use crate::graph::{Buffer, Graph, OpData, OpId, Region, Value};
 use crate::infer::infer;
 use crate::op::{Class, Op};
 use crate::print::value_names;
@@ -247,7 +247,8 @@ fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
                             && buffer(other).offset == buffer(result).offset
                             && graph.ty(other).dtype.bytes() == graph.ty(result).dtype.bytes()
                             && graph.ty(other).bytes(&bounds) == graph.ty(result).bytes(&bounds)
-                            && in_place.iter().any(|&(res, arg)| res == r && shares(graph, op.args[arg], other));
+                            && in_place.iter().any(|&(res, arg)| res == r && shares(graph, op.args[arg], other))
+                            && may_be_overwritten(graph, op, other);
                         if overlap(buffer(result), buffer(other)) && !may {
                             let (a, b) = (&names[result.0 as usize], &names[other.0 as usize]);
                             return fault(Some(id), format!("%{a} overwrites %{b}, which is still needed"));
@@ -279,6 +280,13 @@ fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
 /// Whether two values are the same bytes by way of views.
 fn shares(graph: &Graph, a: Value, b: Value) -> bool {
     root(graph, a) == root(graph, b)
+}
+
+/// Whether an op that works in place may do so over this operand. One that stands for several operands at once may be
+/// overwritten only where all operands of an element are read before its results are written.
+pub fn may_be_overwritten(graph: &Graph, op: &OpData, operand: Value) -> bool {
+    let by_element = matches!(op.op.class(), Class::Elementwise | Class::Fused);
+    by_element || op.args.iter().filter(|&&arg| shares(graph, arg, operand)).count() == 1
 }
 
 /// The value whose bytes a value looks at, through any number of views.

@@ -298,6 +298,42 @@ fn products_of_every_layout() {
 
 /// So an answer does not depend on the others of its batch.
 #[test]
+fn products_of_one_operand_have_the_bits_that_they_have_alone() {
+    // Few rows and large matrices; too many rows; a small matrix among large ones; a common second operand.
+    let linear = ("btd,vd->btv", 0, "2, ROWS", ["700, 100", "8, 100", "1301, 100"]);
+    let turned = ("btv,btd->vd", 1, "2, ROWS", ["2, ROWS, 70", "2, ROWS, 1", "2, ROWS, 33"]);
+    for (spec, common, rows, others) in [linear, turned] {
+        for (n, threads) in [(1, 1), (3, 2), (8, 3), (20, 2)] {
+            let shape = |text: &str| text.replace("ROWS", &n.to_string());
+            let others: Vec<String> = others.iter().map(|o| shape(o)).collect();
+            let params: Vec<String> =
+                others.iter().zip(["a", "b", "c"]).map(|(o, x)| format!("%{x}: f32[{o}]")).collect();
+            let pair = |x: &str| if common == 0 { format!("%x, %{x}") } else { format!("%{x}, %x") };
+            let text = format!(
+                "graph @g(%x: f32[{}, 100], {}) {{
+  %p, %q, %r = contract_each %x, %a, %b, %c spec={spec} common={common}
+  %s = contract {} spec={spec}
+  %t = contract {} spec={spec}
+  %u = contract {} spec={spec}
+  return p=%p, s=%s, q=%q, t=%t, r=%r, u=%u
+}}",
+                shape(rows),
+                params.join(", "),
+                pair("a"),
+                pair("b"),
+                pair("c")
+            );
+            let program = dsgc_ir::parse(&text).unwrap_or_else(|e| panic!("{e} in\n{text}"));
+            let results =
+                run(Cpu::new(plan(&program, threads), threads), &program, 5).unwrap_or_else(|e| panic!("{e}"));
+            for pair in results.chunks(2) {
+                assert_eq!(pair[0], pair[1], "{spec} of {n} rows");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_row_of_a_small_product_is_the_same_in_any_company() {
     let product = |rows: usize| {
         let program =
@@ -391,6 +427,18 @@ fn composites_of_every_width() {
         compare(&params, "%y = embed_grad %t, %g rows=9", &[("t", 9)]);
     }
     compare("%s: i32[3, 200]", "%y = position_in %s", &[("s", 3)]);
+    // Rows of an index that comes again and again, and of one that never comes.
+    compare("%x: f32[400, 37], %t: i32[900], %g: f32[900, 37]", "%y = add_rows %x, %t, %g", &[("t", 350)]);
+    // More rows than a block has, and fewer.
+    for (rows, width, vocabulary) in [(600, 24, 300), (257, 3, 33), (7, 40, 1000), (0, 5, 9)] {
+        let params =
+            format!("%x: f32[{rows}, {width}], %h: f32[{vocabulary}, {width}], %t: i32[{rows}], %g: f32[{rows}]");
+        compare(&params, "%y = head_logp %x, %h, %t", &[("t", vocabulary)]);
+        compare(&params, "%y, %z, %u = head_logp_grad %x, %h, %t, %g head=true", &[("t", vocabulary)]);
+        compare(&params, "%y, %z = head_logp_grad %x, %h, %t, %g head=false", &[("t", vocabulary)]);
+    }
+    // Sizes of tensors that are not cut alike by blocks and threads.
+    compare("%a: f32[20000], %b: f32[3], %c: f32[130, 70]", "%y = sum_squares %a, %b, %c, %a", &[]);
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod fit;
 pub mod fuse;
 pub mod infer;
 pub mod join_updates;
+pub mod merge;
 pub mod order;
 mod pipeline;
 pub mod plan_memory;

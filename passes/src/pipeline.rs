@@ -8,8 +8,8 @@ use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
 use crate::{
-    adapt, autodiff, canonicalize, decode, fit, fuse, infer, join_updates, order, plan_memory, rematerialize, share_prefix,
-    simplify,
+    adapt, autodiff, canonicalize, decode, fit, fuse, infer, join_updates, merge, order, plan_memory, rematerialize,
+    share_prefix, simplify,
 };
 
 /// What a program satisfies at a point of the pipeline.
@@ -111,6 +111,7 @@ pub const PIPELINE: &[Pass] = &[
     simplify::PASS,
     // Before regions are made, so that what is recomputed becomes part of what uses it.
     rematerialize::PASS,
+    merge::PASS,
     fuse::PASS,
     order::PASS,
     plan_memory::PASS,

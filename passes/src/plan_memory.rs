@@ -15,7 +15,7 @@
 use std::collections::BTreeMap;
 
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::verify::{last_uses, root};
+use dsgc_ir::verify::{last_uses, may_be_overwritten, root};
 use dsgc_ir::{
     Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpData, OpId, Program, Region, StateId, Target, Type,
     Value,
@@ -241,7 +241,8 @@ impl Storages {
                                     && storages.all[s].live.1 == i64::from(id.0)
                                     && graph.ty(arg).dtype.bytes() == graph.ty(result).dtype.bytes()
                                     && bytes(arg) == bytes(result)
-                                    && !taken.contains(&s);
+                                    && !taken.contains(&s)
+                                    && may_be_overwritten(graph, op, arg);
                                 fits.then_some(s)
                             });
                             match dying {

@@ -67,15 +67,24 @@ impl<'a> Rebuild<'a> {
     /// # Panics
     /// If the new op does not fit: a bug of the pass.
     pub fn push(&mut self, place_of: &OpData, op: Op, args: &[Value], program: &Program) {
+        self.push_all(&[place_of], op, args, program);
+    }
+
+    /// Pushes an op in the place of some old ones, whose results its own are, one after the other. It inherits the site of
+    /// the first.
+    ///
+    /// # Panics
+    /// If the new op does not fit: a bug of the pass.
+    pub fn push_all(&mut self, places: &[&OpData], op: Op, args: &[Value], program: &Program) {
         let state = match op {
             Op::Read { state } | Op::Write { state } => Some(&program.state(state).ty),
             _ => None,
         };
         let shown = op.to_string();
-        match self.new.try_push(op, args, state, place_of.site.clone()) {
+        match self.new.try_push(op, args, state, places[0].site.clone()) {
             Ok(id) => {
                 let results: Vec<Value> = self.new.op(id).results().collect();
-                for (old, new) in place_of.results().zip(results) {
+                for (old, new) in places.iter().flat_map(|place| place.results()).zip(results) {
                     self.new.set_name(new, self.old.name_of(old));
                     self.set(old, new);
                 }

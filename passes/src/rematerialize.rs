@@ -29,6 +29,7 @@ use dsgc_ir::diag::Diag;
 use dsgc_ir::{Builder, Class, Graph, OpId, Phase, Program, Site, Target, Value};
 
 use crate::fuse::fuse;
+use crate::merge::merge;
 use crate::order::order;
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::plan_memory::{limit, persistent_bytes, planned_bytes, scratch_bytes};
@@ -91,7 +92,11 @@ fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies
 /// Bytes of the arena that this graph takes after the passes that follow. Its workspace is that of the graph that needs
 /// most.
 fn arena(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
-    let fused = |graph: &Graph| without_dead_ops(&fuse(&without_dead_ops(graph, program), program), program);
+    let quiet = PassContext::new(target);
+    let fused = |graph: &Graph| {
+        let merged = merge(&without_dead_ops(graph, program), program, &quiet);
+        without_dead_ops(&fuse(&merged, program), program)
+    };
     let others = program.graphs.iter().filter(|g| g.name != graph.name);
     let scratch = others.map(|g| scratch_bytes(&fused(g), target)).max().unwrap_or(0);
     let graph = fused(graph);

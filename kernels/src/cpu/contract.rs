@@ -10,6 +10,7 @@ use gemm::Parallelism;
 
 use super::Launch;
 use super::memory::Ptr;
+use super::parallel::Threads;
 use super::reduce;
 use super::skinny;
 use super::structure::strides;
@@ -66,12 +67,7 @@ pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
         return Ok(());
     }
     let dense = (k.left, k.right, n.out) == (1, 1, 1);
-    if batch.is_empty()
-        && more_k.is_empty()
-        && dense
-        && m.extent <= skinny::ROWS
-        && n.extent * k.extent >= skinny::LARGE
-    {
+    if batch.is_empty() && more_k.is_empty() && dense && skinny::fits(m.extent, n.extent, k.extent) {
         let (x, w, out) = ((left, m.left), (right, n.right), (out, m.out));
         // SAFETY: extents and strides are those of the operands and the result.
         unsafe { skinny::run(l.threads, (m.extent, n.extent, k.extent), x, w, out) };
@@ -119,6 +115,53 @@ pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
         l.threads.install(|| (0..loops.max(1)).for_each(|i| product(i, Parallelism::Rayon(count))));
     }
     Ok(())
+}
+
+/// A matrix in memory: its first element, and how many elements on the next row and the next column begin.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix {
+    pub(super) at: Ptr<f32>,
+    pub(super) row: usize,
+    pub(super) column: usize,
+}
+
+/// `out = left right`, or with it added to what is there, of `m x k` and `k x n`.
+///
+/// # Safety
+/// The matrices have so many rows and columns, and nobody else writes to `out`, which is apart from both.
+pub(super) unsafe fn product(
+    threads: &Threads,
+    (m, n, k): (usize, usize, usize),
+    [left, right, out]: [Matrix; 3],
+    add: bool,
+) {
+    let parallelism = Parallelism::Rayon(threads.count());
+    threads.install(|| {
+        // SAFETY: the caller's promise.
+        unsafe {
+            gemm::gemm(
+                m,
+                n,
+                k,
+                { out }.at.0,
+                out.column as isize,
+                out.row as isize,
+                add,
+                { left }.at.0,
+                left.column as isize,
+                left.row as isize,
+                { right }.at.0,
+                right.column as isize,
+                right.row as isize,
+                1.0f32,
+                1.0f32,
+                false,
+                false,
+                false,
+                parallelism,
+            );
+        }
+    });
 }
 
 /// Joins letters that lie one behind the other in all three tensors.

@@ -10,8 +10,10 @@
 mod attention;
 mod cached;
 mod contract;
+mod contract_each;
 mod elementwise;
 mod fused;
+mod head;
 pub mod limits;
 mod memory;
 mod norm;
@@ -61,6 +63,17 @@ impl Target for CpuTarget {
             Op::Contract { .. } | Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. } => {
                 reduce::workspace(shape(0).iter().product())
             }
+            Op::ContractEach { spec, common } => {
+                let one = Op::Contract { spec: spec.clone() };
+                let part = |other: &Type| match common {
+                    0 => self.workspace(&one, &[args[0].clone(), other.clone()], bounds),
+                    _ => self.workspace(&one, &[other.clone(), args[0].clone()], bounds),
+                };
+                args[1..].iter().map(part).max().unwrap_or(0)
+            }
+            Op::SumSquares {} => (0..args.len()).map(|i| reduce::workspace(shape(i).iter().product())).sum(),
+            Op::HeadLogp {} | Op::HeadLogpGrad { .. } => head::workspace(shape(2).iter().product(), shape(1)[0]),
+            Op::AddRows {} => tokens::workspace(shape(0)[1], self.threads),
             Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),
             Op::Fused { shape, body } => fused::workspace(shape, body, args, self.threads),
             Op::CachedAttention { .. } => cached::workspace(&shape(0), &shape(1), self.threads),
@@ -238,6 +251,11 @@ impl Launch<'_> {
                 Ok(())
             }
             Op::Contract { spec } => contract::run(self, spec),
+            Op::ContractEach { spec, common } => contract_each::run(self, spec, *common),
+            Op::SumSquares {} => {
+                reduce::sum_squares(self);
+                Ok(())
+            }
             Op::ReduceSum { axes } | Op::ReduceMax { axes } | Op::ReduceMin { axes } => {
                 reduce::run(self, axes);
                 Ok(())
@@ -284,8 +302,11 @@ impl Launch<'_> {
             }
             Op::Embed {} => tokens::embed(self),
             Op::EmbedGrad { .. } => tokens::embed_grad(self),
+            Op::AddRows {} => tokens::add_rows(self),
             Op::TokenLogp {} => tokens::logp(self),
             Op::TokenLogpGrad {} => tokens::logp_grad(self),
+            Op::HeadLogp {} => head::run(self, None),
+            Op::HeadLogpGrad { head } => head::run(self, Some(*head)),
             Op::PositionIn {} => {
                 tokens::position_in(self);
                 Ok(())

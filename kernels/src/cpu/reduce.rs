@@ -241,6 +241,43 @@ pub(super) fn dot(l: &mut Launch, a: Ptr<f32>, b: Ptr<f32>, out: Ptr<f32>, n: us
     }
 }
 
+/// The sums of squares of several tensors, each as by [`dot`], added from the first to the last. Blocks of all tensors are
+/// shared out to the threads together.
+pub(super) fn sum_squares(l: &mut Launch) {
+    let partial: Ptr<f32> = l.workspace();
+    // (elements, how many, its first block)
+    let mut tensors: Vec<(Ptr<f32>, usize, usize)> = Vec::with_capacity(l.op.args.len());
+    let mut blocks = 0;
+    for i in 0..l.op.args.len() {
+        let n = l.len(l.op.args[i]);
+        tensors.push((l.arg(i), n, blocks));
+        blocks += n.div_ceil(BLOCK);
+    }
+    l.threads.run(blocks, BLOCK, |r| {
+        let mut of = tensors.partition_point(|t| t.2 <= r.start) - usize::from(!r.is_empty());
+        for i in r {
+            while tensors.get(of + 1).is_some_and(|next| next.2 <= i) {
+                of += 1;
+            }
+            let (a, n, first) = tensors[of];
+            let at = (i - first) * BLOCK;
+            // SAFETY: block `i` lies in the tensor, and the workspace has a place for it.
+            unsafe {
+                let part = a.slice(at, BLOCK.min(n - at));
+                *partial.add(i).0 = dot_row(part, part);
+            }
+        }
+    });
+    let sums = tensors.iter().map(|&(_, n, first)| {
+        // SAFETY: every block of the tensor has its place.
+        let blocks = unsafe { partial.slice(first, n.div_ceil(BLOCK)) };
+        blocks.iter().map(|&x| f64::from(x)).sum::<f64>() as f32
+    });
+    let sum = sums.reduce(|a, b| a + b).expect("the op has an operand");
+    // SAFETY: a scalar's buffer holds one element.
+    unsafe { *l.out::<f32>(0).0 = sum };
+}
+
 /// Running sums along a dim.
 pub(super) fn cumsum(l: &mut Launch, axis: usize, reverse: bool) {
     match l.dtype(l.result()) {

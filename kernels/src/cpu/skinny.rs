@@ -8,9 +8,14 @@ use super::memory::Ptr;
 use super::parallel::Threads;
 
 /// Most rows. With more of them arithmetic binds, and a GEMM library is better at that.
-pub(super) const ROWS: usize = 16;
+const ROWS: usize = 16;
 /// Elements of the matrix below which a GEMM library's copy stays in the cache.
-pub(super) const LARGE: usize = 64 * 1024;
+const LARGE: usize = 64 * 1024;
+
+/// Whether a product of `m` rows with a matrix of `n` rows of `k` elements is one of these.
+pub(super) fn fits(m: usize, n: usize, k: usize) -> bool {
+    (1..=ROWS).contains(&m) && n * k >= LARGE
+}
 
 /// Partial sums of a result.
 const LANES: usize = 16;
@@ -108,12 +113,15 @@ mod x86 {
 
 /// What all threads work on; strides in elements.
 #[derive(Clone, Copy)]
-struct Product {
+pub(super) struct Product {
     /// Rows `m`, columns `n`, elements `k` of a sum.
-    size: (usize, usize, usize),
-    x: (Ptr<f32>, usize),
-    w: (Ptr<f32>, usize),
-    out: (Ptr<f32>, usize),
+    pub(super) size: (usize, usize, usize),
+    /// The rows, and the elements from one to the next; so below.
+    pub(super) x: (Ptr<f32>, usize),
+    /// The matrix.
+    pub(super) w: (Ptr<f32>, usize),
+    /// The result.
+    pub(super) out: (Ptr<f32>, usize),
 }
 
 impl Product {
@@ -244,12 +252,27 @@ pub(super) unsafe fn run(
     w: (Ptr<f32>, usize),
     out: (Ptr<f32>, usize),
 ) {
-    let product = Product { size, x, w, out };
-    let (_, n, k) = size;
+    // SAFETY: the caller's.
+    unsafe { run_all(threads, &[Product { size, x, w, out }]) };
+}
+
+/// Several such products, whose columns are shared out to the threads together.
+///
+/// # Safety
+/// As for [`run`], for each of them; their results are apart.
+pub(super) unsafe fn run_all(threads: &Threads, products: &[Product]) {
     // In whole tiles, so that which columns are summed together does not depend on the number of threads.
-    threads.run(n.div_ceil(TILE), TILE * k, |tiles| {
-        let product = &product;
-        // SAFETY: the caller's; threads write different columns.
-        unsafe { product.best_part(tiles.start * TILE, (tiles.end * TILE).min(n)) };
+    let tiles = |product: &Product| product.size.1.div_ceil(TILE);
+    let weight = products.iter().map(|p| TILE * p.size.2).max().unwrap_or(0);
+    threads.run(products.iter().map(tiles).sum(), weight, |all| {
+        let mut first = 0;
+        for product in products {
+            let (from, to) = (all.start.max(first) - first, all.end.min(first + tiles(product)).saturating_sub(first));
+            if from < to {
+                // SAFETY: the caller's; threads write different columns.
+                unsafe { product.best_part(from * TILE, (to * TILE).min(product.size.1)) };
+            }
+            first += tiles(product);
+        }
     });
 }

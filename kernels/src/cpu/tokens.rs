@@ -6,9 +6,9 @@ use dsgc_ir::segment::counts;
 use dsgc_ir::stage::Sampling;
 use multiversion::multiversion;
 
-use super::Launch;
 use super::elementwise::{exp, larger};
-use super::memory::Ptr;
+use super::memory::{ALIGNMENT, Ptr};
+use super::{Launch, structure};
 use crate::random::Key;
 use crate::sample::choose;
 
@@ -16,7 +16,7 @@ use crate::sample::choose;
 const LANES: usize = 32;
 
 /// Checks that all indices are rows of a table.
-fn check(indices: &[i32], rows: usize, what: &str) -> Result<(), String> {
+pub(super) fn check(indices: &[i32], rows: usize, what: &str) -> Result<(), String> {
     match indices.iter().find(|&&i| usize::try_from(i).map_or(true, |i| i >= rows)) {
         Some(odd) => Err(format!("found {what} {odd}, expected one of 0 to {} ({rows} rows)", rows as i64 - 1)),
         None => Ok(()),
@@ -64,6 +64,54 @@ pub(super) fn embed_grad(l: &mut Launch) -> Result<(), String> {
     Ok(())
 }
 
+/// Bytes of workspace of `add_rows`: a row for each thread, in whole cache lines.
+pub(super) fn workspace(width: usize, threads: usize) -> usize {
+    threads.max(1) * padded(width) * size_of::<f32>()
+}
+
+/// A width in whole cache lines.
+fn padded(width: usize) -> usize {
+    width.next_multiple_of(ALIGNMENT / size_of::<f32>())
+}
+
+/// Runs `add_rows`: of each row that indices name, all that is added to it is summed first, in the order of the indices,
+/// as `embed_grad` sums it. Other rows are not touched where the result lies in the place of the operand.
+pub(super) fn add_rows(l: &mut Launch) -> Result<(), String> {
+    let (rows, width) = l.rows(l.result());
+    let n = l.len(l.op.args[1]);
+    let (from, to) = (l.buffer(l.op.args[0]), l.buffer(l.result()));
+    if (from.region, from.offset) != (to.region, to.offset) {
+        structure::copy(l, from, to);
+    }
+    let (indices, grad, out): (Ptr<i32>, Ptr<f32>, Ptr<f32>) = (l.arg(1), l.arg(2), l.out(0));
+    // SAFETY: the operand holds `n` indices.
+    let indices = unsafe { indices.slice(0, n) };
+    check(indices, rows, "index")?;
+    // Places by the row that they name; of one row in their order.
+    let mut order: Vec<usize> = (0..n).collect();
+    order.sort_by_key(|&i| indices[i]);
+    let groups: Vec<&[usize]> = order.chunk_by(|&a, &b| indices[a] == indices[b]).collect();
+    let (sums, parts): (Ptr<f32>, usize) = (l.workspace(), l.threads.count());
+    let groups_of = |part: usize| groups.len() * part / parts..groups.len() * (part + 1) / parts;
+    l.threads.run(parts, n * width / parts.max(1), |r| {
+        for part in r {
+            // SAFETY: every part has a row of the workspace.
+            let sum = unsafe { sums.slice_mut(part * padded(width), width) };
+            for group in &groups[groups_of(part)] {
+                sum.fill(0.0);
+                for &i in *group {
+                    // SAFETY: the gradient has a row per index.
+                    sum.iter_mut().zip(unsafe { grad.slice(i * width, width) }).for_each(|(a, b)| *a += b);
+                }
+                // SAFETY: the index was checked; rows of different groups are apart.
+                let row = unsafe { out.slice_mut(indices[group[0]] as usize * width, width) };
+                row.iter_mut().zip(&*sum).for_each(|(a, b)| *a += b);
+            }
+        }
+    });
+    Ok(())
+}
+
 /// The largest logit, and the log of the softmax's divisor beyond it. Apart, because their sum would lose the digits in
 /// which a likely token differs from the largest.
 #[inline(always)]
@@ -88,7 +136,7 @@ fn divisor(row: &[f32]) -> (f32, f32) {
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn logp_row(row: &[f32], token: usize) -> f32 {
+pub(super) fn logp_row(row: &[f32], token: usize) -> f32 {
     let (most, beyond) = divisor(row);
     row[token] - most - beyond
 }
@@ -100,7 +148,32 @@ fn logp_row(row: &[f32], token: usize) -> f32 {
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
 unsafe fn logp_grad_row(row: *const f32, n: usize, token: usize, grad: f32, out: *mut f32) {
     // SAFETY: the caller's promise; the slice is not used once `out` is written.
-    let (most, beyond) = divisor(unsafe { std::slice::from_raw_parts(row, n) });
+    unsafe { write_grad(row, n, token, grad, divisor(std::slice::from_raw_parts(row, n)), out) };
+}
+
+/// The log-probability; its gradient takes the place of the logits.
+///
+/// # Safety
+/// There are `n` logits, and nobody else reads or writes them.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+pub(super) unsafe fn logp_and_grad_row(row: *mut f32, n: usize, token: usize, grad: f32) -> f32 {
+    // SAFETY: the caller's promise, and the token was checked.
+    unsafe {
+        let (most, beyond) = divisor(std::slice::from_raw_parts(row, n));
+        let logp = *row.add(token) - most - beyond;
+        if grad == 0.0 {
+            std::slice::from_raw_parts_mut(row, n).fill(0.0);
+        } else {
+            write_grad(row, n, token, grad, (most, beyond), row);
+        }
+        logp
+    }
+}
+
+/// # Safety
+/// As for `logp_grad_row`.
+#[inline(always)]
+unsafe fn write_grad(row: *const f32, n: usize, token: usize, grad: f32, (most, beyond): (f32, f32), out: *mut f32) {
     let mut i = 0;
     while i + LANES <= n {
         // SAFETY: all elements are loaded before any is stored.

@@ -69,10 +69,22 @@ unsafe fn adamw_part(f: Factors, given: [*const f32; 4], made: [*mut f32; 3], n:
     }
 }
 
+/// A parameter of several whose elements lie one after the other in thought.
+struct Part {
+    /// Its first element there.
+    first: usize,
+    /// Parameter, gradient, moments.
+    given: [Ptr<f32>; 4],
+    /// Parameter, moments.
+    made: [Ptr<f32>; 3],
+}
+
 /// Runs `adamw`.
 pub(super) fn adamw(l: &mut Launch) {
     let Op::Adamw { beta1, beta2, eps, decay } = l.op.op else { panic!("bug: `{}` is no adamw", l.op.op) };
-    let (lr, t, clip): (Ptr<f32>, Ptr<i32>, Ptr<f32>) = (l.arg(4), l.arg(5), l.arg(6));
+    let tensors = l.op.args.len() / 4;
+    let (lr, t, clip): (Ptr<f32>, Ptr<i32>, Ptr<f32>) =
+        (l.arg(4 * tensors), l.arg(4 * tensors + 1), l.arg(4 * tensors + 2));
     // SAFETY: these operands are scalars.
     let (lr, t, clip) = unsafe { (f64::from(*lr.0), f64::from(*t.0), *clip.0) };
     let factors = Factors {
@@ -86,12 +98,25 @@ pub(super) fn adamw(l: &mut Launch) {
         step: (lr / (1.0 - beta1.powf(t))) as f32,
         root: (1.0 / (1.0 - beta2.powf(t)).sqrt()) as f32,
     };
-    let n = l.len(l.op.args[0]);
-    let given: [Ptr<f32>; 4] = [l.arg(0), l.arg(1), l.arg(2), l.arg(3)];
-    let made: [Ptr<f32>; 3] = [l.out(0), l.out(1), l.out(2)];
-    // SAFETY: all buffers hold `n` elements; ranges of threads are apart.
-    l.threads.run(n, 4, |r| unsafe {
-        adamw_part(factors, given.map(|x| x.add(r.start).0.cast_const()), made.map(|x| x.add(r.start).0), r.len());
+    let mut all: Vec<Part> = Vec::with_capacity(tensors);
+    let mut total = 0;
+    for i in 0..tensors {
+        let given = [0, 1, 2, 3].map(|j| l.arg(4 * i + j));
+        all.push(Part { first: total, given, made: [0, 1, 2].map(|j| l.out(3 * i + j)) });
+        total += l.len(l.op.args[4 * i]);
+    }
+    l.threads.run(total, 4, |r| {
+        let ends = all[1..].iter().map(|part| part.first).chain([total]);
+        for (&Part { first, given, made }, end) in all.iter().zip(ends) {
+            let (from, to) = (r.start.max(first), r.end.min(end));
+            if from < to {
+                let at = from - first;
+                // SAFETY: the buffers of a parameter hold all its elements; ranges of threads are apart.
+                unsafe {
+                    adamw_part(factors, given.map(|x| x.add(at).0.cast_const()), made.map(|x| x.add(at).0), to - from);
+                }
+            }
+        }
     });
 }
 

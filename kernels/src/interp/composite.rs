@@ -308,6 +308,7 @@ pub(super) fn position_in(segment: &Tensor) -> Results {
 }
 
 /// Settings of the optimizer.
+#[derive(Clone, Copy)]
 pub(super) struct Adam {
     pub(super) beta1: f64,
     pub(super) beta2: f64,

@@ -96,6 +96,17 @@ pub(crate) fn eval<F: Real>(
 
         Op::Fused { body, .. } => fused::<F>(body, args, &shapes[0], dims),
         Op::Contract { spec } => one(contract::<F>(&Contraction::parse(spec)?, args[0], args[1], &shapes[0])),
+        Op::ContractEach { spec, common } => {
+            let labels = Contraction::parse(spec)?;
+            let pair = |other| if *common == 0 { (args[0], other) } else { (other, args[0]) };
+            let pairs = args[1..].iter().map(|other| pair(*other));
+            Ok(pairs.zip(shapes).map(|((a, b), shape)| contract::<F>(&labels, a, b, shape)).collect())
+        }
+        Op::SumSquares {} => {
+            let square = |x: &&Tensor| floats::<F>(x).iter().fold(F::zero(), |sum, &x| sum + x * x);
+            let sum = args.iter().map(square).reduce(|a, b| a + b);
+            one(tensor(&[], vec![sum.expect("the op has an operand")]))
+        }
         Op::ReduceSum { axes } => one(reduce::<F>(args[0], axes, (F::zero(), |a, b| a + b), (0, i32::wrapping_add))),
         Op::ReduceMax { axes } => {
             one(reduce::<F>(args[0], axes, (F::of(f64::NEG_INFINITY), F::larger), (i32::MIN, Ord::max)))
@@ -117,6 +128,10 @@ pub(crate) fn eval<F: Real>(
 
         Op::Embed {} => composite::embed::<F>(args[0], args[1], &shapes[0]),
         Op::EmbedGrad { .. } => composite::embed_grad::<F>(args[0], args[1], &shapes[0]),
+        Op::AddRows {} => {
+            let rows = composite::embed_grad::<F>(args[1], args[2], &shapes[0])?;
+            arithmetic::<F>(&[args[0], &rows[0]], |a, b| a + b, |a, b| Some(a.wrapping_add(b)))
+        }
         Op::LayerNorm { eps } => composite::layer_norm::<F>(args[0], args[1], args[2], *eps),
         Op::LayerNormGrad { eps } => composite::layer_norm_grad::<F>(args[0], args[1], args[2], *eps),
         Op::RmsNorm { eps } => composite::rms_norm::<F>(args[0], args[1], *eps),
@@ -131,6 +146,7 @@ pub(crate) fn eval<F: Real>(
         }
         Op::TokenLogp {} => composite::token_logp::<F>(args[0], args[1]),
         Op::TokenLogpGrad {} => composite::token_logp_grad::<F>(args[0], args[1], args[2]),
+        Op::HeadLogp {} | Op::HeadLogpGrad { .. } => head::<F>(op, args, shapes),
         Op::PositionIn {} => composite::position_in(args[0]),
 
         Op::Fold { data } => {
@@ -159,7 +175,10 @@ pub(crate) fn eval<F: Real>(
             one(Tensor::i32(&shapes[0], rows.collect::<Result<_, _>>()?))
         }
         Op::Adamw { beta1, beta2, eps, decay } => {
-            composite::adamw::<F>(args, composite::Adam { beta1: *beta1, beta2: *beta2, eps: *eps, decay: *decay })
+            let how = composite::Adam { beta1: *beta1, beta2: *beta2, eps: *eps, decay: *decay };
+            let (each, settings) = args.split_at(args.len() - 3);
+            let made = each.chunks(4).map(|of| composite::adamw::<F>(&[of, settings].concat(), how));
+            Ok(made.collect::<Result<Vec<_>, _>>()?.concat())
         }
         Op::Read { .. } => one(args[0].clone()),
         Op::Write { .. } => Ok(vec![]),
@@ -298,6 +317,25 @@ fn contract<F: Real>(labels: &Contraction, lhs: &Tensor, rhs: &Tensor, shape: &[
         sum
     };
     tensor(shape, outer_l.into_iter().zip(outer_r).map(|(l, r)| sum_at(l, r)).collect())
+}
+
+/// A head's log-probabilities, and the gradients that are wanted, by the ops that they stand for.
+fn head<F: Real>(op: &Op, args: &[&Tensor], shapes: &[Vec<usize>]) -> Result<Vec<Tensor>, String> {
+    let (n, [v, d]) = (args[2].len(), [args[1].shape[0], args[1].shape[1]]);
+    let (x, tokens) = (reshape(args[0], &[n, d]), reshape(args[2], &[n]));
+    let product = |spec: &str, a: &Tensor, b: &Tensor, shape: &[usize]| -> Result<Tensor, String> {
+        Ok(contract::<F>(&Contraction::parse(spec)?, a, b, shape))
+    };
+    let logits = product("nd,vd->nv", &x, args[1], &[n, v])?;
+    let mut all = composite::token_logp::<F>(&logits, &tokens)?;
+    if let Op::HeadLogpGrad { head } = op {
+        let gradient = composite::token_logp_grad::<F>(&logits, &tokens, &reshape(args[3], &[n]))?.remove(0);
+        all.push(product("nv,vd->nd", &gradient, args[1], &[n, d])?);
+        if *head {
+            all.push(product("nv,nd->vd", &gradient, &x, &[v, d])?);
+        }
+    }
+    Ok(all.iter().zip(shapes).map(|(one, shape)| reshape(one, shape)).collect())
 }
 
 fn reduce<F: Real>(

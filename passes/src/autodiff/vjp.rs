@@ -312,6 +312,11 @@ pub fn vjp(
 
         // Derived ops: the passes make them, and autodiff does not meet them.
         Op::EmbedGrad { .. }
+        | Op::AddRows {}
+        | Op::ContractEach { .. }
+        | Op::HeadLogp {}
+        | Op::HeadLogpGrad { .. }
+        | Op::SumSquares {}
         | Op::LayerNormGrad { .. }
         | Op::RmsNormGrad { .. }
         | Op::CachedAttention { .. }

@@ -59,6 +59,9 @@ pub(super) fn remat(op: &Op) -> Remat {
         | Op::Concat { .. }
         | Op::SliceAt { .. }
         | Op::Contract { .. }
+        | Op::ContractEach { .. }
+        | Op::SumSquares {}
+        | Op::AddRows {}
         | Op::ReduceSum { .. }
         | Op::ReduceMax { .. }
         | Op::ReduceMin { .. }
@@ -75,6 +78,8 @@ pub(super) fn remat(op: &Op) -> Remat {
         | Op::AttentionGrad { .. }
         | Op::TokenLogp {}
         | Op::TokenLogpGrad {}
+        | Op::HeadLogp {}
+        | Op::HeadLogpGrad { .. }
         | Op::PositionIn {}
         | Op::Fold { .. }
         | Op::RandomNormal { .. }

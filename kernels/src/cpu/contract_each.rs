@@ -1,0 +1,55 @@
+//! Products with one operand in common, in one launch. Each is computed as if it were alone, so merging changes no bit;
+//! products of a few rows, as decoding has them, are shared out to the threads together.
+
+use dsgc_ir::infer::Contraction;
+use dsgc_ir::{Op, Value};
+
+use super::{Launch, contract, skinny};
+
+/// Runs `contract_each`.
+pub(super) fn run(l: &mut Launch, spec: &str, common: usize) -> Result<(), String> {
+    let few_rows = common == 0 && is_linear(&Contraction::parse(spec)?);
+    let (m, k) = l.rows(l.op.args[0]);
+    let mut products = Vec::new();
+    for (i, &other) in l.op.args[1..].iter().enumerate() {
+        let n = l.shape(other)[0];
+        if few_rows && skinny::fits(m, n, k) {
+            products.push(skinny::Product {
+                size: (m, n, k),
+                x: (l.arg(0), k),
+                w: (l.arg(1 + i), k),
+                out: (l.out(i), n),
+            });
+        } else {
+            alone(l, spec, common, (i, other))?;
+        }
+    }
+    // SAFETY: extents and strides are those of the operands and the results.
+    unsafe { skinny::run_all(l.threads, &products) };
+    Ok(())
+}
+
+/// Whether a product is `x w^T` on the last dim of `x`, as in `btd,vd->btv`.
+fn is_linear(Contraction { lhs, rhs, out }: &Contraction) -> bool {
+    match (lhs.split_last(), &rhs[..], out.split_last()) {
+        (Some((k, rows)), [n, summed], Some((last, lead))) => k == summed && n == last && rows == lead,
+        _ => false,
+    }
+}
+
+/// Runs one of the products.
+fn alone(l: &mut Launch, spec: &str, common: usize, (i, other): (usize, Value)) -> Result<(), String> {
+    let shared = l.op.args[0];
+    let args = if common == 0 { vec![shared, other] } else { vec![other, shared] };
+    let part = l.op.part(Op::Contract { spec: spec.to_string() }, args, i..i + 1);
+    let mut one = Launch {
+        graph: l.graph,
+        op: &part,
+        dims: l.dims,
+        memory: l.memory,
+        threads: l.threads,
+        scratch: l.scratch,
+        region: None,
+    };
+    contract::run(&mut one, spec)
+}
