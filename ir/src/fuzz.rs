@@ -579,8 +579,9 @@ impl<'a> Draw<'a> {
         let mut args: Vec<Value> = [&queries, &keys, &keys, &segment].into_iter().map(|ty| self.value_of(ty)).collect();
         let place = self.value_of(&Type::scalar(DType::I32));
         args.push(self.below(place, columns - new + 1));
-        let scale = self.rng.choose(&[0.5, 1.0]);
-        self.push(Op::CachedAttention { scale }, &args);
+        args.extend(self.slopes(heads * group));
+        let (scale, window) = (self.rng.choose(&[0.5, 1.0]), self.rng.below(3));
+        self.push(Op::CachedAttention { scale, window }, &args);
     }
 
     fn attention(&mut self, grad: bool) {
@@ -594,12 +595,21 @@ impl<'a> Draw<'a> {
         }
         let (causal, scale) = (self.rng.once_in(2), self.rng.choose(&[0.5, 1.0]));
         let mut args: Vec<Value> = [&queries, &keys, &keys, &segment].into_iter().map(|ty| self.value_of(ty)).collect();
-        let forward = self.push(Op::Attention { causal, scale }, &args);
+        let (window, slopes) = (self.rng.below(3), self.slopes(heads * group));
+        args.extend(slopes);
+        let forward = self.push(Op::Attention { causal, scale, window }, &args);
         if grad && !forward.is_empty() {
+            args.truncate(4);
             args.extend(forward);
             args.push(self.value_of(&queries));
-            self.push(Op::AttentionGrad { causal, scale }, &args);
+            args.extend(slopes);
+            self.push(Op::AttentionGrad { causal, scale, window }, &args);
         }
+    }
+
+    /// Slopes of so many heads, or nothing.
+    fn slopes(&mut self, heads: i64) -> Option<Value> {
+        self.rng.once_in(2).then(|| self.value_of(&Type::new(DType::F32, [Dim::from(heads)])))
     }
 
     // Operands.

@@ -10,6 +10,7 @@ use crate::types::{DType, DimList, Type};
 pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, String> {
     let arity_fits = match op.row().arity {
         Arity::Exactly(n) => args.len() == n,
+        Arity::Optional(n) => args.len() == n || args.len() == n + 1,
         Arity::Many => !args.is_empty(),
     };
     if !arity_fits {
@@ -243,7 +244,7 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             }
             one(x.clone())
         }
-        Op::Attention { .. } => attention(op, args),
+        Op::Attention { .. } => attention(op, args, args.get(4)),
         Op::CachedAttention { .. } => {
             let (q, k, v) = (float(op, &args[0])?, float(op, &args[1])?, &args[2]);
             rank(op, q, 4)?;
@@ -251,13 +252,14 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             same(k, v)?;
             same(&args[3], &Type::new(DType::I32, &k.dims[..2]))?;
             place(op, &args[4])?;
+            slopes(q, args.get(5))?;
             if q.dims[0] != k.dims[0] || q.dims[3] != k.dims[3] || !groups(q, k) {
                 return Err(format!("queries {q} and keys {k} do not fit"));
             }
             one(q.clone())
         }
         Op::AttentionGrad { .. } => {
-            let forward = attention(op, &args[..4])?;
+            let forward = attention(op, args, args.get(7))?;
             same(&args[4], &forward[0])?;
             same(&args[5], &forward[1])?;
             same(&args[6], &forward[0])?;
@@ -405,7 +407,8 @@ impl Contraction {
     }
 }
 
-fn attention(op: &Op, args: &[Type]) -> Result<Vec<Type>, String> {
+/// The results of attention over q, k, v and segment, which `args` begin with.
+fn attention(op: &Op, args: &[Type], bias: Option<&Type>) -> Result<Vec<Type>, String> {
     let (q, k, v, segment) = (float(op, &args[0])?, float(op, &args[1])?, &args[2], &args[3]);
     rank(op, q, 4)?;
     rank(op, k, 4)?;
@@ -414,8 +417,14 @@ fn attention(op: &Op, args: &[Type]) -> Result<Vec<Type>, String> {
     if q.dims[..2] != k.dims[..2] || q.dims[3] != k.dims[3] || !groups(q, k) {
         return Err(format!("queries {q} and keys {k} do not fit"));
     }
+    slopes(q, bias)?;
     let lse = Type::new(q.dtype, [q.dims[0].clone(), q.dims[2].clone(), q.dims[1].clone()]);
     Ok(vec![q.clone(), lse])
+}
+
+/// One number per head of the queries, where there are slopes.
+fn slopes(q: &Type, found: Option<&Type>) -> Result<(), String> {
+    found.map_or(Ok(()), |found| same(found, &Type::new(DType::F32, [q.dims[2].clone()])))
 }
 
 /// Whether every head of the keys serves a whole number of heads of the queries.

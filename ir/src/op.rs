@@ -41,6 +41,8 @@ pub enum Class {
 pub enum Arity {
     /// Exactly this many.
     Exactly(usize),
+    /// This many, and one more that may be left out.
+    Optional(usize),
     /// At least one.
     Many,
 }
@@ -212,6 +214,7 @@ macro_rules! ops {
         }
     };
     (@arity many) => { Arity::Many };
+    (@arity [$n:literal]) => { Arity::Optional($n) };
     (@arity $n:literal) => { Arity::Exactly($n) };
 }
 
@@ -395,22 +398,27 @@ ops! {
     Rope "rope" Composite 3 { /// Turns back: the gradient.
         inverse: bool }
     /// `softmax(scale * q k^T) v`: operands q `[B, T, H, D]`, k and v `[B, T, K, D]` with `H` a multiple of `K`
-    /// (grouped queries), segment `i32[B, T]`. A query sees keys of its own segment, not after itself if `causal`.
-    /// Segment 0 is padding: nobody sees it, and it sees all text, as in Hugging Face's models, whose scores on padding
-    /// some losses read. Texts may have branches ([`crate::segment`]). A query that sees nothing gives 0. Results: `[B, T, H, D]`, and the log of the softmax's
-    /// divisor `[B, H, T]` for the gradient.
-    Attention "attention" Composite 4 { /// Whether later keys are hidden.
+    /// (grouped queries), segment `i32[B, T]`, and slopes `f32[H]` or nothing. A query sees keys of its own segment, not
+    /// after itself if `causal`, and less than `window` places away unless that is 0. Segment 0 is padding: nobody sees
+    /// it, and it sees all text, as in Hugging Face's models, whose scores on padding some losses read. Texts may have
+    /// branches ([`crate::segment`]). A query that sees nothing gives 0. With slopes, a head's score is less by its slope times the places between query and key (ALiBi,
+    /// Press et al. 2022). Results: `[B, T, H, D]`, and the log of the softmax's divisor `[B, H, T]` for the gradient.
+    Attention "attention" Composite [4] { /// Whether later keys are hidden.
         causal: bool, /// Factor on the scores.
-        scale: f64 }
-    /// Gradients of [`Op::Attention`] for q, k, v: operands q, k, v, segment, both results, result gradient.
-    AttentionGrad "attention_grad" Composite 7 { /// As in the forward op.
+        scale: f64, /// Keys from this distance on are hidden; 0 for none.
+        window: usize }
+    /// Gradients of [`Op::Attention`] for q, k, v: operands q, k, v, segment, both results, result gradient, and slopes
+    /// where the forward op has them.
+    AttentionGrad "attention_grad" Composite [7] { /// As in the forward op.
         causal: bool, /// As in the forward op.
-        scale: f64 }
+        scale: f64, /// As in the forward op.
+        window: usize }
     /// [`Op::Attention`], causal, of new columns over all columns so far: operands q `[B, Q, H, D]`, k and v
-    /// `[B, C, K, D]`, segment `i32[B, C]`, place `i32[]`. Query `i` stands at column `place + i`; columns after it are
-    /// not read. Result `[B, Q, H, D]`.
-    CachedAttention "cached_attention" Composite 5 { /// Factor on the scores.
-        scale: f64 }
+    /// `[B, C, K, D]`, segment `i32[B, C]`, place `i32[]`, and slopes `f32[H]` or nothing. Query `i` stands at column
+    /// `place + i`; columns after it are not read. Result `[B, Q, H, D]`.
+    CachedAttention "cached_attention" Composite [5] { /// Factor on the scores.
+        scale: f64, /// Keys from this distance on are hidden; 0 for none.
+        window: usize }
     /// Log-probability of a token: operands logits `[.., V]` and tokens `i32[..]`; the softmax is never stored.
     TokenLogp "token_logp" Composite 2 { }
     /// Gradient of [`Op::TokenLogp`] for the logits: operands logits, tokens, result gradient.

@@ -216,7 +216,7 @@ impl<'a> Model<'a> {
         for (_, op) in self.graph.ops() {
             let site = &op.site;
             match &op.op {
-                Op::Attention { scale, .. } => {
+                Op::Attention { scale, window, .. } => {
                     let cached = |suffix: &str, value: Value, graph: &mut Graph, program: &mut Program| {
                         let new = map[&value];
                         let dims = &graph.ty(new).dims;
@@ -233,9 +233,11 @@ impl<'a> Model<'a> {
                     let k = cached("k", op.args[1], &mut graph, program);
                     let v = cached("v", op.args[2], &mut graph, program);
                     let q = map[&op.args[0]];
-                    let attended = Op::CachedAttention { scale: *scale };
+                    let attended = Op::CachedAttention { scale: *scale, window: *window };
+                    let slopes = op.args.get(4).map(|slopes| map[slopes]);
+                    let operands: Vec<Value> = [q, k, v, segment, place].into_iter().chain(slopes).collect();
                     let result = op.results().next().expect("attention has two results");
-                    map.insert(result, one(&mut graph, attended, &[q, k, v, segment, place], None, site));
+                    map.insert(result, one(&mut graph, attended, &operands, None, site));
                     layer += 1;
                 }
                 Op::PositionIn {} => {

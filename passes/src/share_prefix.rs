@@ -192,6 +192,9 @@ fn fits(graph: &Graph, op: &OpData, rows: &Rows, given: &BTreeSet<Value>, inside
                 && labels.lhs[..2] == labels.out[..2]
                 && !labels.rhs.iter().any(|c| labels.lhs[..2].contains(c))
         }
+        // Distances are counted in columns, which ends that follow one another make longer.
+        Op::Attention { window: 1.., .. } => false,
+        Op::Attention { .. } if op.args.len() > 4 => false,
         Op::Attention { causal, .. } => {
             let divisor = op.results().nth(1).expect("attention has two results");
             let used = graph.ops().any(|(_, o)| o.args.contains(&divisor));

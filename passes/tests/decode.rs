@@ -14,7 +14,7 @@ fn text(lines: &str) -> String {
   %qh{n} = reshape %q{n} shape=[B, T, 2, 2]
   %k{n} = contract {x}, %wk spec=btd,ed->bte
   %kh{n} = reshape %k{n} shape=[B, T, 1, 2]
-  %o{n}, %d{n} = attention %qh{n}, %kh{n}, %kh{n}, %segment causal=true scale=0.7
+  %o{n}, %d{n} = attention %qh{n}, %kh{n}, %kh{n}, %segment causal=true scale=0.7 window=0
   %of{n} = reshape %o{n} shape=[B, T, 4]
   {y} = add {x}, %of{n}\n"
         )
@@ -188,14 +188,14 @@ fn what_looks_at_other_columns_is_an_error_that_names_the_op() {
         ),
         (
             "  %h = reshape %z0 shape=[B, T, 2, 2]
-  %o, %d = attention %h, %h, %h, %segment causal=false scale=1.0
+  %o, %d = attention %h, %h, %h, %segment causal=false scale=1.0 window=0
   %z = reshape %o shape=[B, T, 4]",
             "`attention` looks at later columns",
         ),
         (
             "  %h = reshape %z0 shape=[B, T, 2, 2]
   %own = neg %segment
-  %o, %d = attention %h, %h, %h, %own causal=true scale=1.0
+  %o, %d = attention %h, %h, %h, %own causal=true scale=1.0 window=0
   %z = reshape %o shape=[B, T, 4]",
             "`attention` has a mask of its own",
         ),

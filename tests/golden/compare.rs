@@ -145,7 +145,8 @@ impl Golden {
         Ok(Compared { what: "logits".into(), error: relative_error(&text(&logits), &text(&reference), 0.0) })
     }
 
-    fn gradients(&self, on: On) -> Result<Vec<Compared>, String> {
+    /// The loss and every gradient of the first batch.
+    pub fn gradients(&self, on: On) -> Result<Vec<Compared>, String> {
         // In halves, so that gradients stand in their accumulators.
         let mut trainer = self.trainer(on, &["micro_batch_size=2"])?;
         let loss = trainer.backward(&self.batch(0));

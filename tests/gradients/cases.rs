@@ -112,9 +112,14 @@ pub const CASES: &[Case] = &[
     case("rms_norm", "x: f32[2, 2, 3]; w: f32[3]", "", "  %y = rms_norm %x, %w eps=0.5", Any),
     case("rope", "x: f32[2, 3, 2, 4]", "%p: i32[2, 3], %f: f32[2]", "  %y = rope %x, %p, %f inverse=false", Any),
     case("rope", "x: f32[2, 3, 1, 2]", "%p: i32[2, 3], %f: f32[1]", "  %y = rope %x, %p, %f inverse=true", Any),
-    case("attention", HEADS, "%segment: i32[2, 4]", "  %y, %z = attention %q, %k, %v, %segment causal=true scale=0.7", Any),
-    case("attention", HEADS, "%segment: i32[2, 4]", "  %y, %z = attention %q, %k, %v, %segment causal=false scale=1.0", Any),
-    case("attention", GROUPS, "%s: bool[1, 3]", "  %o = eq %s, %s\n  %t = cast %o dtype=i32\n  %y, %z = attention %q, %k, %v, %t causal=true scale=0.5", Any),
+    case("attention", HEADS, "%segment: i32[2, 4]", "  %y, %z = attention %q, %k, %v, %segment causal=true scale=0.7 window=0", Any),
+    case("attention", HEADS, "%segment: i32[2, 4]", "  %y, %z = attention %q, %k, %v, %segment causal=false scale=1.0 window=0", Any),
+    case("attention", GROUPS, "%s: bool[1, 3]", "  %o = eq %s, %s\n  %t = cast %o dtype=i32\n  %y, %z = attention %q, %k, %v, %t causal=true scale=0.5 window=0", Any),
+    case("attention", HEADS, "%segment: i32[2, 4]", "  %y, %z = attention %q, %k, %v, %segment causal=true scale=0.7 window=2", Any),
+    case("attention", HEADS, "%segment: i32[2, 4]", "  %y, %z = attention %q, %k, %v, %segment causal=false scale=0.7 window=2", Any),
+    case("attention", HEADS, "%segment: i32[2, 4], %a: f32[1]", "  %y, %z = attention %q, %k, %v, %segment, %a causal=true scale=0.7 window=0", Any),
+    case("attention", HEADS, "%segment: i32[2, 4], %a: f32[1]", "  %y, %z = attention %q, %k, %v, %segment, %a causal=false scale=0.7 window=3", Any),
+    case("attention", GROUPS, "%s: bool[1, 3], %a: f32[4]", "  %o = eq %s, %s\n  %t = cast %o dtype=i32\n  %y, %z = attention %q, %k, %v, %t, %a causal=true scale=0.5 window=2", Any),
     case("token_logp", "l: f32[2, 3, 4]", "%i: i32[2, 3]", "  %y = token_logp %l, %i", Any),
 ];
 

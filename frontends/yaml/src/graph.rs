@@ -113,7 +113,7 @@ pub struct Test {
     pub tolerance: Option<f64>,
 }
 
-const TYPE_FORM: Form = Form::Choice(&["int", "float", "bool", "str"]);
+const TYPE_FORM: Form = Form::Choice(&["int", "float", "bool", "str", "list"]);
 const TREE: Form = Form::Either(&[Form::Map(&Form::Expr), Form::Expr]);
 
 /// Keys of a graph.
@@ -415,7 +415,8 @@ impl Reader {
     }
 }
 
-const TYPES: [(&str, Type); 4] = [("int", Type::Int), ("float", Type::Float), ("bool", Type::Bool), ("str", Type::Str)];
+const TYPES: [(&str, Type); 5] =
+    [("int", Type::Int), ("float", Type::Float), ("bool", Type::Bool), ("str", Type::Str), ("list", Type::List)];
 
 impl Type {
     /// As it is written.

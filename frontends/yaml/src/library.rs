@@ -30,6 +30,7 @@ macro_rules! entries {
 
 /// All of it.
 pub const ENTRIES: &[Entry] = entries![
+    "models" / "bloom",
     "models" / "llama",
     "models" / "opt",
     "models" / "value",
@@ -38,6 +39,7 @@ pub const ENTRIES: &[Entry] = entries![
     "recipes" / "ppo",
     "recipes" / "dpo",
     "recipes" / "score",
+    "functions" / "positions",
     "functions" / "sequences",
 ];
 

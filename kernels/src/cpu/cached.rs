@@ -1,118 +1,190 @@
-//! Attention of new columns over keys and values of all columns so far: a task per row and head of keys.
+//! Attention of new columns over keys and values of all columns so far.
 //!
-//! One new column reads every key and every value once, which is all that memory must give. Several new columns, such
-//! as those of a prompt, are worked on in blocks of matrix products, as in [`super::attention`]. Columns behind the new
-//! ones hold nothing and are never read.
+//! One new column reads every key and every value that it sees once, column by column as they lie, for all heads of the
+//! range that a thread has: memory must give no more than that. Several new columns, such as those of a prompt, are
+//! worked on in blocks, as in [`super::attention`]. Columns behind the new ones hold nothing and are never read.
 
+use std::ops::Range;
+
+use dsgc_ir::segment;
 use multiversion::multiversion;
 
 use super::Launch;
-use super::attention::{QUERIES, product, softmax_row};
+use super::attention::{self, Heads};
+use super::elementwise::{exp, larger};
 use super::memory::Ptr;
+use super::small::LANES;
 use super::structure::place;
 
-/// Independent sums in a loop.
-const LANES: usize = 16;
+/// Values that are added to a result at once.
+const TOGETHER: usize = 4;
 
-/// Bytes of scores that all threads need at once.
+/// Bytes that all threads need at once.
 pub(super) fn workspace(q: &[usize], k: &[usize], threads: usize) -> usize {
-    threads.max(1) * q[1].min(QUERIES) * k[1] * size_of::<f32>()
-}
-
-/// `scores[s] = scale * q . k[s]`, where keys lie `stride` elements apart.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn score_all(q: &[f32], keys: &[f32], stride: usize, scale: f32, scores: &mut [f32]) {
-    let width = q.len();
-    for (s, score) in scores.iter_mut().enumerate() {
-        let key = &keys[s * stride..][..width];
-        let mut lanes = [0.0f32; LANES];
-        let (x, y) = (q.chunks_exact(LANES), key.chunks_exact(LANES));
-        let tail: f32 = x.remainder().iter().zip(y.remainder()).map(|(a, b)| a * b).sum();
-        for (x, y) in x.zip(y) {
-            for j in 0..LANES {
-                lanes[j] += x[j] * y[j];
-            }
-        }
-        *score = scale * (lanes.iter().sum::<f32>() + tail);
-    }
-}
-
-/// `out = sum of p[s] * v[s]`, where values lie `stride` elements apart.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn mix_all(p: &[f32], values: &[f32], stride: usize, out: &mut [f32]) {
-    let width = out.len();
-    out.fill(0.0);
-    for (s, &p) in p.iter().enumerate() {
-        for (out, v) in out.iter_mut().zip(&values[s * stride..][..width]) {
-            *out += p * v;
-        }
-    }
+    let one = threads.max(1) * q[2] * k[1] * size_of::<f32>();
+    if q[1] > 1 { one.max(attention::workspace(q[3], false, threads)) } else { one }
 }
 
 /// Runs `cached_attention`.
-pub(super) fn run(l: &mut Launch, scale: f32) -> Result<(), String> {
-    let (q_shape, k_shape) = (l.shape(l.op.args[0]), l.shape(l.op.args[1]));
-    let [rows, new, heads, width] = [q_shape[0], q_shape[1], q_shape[2], q_shape[3]];
-    let (columns, groups) = (k_shape[1], k_shape[2]);
-    let before = place(l, 4, new, columns)?;
-    let (q, k, v): (Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.arg(2));
-    let (segments, out): (Ptr<i32>, Ptr<f32>) = (l.arg(3), l.out(0));
-    let scratch: Ptr<f32> = l.workspace();
-    let block = new.min(QUERIES);
-    let (q_stride, k_stride) = (heads * width, groups * width);
-    if rows * new * heads * width == 0 {
+pub(super) fn run(l: &mut Launch, scale: f64, window: usize) -> Result<(), String> {
+    let (q, k) = (l.shape(l.op.args[0]), l.shape(l.op.args[1]));
+    let first = place(l, 4, q[1], k[1])?;
+    let heads = Heads { first, ..Heads::new(l, 5, true, scale, window) };
+    if heads.is_empty() {
         return Ok(());
     }
-    let per_group = heads / groups;
-    let task = |row: usize, group: usize, thread: usize| {
-        // SAFETY: offsets come from the shapes of the operands; a task writes the results of its own row and heads, and
-        // uses the workspace of its own thread.
-        unsafe {
-            let segments = segments.slice(row * columns, columns);
-            let base = row * columns * k_stride + group * width;
-            let scores = scratch.add(thread * block * columns);
-            for head in group * per_group..(group + 1) * per_group {
-                for first in (0..new).step_by(block) {
-                    let queries = block.min(new - first);
-                    let keys = before + first + queries;
-                    let at = (row * new + first) * q_stride + head * width;
-                    // From the first element of the first key to the last of the last.
-                    let reach = (keys - 1) * k_stride + width;
-                    if queries == 1 {
-                        let scores = scores.slice_mut(0, keys);
-                        score_all(q.slice(at, width), k.slice(base, reach), k_stride, scale, scores);
-                    } else {
-                        let key = (k.add(base), 1, k_stride);
-                        let size = (queries, keys, width);
-                        product(size, (scores, keys, 1), false, (q.add(at), q_stride, 1), key, scale);
-                    }
-                    for i in 0..queries {
-                        let line = scores.slice_mut(i * keys, keys);
-                        let t = before + first + i;
-                        let (_, sum) = softmax_row(line, &segments[..keys], segments[t], t, true);
-                        let inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
-                        line.iter_mut().for_each(|p| *p *= inverse);
-                    }
-                    if queries == 1 {
-                        mix_all(scores.slice(0, keys), v.slice(base, reach), k_stride, out.slice_mut(at, width));
-                    } else {
-                        let size = (queries, width, keys);
-                        let value = (v.add(base), k_stride, 1);
-                        product(size, (out.add(at), q_stride, 1), false, (scores, keys, 1), value, 1.0);
-                    }
-                }
-            }
-        }
-    };
-    let tasks = rows * groups;
-    let parts = l.threads.count().min(tasks.max(1));
-    let weight = 4 * (before + new) * new * width * per_group;
-    l.threads.run(parts, weight * tasks / parts, |r| {
-        for part in r {
-            for at in tasks * part / parts..tasks * (part + 1) / parts {
-                task(at / groups, at % groups, part);
+    match heads.queries {
+        1 => step(l, &heads),
+        _ => heads.forward(l, None),
+    }
+    Ok(())
+}
+
+/// One new column: each thread some heads of keys, of one row after the other.
+fn step(l: &mut Launch, h: &Heads) {
+    let (out, scratch): (Ptr<f32>, Ptr<f32>) = (l.out(0), l.workspace());
+    let tasks = h.rows * h.groups;
+    let parts = l.threads.count().min(tasks);
+    let weight = 4 * (h.first + 1) * h.width * h.heads * h.rows;
+    l.threads.run(parts, weight / parts, |range| {
+        for part in range {
+            let (mut at, end) = (tasks * part / parts, tasks * (part + 1) / parts);
+            while at < end {
+                let row = at / h.groups;
+                let groups = at % h.groups..h.groups.min(at % h.groups + end - at);
+                at += groups.len();
+                // SAFETY: a thread writes the results of its own rows and heads, and uses a workspace of its own.
+                unsafe { attend(h, row, groups, out, scratch.add(part * h.heads * h.columns)) }
             }
         }
     });
-    Ok(())
+}
+
+/// Runs of keys that a query of the segment `own` sees, which is the last place.
+fn runs(segments: &[i32], own: i32, from: usize) -> impl Iterator<Item = Range<usize>> {
+    let sees = move |s: usize| segment::sees(own, segments[s]);
+    let mut at = from;
+    std::iter::from_fn(move || {
+        let begin = (at..segments.len()).find(|&s| sees(s))?;
+        at = (begin..segments.len()).find(|&s| !sees(s)).unwrap_or(segments.len());
+        Some(begin..at)
+    })
+}
+
+/// The result of some heads of a row.
+///
+/// # Safety
+/// Nobody else uses these results or the workspace, of a score per head and column.
+unsafe fn attend(h: &Heads, row: usize, groups: Range<usize>, out: Ptr<f32>, scores: Ptr<f32>) {
+    let (width, stride, shared) = (h.width, h.k_stride(), h.heads / h.groups);
+    let (heads, at) = (groups.len() * shared, row * h.heads + groups.start * shared);
+    // SAFETY: the caller's, and offsets come from the shapes of the operands.
+    unsafe {
+        let segments = &h.segments_of(row)[..=h.first];
+        let from = if h.window == 0 { 0 } else { (h.first + 1).saturating_sub(h.window) };
+        let own = segments[h.first];
+        let seen: usize = runs(segments, own, from).map(|run| run.len()).sum();
+        let (q, out) = (h.q.slice(at * width, heads * width), out.slice_mut(at * width, heads * width));
+        let scores = scores.slice_mut(0, heads * seen);
+        // From the first element that these heads use of a run of columns to the last.
+        let lines = |x: Ptr<f32>, run: &Range<usize>| {
+            let begin = (row * h.columns + run.start) * stride + groups.start * width;
+            x.slice(begin, (run.len() - 1) * stride + groups.len() * width)
+        };
+        let mut done = 0;
+        for run in runs(segments, own, from) {
+            score(q, lines(h.k, &run), (stride, width, shared), h.scale, &mut scores[done..], seen);
+            done += run.len();
+        }
+        for (head, line) in scores.chunks_exact_mut(seen.max(1)).enumerate() {
+            let slope = h.slope(groups.start * shared + head);
+            if slope != 0.0 {
+                let places = runs(segments, own, from).flatten();
+                line.iter_mut().zip(places).for_each(|(score, s)| *score -= slope * (h.first - s) as f32);
+            }
+            soften(line);
+        }
+        out.fill(0.0);
+        let mut done = 0;
+        for run in runs(segments, own, from) {
+            mix(&scores[done..], seen, lines(h.v, &run), (stride, width, shared), out);
+            done += run.len();
+        }
+    }
+}
+
+/// The sum of all lanes, by halves.
+#[inline(always)]
+fn folded(mut lanes: [f32; LANES]) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for j in 0..half {
+            lanes[j] += lanes[j + half];
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// `scores[head * seen + s] = scale * q[head] . k[s]`: keys lie `stride` elements apart, and `shared` heads use the same.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn score(
+    q: &[f32],
+    keys: &[f32],
+    (stride, width, shared): (usize, usize, usize),
+    scale: f32,
+    scores: &mut [f32],
+    seen: usize,
+) {
+    let whole = width / LANES * LANES;
+    for (s, key) in keys.chunks(stride).enumerate() {
+        for (head, q) in q.chunks_exact(width).enumerate() {
+            let key = &key[head / shared * width..][..width];
+            let mut lanes = [0.0f32; LANES];
+            for (x, y) in q.chunks_exact(LANES).zip(key.chunks_exact(LANES)) {
+                for j in 0..LANES {
+                    lanes[j] += x[j] * y[j];
+                }
+            }
+            let tail: f32 = q[whole..].iter().zip(&key[whole..]).map(|(a, b)| a * b).sum();
+            scores[head * seen + s] = scale * (folded(lanes) + tail);
+        }
+    }
+}
+
+/// Scores to probabilities.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn soften(scores: &mut [f32]) {
+    let most = scores.iter().fold(f32::NEG_INFINITY, |a, &b| larger(a, b));
+    let mut sums = [0.0f32; LANES];
+    for chunk in scores.chunks_mut(LANES) {
+        for (score, sum) in chunk.iter_mut().zip(&mut sums) {
+            *score = exp(*score - most);
+            *sum += *score;
+        }
+    }
+    let inverse = 1.0 / folded(sums);
+    scores.iter_mut().for_each(|p| *p *= inverse);
+}
+
+/// `out[head] += sum of p[head * seen + s] * v[s]`, laid out as for `score`.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn mix(p: &[f32], seen: usize, values: &[f32], (stride, width, shared): (usize, usize, usize), out: &mut [f32]) {
+    for (block, values) in values.chunks(TOGETHER * stride).enumerate() {
+        for (head, out) in out.chunks_exact_mut(width).enumerate() {
+            let p = &p[head * seen + block * TOGETHER..];
+            let value = |i: usize| &values[i * stride + head / shared * width..][..width];
+            if values.len() > (TOGETHER - 1) * stride {
+                let (p, v) = ([p[0], p[1], p[2], p[3]], [value(0), value(1), value(2), value(3)]);
+                for d in 0..width {
+                    out[d] = (((out[d] + p[0] * v[0][d]) + p[1] * v[1][d]) + p[2] * v[2][d]) + p[3] * v[3][d];
+                }
+            } else {
+                for i in 0..values.len().div_ceil(stride) {
+                    let v = value(i);
+                    (0..width).for_each(|d| out[d] += p[i] * v[d]);
+                }
+            }
+        }
+    }
 }

@@ -20,6 +20,7 @@ mod norm;
 mod parallel;
 mod reduce;
 mod skinny;
+mod small;
 mod structure;
 mod tokens;
 mod update;
@@ -77,8 +78,8 @@ impl Target for CpuTarget {
             Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),
             Op::Fused { shape, body } => fused::workspace(shape, body, args, self.threads),
             Op::CachedAttention { .. } => cached::workspace(&shape(0), &shape(1), self.threads),
-            Op::Attention { .. } => attention::workspace(&shape(0), false, self.threads),
-            Op::AttentionGrad { .. } => attention::workspace(&shape(0), true, self.threads),
+            Op::Attention { .. } => attention::workspace(shape(0).last().copied().unwrap_or(0), false, self.threads),
+            Op::AttentionGrad { .. } => attention::workspace(shape(0).last().copied().unwrap_or(0), true, self.threads),
             _ => 0,
         }
     }
@@ -272,11 +273,11 @@ impl Launch<'_> {
                 norm::backward(self, *eps);
                 Ok(())
             }
-            Op::Attention { causal, scale } => {
-                attention::forward(self, *causal, *scale as f32);
+            Op::Attention { causal, scale, window } => {
+                attention::forward(self, *causal, *scale, *window);
                 Ok(())
             }
-            Op::CachedAttention { scale } => cached::run(self, *scale as f32),
+            Op::CachedAttention { scale, window } => cached::run(self, *scale, *window),
             Op::RmsNorm { eps } => {
                 norm::rms_forward(self, *eps);
                 Ok(())
@@ -296,8 +297,8 @@ impl Launch<'_> {
             Op::Sample { temperature, top_k, top_p } => {
                 tokens::sample(self, &Sampling { temperature: *temperature, top_k: *top_k, top_p: *top_p })
             }
-            Op::AttentionGrad { causal, scale } => {
-                attention::backward(self, *causal, *scale as f32);
+            Op::AttentionGrad { causal, scale, window } => {
+                attention::backward(self, *causal, *scale, *window);
                 Ok(())
             }
             Op::Embed {} => tokens::embed(self),

@@ -1,12 +1,12 @@
 //! The composites, by their formulas.
 
 use dsgc_ir::Tensor;
-use dsgc_ir::segment::{counts, sees};
+use dsgc_ir::segment::counts;
 
-use super::eval::{floats, ints, place, tensor};
+use super::eval::{floats, ints, tensor};
 use super::real::Real;
 
-type Results = Result<Vec<Tensor>, String>;
+pub(super) type Results = Result<Vec<Tensor>, String>;
 
 /// The row of a table, or why there is none.
 fn row_of(index: i32, rows: usize, what: &str) -> Result<usize, String> {
@@ -48,7 +48,7 @@ fn moments<F: Real>(row: &[F], eps: f64) -> (F, F) {
     (mean, F::of(1.0) / (variance + F::of(eps)).sqrt())
 }
 
-fn sum<F: Real>(all: impl Iterator<Item = F>) -> F {
+pub(super) fn sum<F: Real>(all: impl Iterator<Item = F>) -> F {
     all.fold(F::zero(), |a, b| a + b)
 }
 
@@ -138,132 +138,6 @@ pub(super) fn rope<F: Real>(x: &Tensor, positions: &Tensor, freq: &Tensor, inver
         }
     }
     Ok(vec![tensor(&x.shape, out)])
-}
-
-/// `q, k, v, segment, place -> result`: causal attention of the columns from `place` on.
-pub(super) fn cached_attention<F: Real>(args: &[&Tensor], scale: f64) -> Results {
-    let (q, k, v, segment) = (floats::<F>(args[0]), floats::<F>(args[1]), floats::<F>(args[2]), ints(args[3]));
-    let [rows, new, heads, width] = [0, 1, 2, 3].map(|i| args[0].shape[i]);
-    let (columns, groups) = (args[1].shape[1], args[1].shape[2]);
-    let first = place(args[4], new, columns)?;
-    let mut out = vec![F::zero(); q.len()];
-    for (b, t, h) in (0..rows).flat_map(|b| (0..new).flat_map(move |t| (0..heads).map(move |h| (b, t, h)))) {
-        let query = ((b * new + t) * heads + h) * width;
-        let own = segment[b * columns + first + t];
-        let seen: Vec<usize> = (0..=first + t).filter(|&s| sees(own, segment[b * columns + s])).collect();
-        if seen.is_empty() {
-            continue;
-        }
-        let key = |s: usize| ((b * columns + s) * groups + h / (heads / groups)) * width;
-        let score = |s: usize| F::of(scale) * sum((0..width).map(|i| q[query + i] * k[key(s) + i]));
-        let scores: Vec<F> = seen.iter().map(|&s| score(s)).collect();
-        let most = scores.iter().fold(F::of(f64::NEG_INFINITY), |a, &b| a.larger(b));
-        let divisor = sum(scores.iter().map(|&s| (s - most).exp()));
-        for (&s, &score) in seen.iter().zip(&scores) {
-            let (p, value) = ((score - most).exp() / divisor, key(s));
-            for i in 0..width {
-                out[query + i] = out[query + i] + p * v[value + i];
-            }
-        }
-    }
-    Ok(vec![tensor(&args[0].shape, out)])
-}
-
-/// What attention and its gradient have in common: which query sees which key, and where their rows begin.
-pub(super) struct Heads<'a> {
-    /// `B`, `T`, `H` (heads of queries), `K` (heads of keys), `D`.
-    extents: [usize; 5],
-    segment: &'a [i32],
-    causal: bool,
-    scale: f64,
-}
-
-impl<'a> Heads<'a> {
-    pub(super) fn new(q: &Tensor, k: &Tensor, segment: &'a Tensor, causal: bool, scale: f64) -> Heads<'a> {
-        let extents = [q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3]];
-        Heads { extents, segment: ints(segment), causal, scale }
-    }
-
-    /// The places of the keys that the query at `t` of row `b` sees: its own text, or from padding all text.
-    fn seen(&self, b: usize, t: usize) -> Vec<usize> {
-        let places = self.extents[1];
-        let own = self.segment[b * places + t];
-        let end = if self.causal { t + 1 } else { places };
-        (0..end).filter(|&s| sees(own, self.segment[b * places + s])).collect()
-    }
-
-    /// Every `(row, query head, place)`.
-    fn queries(&self) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
-        let [rows, places, heads, _, _] = self.extents;
-        (0..rows).flat_map(move |b| (0..heads).flat_map(move |h| (0..places).map(move |t| (b, h, t))))
-    }
-
-    /// Where the query begins.
-    fn query(&self, b: usize, t: usize, h: usize) -> usize {
-        let [_, places, heads, _, width] = self.extents;
-        ((b * places + t) * heads + h) * width
-    }
-
-    /// Where the key of a query head begins: `H / K` query heads in a row share one.
-    fn key(&self, b: usize, s: usize, h: usize) -> usize {
-        let [_, places, heads, groups, width] = self.extents;
-        ((b * places + s) * groups + h / (heads / groups)) * width
-    }
-
-    fn dot<F: Real>(&self, a: &[F], at: usize, b: &[F], bt: usize) -> F {
-        sum((0..self.extents[4]).map(|i| a[at + i] * b[bt + i]))
-    }
-
-    /// `q, k, v, segment -> result, log of the divisor`. Rows that see nothing are 0 in both.
-    pub(super) fn forward<F: Real>(&self, args: &[&Tensor]) -> Results {
-        let (q, k, v) = (floats::<F>(args[0]), floats::<F>(args[1]), floats::<F>(args[2]));
-        let [rows, places, heads, _, width] = self.extents;
-        let mut out = vec![F::zero(); q.len()];
-        let mut log_divisor = vec![F::zero(); rows * heads * places];
-        for (b, h, t) in self.queries() {
-            let (seen, query) = (self.seen(b, t), self.query(b, t, h));
-            if seen.is_empty() {
-                continue;
-            }
-            let scores: Vec<F> =
-                seen.iter().map(|&s| F::of(self.scale) * self.dot(q, query, k, self.key(b, s, h))).collect();
-            let most = scores.iter().fold(F::of(f64::NEG_INFINITY), |a, &b| a.larger(b));
-            let divisor = sum(scores.iter().map(|&s| (s - most).exp()));
-            for (&s, &score) in seen.iter().zip(&scores) {
-                let (p, value) = ((score - most).exp() / divisor, self.key(b, s, h));
-                for i in 0..width {
-                    out[query + i] = out[query + i] + p * v[value + i];
-                }
-            }
-            log_divisor[(b * heads + h) * places + t] = most + divisor.ln();
-        }
-        Ok(vec![tensor(&args[0].shape, out), tensor(&[rows, heads, places], log_divisor)])
-    }
-
-    /// `q, k, v, segment, result, log of the divisor, gradient -> dq, dk, dv`, with `p = exp(score - log divisor)`:
-    /// `dv = p g`, `ds = p (g v - g result)`, `dq = scale ds k`, `dk = scale ds q`.
-    pub(super) fn backward<F: Real>(&self, args: &[&Tensor]) -> Results {
-        let (q, k, v) = (floats::<F>(args[0]), floats::<F>(args[1]), floats::<F>(args[2]));
-        let (out, log_divisor, grad) = (floats::<F>(args[4]), floats::<F>(args[5]), floats::<F>(args[6]));
-        let [_, places, heads, _, width] = self.extents;
-        let scale = F::of(self.scale);
-        let (mut dq, mut dk, mut dv) = (vec![F::zero(); q.len()], vec![F::zero(); k.len()], vec![F::zero(); v.len()]);
-        for (b, h, t) in self.queries() {
-            let query = self.query(b, t, h);
-            let delta = self.dot(grad, query, out, query);
-            for s in self.seen(b, t) {
-                let key = self.key(b, s, h);
-                let p = (scale * self.dot(q, query, k, key) - log_divisor[(b * heads + h) * places + t]).exp();
-                let ds = scale * p * (self.dot(grad, query, v, key) - delta);
-                for i in 0..width {
-                    dv[key + i] = dv[key + i] + p * grad[query + i];
-                    dq[query + i] = dq[query + i] + ds * k[key + i];
-                    dk[key + i] = dk[key + i] + ds * q[query + i];
-                }
-            }
-        }
-        Ok(vec![tensor(&args[0].shape, dq), tensor(&args[1].shape, dk), tensor(&args[2].shape, dv)])
-    }
 }
 
 /// The log of the softmax's divisor of a row.

@@ -10,11 +10,11 @@ use dsgc_ir::infer::Contraction;
 use dsgc_ir::stage::Sampling;
 use dsgc_ir::{Bindings, Body, DType, Data, Dim, Op, Tensor};
 
-use super::composite;
 use super::real::Real;
 use super::structure::{
     around, broadcast, choose, concat, offsets, replaced, reshape, strides, transpose, window, zeros,
 };
+use super::{attention, composite};
 use crate::random;
 use crate::sample::choose as choose_token;
 
@@ -137,12 +137,12 @@ pub(crate) fn eval<F: Real>(
         Op::RmsNorm { eps } => composite::rms_norm::<F>(args[0], args[1], *eps),
         Op::RmsNormGrad { eps } => composite::rms_norm_grad::<F>(args[0], args[1], args[2], *eps),
         Op::Rope { inverse } => composite::rope::<F>(args[0], args[1], args[2], *inverse),
-        Op::CachedAttention { scale } => composite::cached_attention::<F>(args, *scale),
-        Op::Attention { causal, scale } => {
-            composite::Heads::new(args[0], args[1], args[3], *causal, *scale).forward::<F>(args)
+        Op::CachedAttention { scale, window } => attention::cached::<F>(args, *scale, *window),
+        Op::Attention { causal, scale, window } => {
+            attention::Heads::<F>::new(args, *causal, *scale, *window).forward(args)
         }
-        Op::AttentionGrad { causal, scale } => {
-            composite::Heads::new(args[0], args[1], args[3], *causal, *scale).backward::<F>(args)
+        Op::AttentionGrad { causal, scale, window } => {
+            attention::Heads::<F>::new(args, *causal, *scale, *window).backward(args)
         }
         Op::TokenLogp {} => composite::token_logp::<F>(args[0], args[1]),
         Op::TokenLogpGrad {} => composite::token_logp_grad::<F>(args[0], args[1], args[2]),

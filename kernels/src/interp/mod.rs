@@ -18,6 +18,7 @@ use crate::{Device, bind};
 
 pub mod apart;
 mod arena;
+mod attention;
 mod composite;
 mod eval;
 mod real;

@@ -1,8 +1,9 @@
 //! What tests of ops share: programs from text, tensors from numbers, and a run in every mode of the interpreter.
 
-use dsgc_ir::verify::Planned;
-use dsgc_ir::{Bindings, DType, Data, Program, Tensor, Type, parse};
+use dsgc_ir::verify::{Fault, Planned};
+use dsgc_ir::{Arena, Bindings, DType, Data, Program, Target, Tensor, Type, parse};
 use dsgc_kernels::Device;
+use dsgc_kernels::cpu::CpuTarget;
 use dsgc_kernels::interp::apart::plan_apart;
 use dsgc_kernels::interp::{Interp, Precision};
 
@@ -54,6 +55,31 @@ pub fn modes(program: &Program) -> Vec<(&'static str, f64, Interp)> {
         ("f32 in the arena", 2e-6, Interp::planned(planned(), Precision::F32)),
         ("f64 in the arena", 1e-11, Interp::planned(planned(), Precision::F64)),
     ]
+}
+
+/// Every value apart from all others, with the workspaces that the CPU asks for.
+pub fn plan(program: &Program, threads: usize) -> Planned {
+    try_plan(program, threads).unwrap_or_else(|fault| panic!("{fault}\n{program}"))
+}
+
+/// The plan, or why such a plan cannot be: where the old value of a state is used after a write, it needs a copy.
+pub fn try_plan(program: &Program, threads: usize) -> Result<Planned, Fault> {
+    let target = CpuTarget { threads };
+    let mut planned = plan_apart(program.clone());
+    let mut arena = Arena { scratch: 0, ..planned.arena };
+    for graph in &mut planned.graphs {
+        let bounds = graph.upper_bounds();
+        graph.scratch = graph
+            .ops()
+            .map(|(_, op)| {
+                let types: Vec<Type> = op.args.iter().map(|&a| graph.ty(a).clone()).collect();
+                target.workspace(&op.op, &types, &bounds)
+            })
+            .collect();
+        arena.scratch = graph.scratch.iter().copied().fold(arena.scratch, usize::max);
+    }
+    planned.arena = arena;
+    Planned::new(planned)
 }
 
 /// Whether two numbers are equal within a tolerance, relative above 1; NaN equals NaN.

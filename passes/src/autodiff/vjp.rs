@@ -298,12 +298,18 @@ pub fn vjp(
                 return Err("the frequencies of `rope` have no gradient".into());
             }
         }
-        Op::Attention { causal, scale } => {
+        // Slopes are settings, as frequencies are.
+        Op::Attention { causal, scale, window } => {
             if dys[1].is_some() {
                 return Err("the divisor of `attention` has no gradient".into());
             }
-            let operands = [args[0], args[1], args[2], args[3], results[0], results[1], dy];
-            let all = b.push(Op::AttentionGrad { causal: *causal, scale: *scale }, &operands);
+            if args.len() > 4 && want(4) {
+                return Err("the slopes of `attention` have no gradient".into());
+            }
+            let forward = [args[0], args[1], args[2], args[3], results[0], results[1], dy];
+            let operands = [&forward[..], &args[4..]].concat();
+            let grad = Op::AttentionGrad { causal: *causal, scale: *scale, window: *window };
+            let all = b.push(grad, &operands);
             for (grad, value) in grads.iter_mut().zip(all) {
                 *grad = Some(value);
             }

@@ -128,7 +128,7 @@ pub const BUILTINS: &[Builtin] = &[
     special("layer_norm", &["x", "weight=", "bias=", "eps="], layers::layer_norm, "(x - mean) / sqrt(variance + eps) * weight + bias over the last dim; of a group, those that exist"),
     special("rms_norm", &["x", "weight=", "eps="], layers::rms_norm, "x / sqrt(mean(x ** 2) + eps) * weight over the last dim; of a group, `.weight`"),
     special("rope", &["x", "positions", "freq"], layers::rope, "rotary positions for [B, T, heads, D]: the pair x[i], x[i + D / 2] turns by the angle position * freq[i]"),
-    special("attention", &["q", "k", "v", "segment", "causal=", "scale="], layers::attention, "softmax(scale * q k^T) v for [B, T, heads, head_dim]; places see their own segment only, 0 is padding; the scale is head_dim ** -0.5 unless given"),
+    special("attention", &["q", "k", "v", "segment", "causal=", "scale=", "window=", "slopes="], layers::attention, "softmax(scale * q k^T) v for [B, T, heads, head_dim]; places see their own segment only, 0 is padding, and with a window those less than so many places away; the scale is head_dim ** -0.5 unless given; slopes per head times the distance are taken from the scores (`alibi_slopes`)"),
     special("position_in", &["segment"], layers::position_in, "the place of each token inside its text, from 0"),
     special("token_logp", &["logits", "tokens"], layers::token_logp, "log-probability of each token under the softmax of its logits"),
 ];

@@ -5,7 +5,7 @@ use dsgc_ir::{DType, Dim, Op, Value};
 
 use super::R;
 use super::builtins::Call;
-use super::rules::{Low, flag, number};
+use super::rules::{Low, flag, number, whole};
 use super::value::{ParamRef, Val};
 
 pub(super) fn embed(low: Low<'_, '_>, call: &Call) -> R<Val> {
@@ -144,7 +144,11 @@ pub(super) fn attention(low: Low<'_, '_>, call: &Call) -> R<Val> {
         }
     };
     let causal = flag(low, call, "causal")?;
-    low.op(call.span, Op::Attention { causal, scale }, &args).map(Val::Tensor)
+    let window = call.get("window").map_or(Ok(0), |window| whole(low, window))?;
+    if let Some(slopes) = call.get("slopes") {
+        args.push((low.tensor_of(slopes, DType::F32)?, slopes.span));
+    }
+    low.op(call.span, Op::Attention { causal, scale, window }, &args).map(Val::Tensor)
 }
 
 pub(super) fn position_in(low: Low<'_, '_>, call: &Call) -> R<Val> {

@@ -339,6 +339,19 @@ pub(super) fn number(low: Low<'_, '_>, arg: &Arg) -> R<f64> {
     }
 }
 
+/// How many, where that is known when the file is read.
+pub(super) fn whole(low: Low<'_, '_>, arg: &Arg) -> R<usize> {
+    if let Val::Static(Constant::Int(n)) = &arg.value
+        && let Ok(n) = usize::try_from(*n)
+    {
+        return Ok(n);
+    }
+    let found = low.describe(&arg.value);
+    let diag =
+        Diag::error(format!("found {found}, expected a whole number from 0 that is known when the file is read"));
+    low.fail(diag.label(arg.span, ""))
+}
+
 pub(super) fn cumsum(low: Low<'_, '_>, call: &Call) -> R<Val> {
     let x = low.numeric(call.arg("x"))?;
     let rank = low.ty(x).rank();
