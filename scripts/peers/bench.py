@@ -58,7 +58,8 @@ class Bench:
     def __init__(self, options):
         self.options, self.program = options, Path(options.dsgc).resolve()
         self.cache = Path(options.cache).resolve()
-        self.folder = Path(tempfile.mkdtemp(prefix="dsgc-bench-"))
+        self.place = tempfile.TemporaryDirectory(prefix="dsgc-bench-")
+        self.folder = Path(self.place.name)
         # Half of the machine's speed on CPUs of AMD: MKL asks this function whether the CPU is Intel's.
         source, self.preload = self.folder / "intel.c", self.folder / "libintel.so"
         source.write_text("int mkl_serv_intel_cpu_true(void) { return 1; }\n")
@@ -264,7 +265,10 @@ def main():
     document = {"machine": workload.machine(bench.program), "threads": options.threads, "rounds": options.rounds,
                 "steps": options.steps, "rows": []}
     for name in options.cases or names:
-        document["rows"].append(bench.case(name) if name in CASES else bench.compile(name))
+        try:
+            document["rows"].append(bench.case(name) if name in CASES else bench.compile(name))
+        except RuntimeError as why:
+            sys.exit(f"error: {name}: {why}")
         document["versions"] = bench.versions
     print(json.dumps(document, indent=1) if options.json else table(document))
 
