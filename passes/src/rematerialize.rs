@@ -31,7 +31,7 @@ use dsgc_ir::{Builder, Class, Graph, OpId, Phase, Program, Site, Target, Value};
 use crate::fuse::fuse;
 use crate::order::order;
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
-use crate::plan_memory::{limit, persistent_bytes, planned_bytes, scratch_bytes};
+use crate::plan_memory::{limit, persistent_bytes, planned_bytes, scratch_bytes, too_large};
 use crate::rebuild::{Rebuild, without_dead_ops};
 use body::{Bodies, Group};
 
@@ -53,7 +53,7 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
 }
 
 fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies: &mut Bodies) -> Graph {
-    if graph.ops().all(|(_, op)| op.site.phase == Phase::Forward) {
+    if graph.ops().all(|(_, op)| op.site.phase == Phase::Forward) || too_large(graph).is_some() {
         return graph.clone();
     }
     let groups = bodies.groups(graph);
