@@ -108,7 +108,9 @@ fn check(program: &Program, after: &str) {
 
 #[test]
 fn inner_layers_are_equal_after_every_pass() {
-    for set in ["sft.micro_batch_size=4", "sft.micro_batch_size=2", "sft.lora_r=2 sft.lora_dropout=0.1"] {
+    let lora = "sft.lora_r=2 sft.lora_dropout=0.1";
+    let again = "sft.lora_r=2 sft.lora_dropout=0.1 compile.gradient_checkpointing=true";
+    for set in ["sft.micro_batch_size=4", "sft.micro_batch_size=2", lora, again] {
         let options = Options { sets: set.split(' ').map(String::from).collect(), ..Options::default() };
         let loaded = load(Path::new("p.yaml"), &options, &Files).unwrap_or_else(|e| panic!("{:#?}", e.diags));
         let program = loaded.stages.into_iter().next().expect("there is a stage");

@@ -21,7 +21,7 @@ use dsgc_ir::verify::{last_uses, root};
 use dsgc_ir::{Bindings, Graph, Op, OpId, Program, StateId, Target, Value};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
-use crate::plan_memory::live_bytes;
+use crate::plan_memory::{live_bytes, too_large};
 use crate::rebuild::Rebuild;
 
 /// The pass.
@@ -62,6 +62,9 @@ pub(crate) struct Better {
 
 /// The graph in the best order that is found, if it is better than its own.
 pub(crate) fn order(graph: &Graph, program: &Program, target: &dyn Target) -> Option<Better> {
+    if too_large(graph).is_some() {
+        return None;
+    }
     let work = Work::of(graph);
     let same: Vec<OpId> = graph.ops().map(|(id, _)| id).collect();
     let late = work.late();
@@ -170,7 +173,7 @@ impl Work {
     }
 
     /// Ops with which more dies than they make, as early as they can run and still be the last use; if `tiny`, also those
-    /// that make a number only, which may be the last that keeps another op from that.
+    /// that make a number or nothing, which may be the last that keeps another op from that.
     fn early(&self, order: &[OpId], tiny: bool) -> Vec<OpId> {
         let mut place = vec![0; order.len()];
         order.iter().enumerate().for_each(|(i, op)| place[op.0 as usize] = i);
@@ -180,7 +183,7 @@ impl Work {
         let mut behind = place.clone();
         for op in order {
             let at = op.0 as usize;
-            let gains = self.freed[at] > self.born[at] || tiny && self.born[at] <= TINY && self.born[at] > 0;
+            let gains = self.freed[at] > self.born[at] || tiny && self.born[at] <= TINY;
             if gains && !comes_along(at) {
                 let needs = self.after[at].iter().chain(&self.mourners[at]).map(|n| n.0 as usize);
                 let earliest = needs.filter(|&n| place[n] < place[at] && !comes_along(n)).map(|n| behind[n]).max();

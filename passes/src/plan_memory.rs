@@ -95,8 +95,11 @@ fn workspaces(graph: &Graph, target: &dyn Target) -> Vec<usize> {
 }
 
 /// Most bytes of values that are in use during one op, as [`run`] counts them: what lies in the place of something else
-/// counts once. No plan is smaller.
+/// counts once. No plan is smaller. Of a graph that no plan can have it is the most that a number holds.
 pub fn live_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
+    if too_large(graph).is_some() {
+        return usize::MAX;
+    }
     let graph = with_copies(graph, program);
     peak(&Storages::new(&graph, program, target).all).0
 }
@@ -115,7 +118,7 @@ fn types(graph: &Graph, values: &[Value]) -> Vec<Type> {
 const LARGEST: usize = 1 << 42;
 
 /// The first value of a graph that is larger than any plan can have it.
-fn too_large(graph: &Graph) -> Option<Diag> {
+pub(crate) fn too_large(graph: &Graph) -> Option<Diag> {
     let bounds = graph.upper_bounds();
     let bytes = |v: Value| graph.ty(v).bytes(&bounds).expect("the verifier saw that every dim is declared");
     let value = graph.values().find(|&v| bytes(v) > LARGEST)?;

@@ -32,7 +32,7 @@ use crate::fuse::fuse;
 use crate::merge::merge;
 use crate::order::order;
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
-use crate::plan_memory::{limit, persistent_bytes, planned_bytes, scratch_bytes};
+use crate::plan_memory::{limit, persistent_bytes, planned_bytes, scratch_bytes, too_large};
 use crate::rebuild::{Rebuild, without_dead_ops};
 use body::{Bodies, Group};
 
@@ -54,7 +54,7 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
 }
 
 fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies: &mut Bodies) -> Graph {
-    if graph.ops().all(|(_, op)| op.site.phase == Phase::Forward) {
+    if graph.ops().all(|(_, op)| op.site.phase == Phase::Forward) || too_large(graph).is_some() {
         return graph.clone();
     }
     let groups = bodies.groups(graph);

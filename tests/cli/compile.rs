@@ -25,7 +25,10 @@ fn the_report_adds_up() {
 
         let passes = stage["passes"].as_array().expect("passes");
         let names: Vec<&str> = passes.iter().filter_map(|p| p["pass"].as_str()).collect();
-        has(&names.join(" "), &["infer", "canonicalize", "simplify", "autodiff", "plan_memory"]);
+        has(
+            &names.join(" "),
+            &["infer", "canonicalize", "simplify", "autodiff", "rematerialize", "order", "plan_memory"],
+        );
         for pair in passes.windows(2) {
             for what in ["ops", "kernels", "bytes", "live_bytes"] {
                 assert_eq!(pair[0][format!("{what}_after")], pair[1][format!("{what}_before")], "{what}");
@@ -143,6 +146,26 @@ fn the_table_of_memory_fills_the_regions_of_the_report() {
         &place.out(&["compile", "pipeline.yaml", "--emit", "memory"]),
         &["parameters and state", "@model/", "graph @model.loss", "f32["],
     );
+}
+
+#[test]
+fn memory_can_be_had_for_time() {
+    let place = Workplace::new();
+    let peak = |sets: &[&str]| {
+        let args: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        let report = json(&place, &[&["--stage", "more"], &args[..]].concat()).remove(0);
+        report["memory"]["peak"].as_u64().expect("bytes")
+    };
+    let (kept, least) = (peak(&[]), peak(&["compile.gradient_checkpointing=true"]));
+    assert!(least < kept, "{least} of {kept}");
+    let limit = format!("compile.max_memory={} KiB", kept.midpoint(least).div_ceil(1024));
+    assert!((least..=kept.midpoint(least) + 1024).contains(&peak(&[&limit])));
+    let changes = ["compile", "pipeline.yaml", "--stage", "more", "--emit", "changes", "--set", &limit];
+    has(&place.out(&changes), &["rematerialize: @model.loss.step, model.decoder.layers 0: keeps ", "for the gradient"]);
+    let refused = |limit: &str| place.refused(&["compile", "pipeline.yaml", "--stage", "more", "--set", limit]);
+    let missed = refused("compile.max_memory=100KiB");
+    has(&missed, &["needs at least", "`max_memory` allows 100.00 KiB", "parameters and state", "micro_batch_size"]);
+    has(&refused("compile.max_memory=2"), &["found `2` as `max_memory`, expected a size", "2GiB"]);
 }
 
 #[test]

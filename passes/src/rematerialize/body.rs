@@ -11,6 +11,9 @@ use super::class::{Remat, remat};
 use super::cut::{self, Cut, Problem};
 use crate::fuse::is_step;
 
+/// Time of an op that takes longer than anybody waits; so that the times of a layer can be added up.
+const LONGEST: u64 = 1 << 50;
+
 /// The forward ops of a layer, or those outside of all layers.
 pub(super) struct Group {
     pub(super) tag: Option<Tag>,
@@ -153,7 +156,8 @@ impl<'a> Users<'a> {
         let args: Vec<&Type> = op.args.iter().map(|&a| self.graph.ty(a)).collect();
         let results: Vec<Value> = op.results().collect();
         let results: Vec<&Type> = results.iter().map(|&r| self.graph.ty(r)).collect();
-        Some(time(&op.op, &args, &results, &self.bounds).expect("the verifier saw that every dim is declared"))
+        let time = time(&op.op, &args, &results, &self.bounds).expect("the verifier saw that every dim is declared");
+        Some(time.min(LONGEST))
     }
 
     /// Whether all that can ask for an op's result is elementwise, so that the op becomes a step of a region: the
