@@ -12,8 +12,9 @@ pub(super) fn run(l: &mut Launch, spec: &str, common: usize) -> Result<(), Strin
     let (m, k) = l.rows(l.op.args[0]);
     let mut products = Vec::new();
     for (i, &other) in l.op.args[1..].iter().enumerate() {
-        let n = l.shape(other)[0];
-        if few_rows && skinny::fits(m, n, k) {
+        // The matrix has rows if its product is linear.
+        let n = if few_rows { l.shape(other)[0] } else { 0 };
+        if skinny::fits(m, n, k) {
             products.push(skinny::Product {
                 size: (m, n, k),
                 x: (l.arg(0), k),
