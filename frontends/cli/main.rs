@@ -8,6 +8,7 @@ mod console;
 mod device;
 mod host;
 mod plan_text;
+mod profile;
 mod progress;
 mod report;
 
