@@ -11,6 +11,7 @@ use dsgc_yaml::load::FolderModel;
 
 use crate::console::{Failure, say_part};
 use crate::device::DeviceName;
+use crate::profile;
 
 /// How the next token is chosen, and where.
 #[derive(clap::Args)]
@@ -43,20 +44,24 @@ fn probability(text: &str) -> Result<f64, String> {
 }
 
 impl SamplingArgs {
-    /// The model, planned for `length` tokens of which up to `most` are read at once.
+    /// The model, planned for `length` tokens of which up to `most` are read at once; its launches measured if asked for.
     pub fn open(
         &self,
         model: FolderModel<'_>,
         folder: &Path,
         length: usize,
         most: usize,
+        profiled: bool,
     ) -> Result<Generator, Failure> {
         let sampling = Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p };
         let mut program = model.generation(length, most, sampling)?;
         program.stage.seed = self.seed;
         let target = self.device.target();
         let planned = dsgc_passes::compile(program, &PassContext::new(target.as_ref()), &mut |_| {})?;
-        let device = self.device.open(planned.clone())?;
+        let mut device = self.device.open(planned.clone())?;
+        if profiled {
+            profile::begin(device.as_mut())?;
+        }
         Ok(Generator::open(planned, device, folder)?)
     }
 }

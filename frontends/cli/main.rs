@@ -9,6 +9,7 @@ mod device;
 mod host;
 mod measure;
 mod plan_text;
+mod profile;
 mod progress;
 mod report;
 

@@ -14,7 +14,7 @@ use crate::types::Type;
 
 /// Floating-point operations that a device does while it moves a byte: 487 GFLOP/s beside 57 GB/s on two cores of a
 /// Zen 5. Graphics cards have more of both, in about the same proportion.
-const FLOPS_PER_BYTE: u64 = 8;
+pub const FLOPS_PER_BYTE: u64 = 8;
 
 /// Bytes that a device moves while it starts a kernel: a few hundred nanoseconds on a CPU.
 const BYTES_PER_LAUNCH: u64 = 16 << 10;

@@ -9,8 +9,11 @@ use dsgc_ir::{Bindings, Graph, StateId, Tensor};
 
 pub mod cpu;
 pub mod interp;
+mod profile;
 pub mod random;
 pub mod sample;
+
+pub use profile::Launches;
 
 /// A planned program with its state, ready to run.
 pub trait Device {
@@ -31,6 +34,28 @@ pub trait Device {
 
     /// Gives memory that holds nothing between two runs back to the system, until the next run needs it.
     fn rest(&mut self) {}
+
+    /// The same as [`Device::run`] for some of the outputs: the others need not leave the device.
+    fn run_for(
+        &mut self,
+        graph: &str,
+        inputs: &[(&str, &Tensor)],
+        wanted: &[&str],
+    ) -> Result<Vec<(String, Tensor)>, Diag> {
+        let mut outputs = self.run(graph, inputs)?;
+        outputs.retain(|(name, _)| wanted.contains(&name.as_str()));
+        Ok(outputs)
+    }
+
+    /// Measures launches from now on; whether the device can. Until then it costs nothing.
+    fn measure(&mut self) -> bool {
+        false
+    }
+
+    /// What was measured; nothing where the device does not measure.
+    fn measured(&self) -> Vec<Launches> {
+        Vec::new()
+    }
 }
 
 /// The values of a graph's symbols from the shapes of its inputs, checked against the declared types and ranges.

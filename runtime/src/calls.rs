@@ -18,15 +18,28 @@ pub type Named = BTreeMap<String, Tensor>;
 pub fn call(device: &mut dyn Device, program: &Program, graph: &str, given: &[&Named]) -> Result<Named, Diag> {
     let graph = graph_named(program, graph);
     let prefixes = prefixes(program, graph, given)?;
-    let given = [given, &[&prefixes]].concat();
-    let inputs: Vec<(&str, &Tensor)> = graph
-        .inputs()
-        .filter_map(|v| {
-            let name = graph.name_of(v);
-            given.iter().find_map(|g| g.get(name)).map(|tensor| (name, tensor))
-        })
-        .collect();
-    Ok(device.run(&graph.name, &inputs)?.into_iter().collect())
+    Ok(device.run(&graph.name, &inputs_of(graph, &[given, &[&prefixes]].concat()))?.into_iter().collect())
+}
+
+/// The same for some of the outputs.
+pub(crate) fn call_for(
+    device: &mut dyn Device,
+    program: &Program,
+    graph: &str,
+    given: &[&Named],
+    wanted: &[&str],
+) -> Result<Named, Diag> {
+    let graph = graph_named(program, graph);
+    Ok(device.run_for(&graph.name, &inputs_of(graph, given), wanted)?.into_iter().collect())
+}
+
+/// Those of the given tensors that a graph names.
+fn inputs_of<'a>(graph: &'a Graph, given: &[&'a Named]) -> Vec<(&'a str, &'a Tensor)> {
+    let named = |v| {
+        let name = graph.name_of(v);
+        given.iter().find_map(|g| g.get(name)).map(|tensor| (name, tensor))
+    };
+    graph.inputs().filter_map(named).collect()
 }
 
 /// The inputs that say after how many columns some sequences differ; see [`dsgc_ir::stage::Prefix`].

@@ -84,6 +84,21 @@ impl Decoder {
         self.segment.chunks_mut(self.width).for_each(|row| row[columns..].fill(0));
     }
 
+    /// Adds columns, as [`Decoder::extend`], and gives the tokens alone: scores stay in the device.
+    #[allow(clippy::too_many_arguments)] // Those of `extend`.
+    pub fn tokens(
+        &mut self,
+        device: &mut dyn Device,
+        program: &Program,
+        tokens: &[i32],
+        segment: &[i32],
+        key: Key,
+        row: &[i32],
+    ) -> Result<Vec<i32>, Diag> {
+        let mut outputs = self.add(device, program, (tokens, segment), key, row, &["token"])?;
+        Ok(chosen(&mut outputs))
+    }
+
     /// Adds columns: `tokens` and `segment` are `[B, Q]`, row-major, with segment 0 where there is none. `row` numbers
     /// the rows for sampling: what is drawn depends on the key, this number and the column only.
     ///
@@ -97,6 +112,21 @@ impl Decoder {
         key: Key,
         row: &[i32],
     ) -> Result<Next, Diag> {
+        let mut outputs = self.add(device, program, (tokens, segment), key, row, &["token", "logits"])?;
+        let logits = outputs.remove("logits").unwrap_or_else(|| panic!("bug: decoding does not give `logits`"));
+        Ok(Next { logits, tokens: chosen(&mut outputs) })
+    }
+
+    /// Adds columns and gives the outputs that are wanted.
+    fn add(
+        &mut self,
+        device: &mut dyn Device,
+        program: &Program,
+        (tokens, segment): (&[i32], &[i32]),
+        key: Key,
+        row: &[i32],
+        wanted: &[&str],
+    ) -> Result<Named, Diag> {
         let (rows, columns) = (self.rows, tokens.len() / self.rows);
         if columns > self.room() || columns > self.most {
             let most = self.room().min(self.most);
@@ -113,12 +143,17 @@ impl Decoder {
             ("key".to_string(), Tensor::key(key)),
             ("row".to_string(), Tensor::i32(&[rows], row.to_vec())),
         ]);
-        let mut outputs = calls::call(device, program, graph, &[&inputs])?;
+        let outputs = calls::call_for(device, program, graph, &[&inputs], wanted)?;
         self.place += columns;
-        match (outputs.remove("logits"), outputs.remove("token").map(|t| t.data)) {
-            (Some(logits), Some(Data::I32(tokens))) => Ok(Next { logits, tokens }),
-            _ => panic!("bug: @{graph} does not give `logits` and `token`"),
-        }
+        Ok(outputs)
+    }
+}
+
+/// The tokens among what decoding gives.
+fn chosen(outputs: &mut Named) -> Vec<i32> {
+    match outputs.remove("token").map(|t| t.data) {
+        Some(Data::I32(tokens)) => tokens,
+        _ => panic!("bug: decoding does not give `token`"),
     }
 }
 
@@ -160,7 +195,7 @@ pub(crate) fn generate(
         let row: Vec<i32> = (group[0]..group[0] + decoder.rows()).map(|answer| answer as i32).collect();
         let mut live: Vec<bool> = (0..decoder.rows()).map(|i| i < group.len()).collect();
         for column in 0..generate.max_new_tokens {
-            let next = decoder.extend(device, program, &tokens, &segment, key, &row)?.tokens;
+            let next = decoder.tokens(device, program, &tokens, &segment, key, &row)?;
             for (i, &answer) in group.iter().enumerate().filter(|(i, _)| live[*i]) {
                 result.tokens[answer * total + width + column] = next[i];
                 result.segment[answer * total + width + column] = 1;

@@ -44,6 +44,11 @@ impl Generator {
         Ok(Generator { program, device, decoder, seen: Vec::new(), key, vocab })
     }
 
+    /// What runs it.
+    pub fn device(&self) -> &dyn Device {
+        self.device.as_ref()
+    }
+
     /// Whether the model knows all of these tokens.
     pub fn check(&self, tokens: &[i32]) -> Result<(), Diag> {
         match tokens.iter().find(|t| usize::try_from(**t).map_or(true, |t| t >= self.vocab)) {
@@ -68,9 +73,9 @@ impl Generator {
         let mut next = None;
         for piece in tokens[kept..].chunks(self.decoder.most()) {
             let segment = vec![1; piece.len()];
-            let made = self.decoder.extend(self.device.as_mut(), &self.program, piece, &segment, self.key, &[0])?;
+            let made = self.decoder.tokens(self.device.as_mut(), &self.program, piece, &segment, self.key, &[0])?;
             self.seen.extend(piece);
-            next = made.tokens.first().copied();
+            next = made.first().copied();
         }
         Ok(next.expect("there is at least one piece"))
     }

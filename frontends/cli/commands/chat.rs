@@ -55,7 +55,7 @@ pub fn run(args: &Args) -> Done {
     };
     let context = model.positions().unwrap_or(usize::MAX).min(args.context as usize);
     let ends = end_tokens(&args.model)?;
-    let generator = args.sampling.open(model, &args.model, context, AT_ONCE.min(context))?;
+    let generator = args.sampling.open(model, &args.model, context, AT_ONCE.min(context), false)?;
     let most = args.max_new_tokens as usize;
     let template = ChatTemplate::new(text, &tokenizer);
     let mut chat = Chat { tokenizer: &tokenizer, template, ends, generator, context, most, said: Vec::new() };

@@ -10,6 +10,7 @@ use super::Done;
 use crate::answers::{Printer, SamplingArgs};
 use crate::console::say;
 use crate::host::Disk;
+use crate::profile;
 
 /// Arguments of `dsgc generate`.
 #[derive(clap::Args)]
@@ -25,6 +26,9 @@ pub struct Args {
     /// Most tokens of the answer, which ends earlier at an end token; 128 unless given, or what the model has room for.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     max_new_tokens: Option<u32>,
+    /// Print after the answer which ops took how long.
+    #[arg(long)]
+    profile: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -61,7 +65,7 @@ pub fn run(args: &Args) -> Done {
     }
     let ends = end_tokens(&args.model)?;
     let length = tokens.len() + new;
-    let mut generator = args.sampling.open(model, &args.model, length, tokens.len().min(AT_ONCE))?;
+    let mut generator = args.sampling.open(model, &args.model, length, tokens.len().min(AT_ONCE), args.profile)?;
     let begin = tokens.len();
     let mut printer = tokenizer.as_ref().map(Printer::new);
     while tokens.len() < length {
@@ -77,6 +81,9 @@ pub fn run(args: &Args) -> Done {
     match printer {
         Some(printer) => drop(printer.end()?),
         None => say(tokens[begin..].iter().map(i32::to_string).collect::<Vec<_>>().join(",")),
+    }
+    if args.profile {
+        profile::show(generator.device());
     }
     Ok(())
 }

@@ -11,6 +11,7 @@ use dsgc_yaml::load::{Loaded, Options};
 use super::{Done, PipelineArgs, plan};
 use crate::console::{Failure, say};
 use crate::device::DeviceName;
+use crate::profile;
 use crate::progress::Progress;
 
 /// Arguments of `dsgc run`.
@@ -22,6 +23,9 @@ pub struct Args {
     /// goes away.
     #[arg(long, conflicts_with = "stage")]
     smoke: bool,
+    /// Print after each stage which ops took how long.
+    #[arg(long)]
+    profile: bool,
 }
 
 /// Runs the command.
@@ -30,7 +34,7 @@ pub fn run(args: &Args) -> Done {
         return smoke(args);
     }
     let (loaded, device) = args.pipeline.open()?;
-    train(&loaded, device)
+    train(&loaded, device, args.profile)
 }
 
 /// Tries the pipeline.
@@ -47,7 +51,7 @@ fn smoke(args: &Args) -> Done {
         // Two steps from random weights reach nothing.
         stage.stage.require.clear();
     }
-    train(&loaded, device)?;
+    train(&loaded, device, args.profile)?;
     let names: Vec<&str> = loaded.stages.iter().map(|p| p.stage.name.as_str()).collect();
     say(format_args!(
         "smoke: {} ran on small models and a few rows ({:.1} s); nothing of it is kept",
@@ -58,7 +62,7 @@ fn smoke(args: &Args) -> Done {
 }
 
 /// Runs all stages.
-fn train(loaded: &Loaded, device: DeviceName) -> Done {
+fn train(loaded: &Loaded, device: DeviceName, profiled: bool) -> Done {
     // All stages are compiled before the first one runs: an error of the last must not cost the time of the others.
     let mut stages = Vec::new();
     for program in &loaded.stages {
@@ -69,7 +73,10 @@ fn train(loaded: &Loaded, device: DeviceName) -> Done {
         let fail = |diags| Failure::new(diags, &loaded.sources);
         let mut progress = Progress::new(&stage);
         let before = compile_time();
-        let opened = device.open(planned.clone())?;
+        let mut opened = device.open(planned.clone())?;
+        if profiled {
+            profile::begin(opened.as_mut())?;
+        }
         progress.compiled(compile_time() - before);
         let mut session = Session::open(planned, opened, &mut |event| {
             progress.show(event);
@@ -84,6 +91,10 @@ fn train(loaded: &Loaded, device: DeviceName) -> Done {
             Ok(())
         };
         session.run(&mut observer).map_err(|e| fail(vec![e]))?;
+        if profiled {
+            say(format_args!("profile of {}", stage.name));
+            profile::show(session.device());
+        }
     }
     Ok(())
 }

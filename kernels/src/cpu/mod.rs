@@ -26,6 +26,7 @@ mod tokens;
 mod update;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use dsgc_ir::diag::Diag;
 use dsgc_ir::op::Class;
@@ -33,7 +34,8 @@ use dsgc_ir::stage::Sampling;
 use dsgc_ir::verify::last_uses;
 use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, StateId, Target, Tensor, Type, Value};
 
-use crate::{Device, bind};
+use crate::profile::Profile;
+use crate::{Device, Launches, bind};
 pub use fused::{CompileTime, compile_time};
 use memory::{ALIGNMENT, Memory, Ptr};
 use parallel::Threads;
@@ -98,6 +100,8 @@ pub struct Cpu {
     regions: Vec<Vec<Option<Arc<fused::Region>>>>,
     /// Per graph and op, buffers that hold nothing any more afterwards; only where dead values are poisoned.
     dead: Option<Vec<Vec<Vec<Buffer>>>>,
+    /// Counters of launches, while somebody wants them.
+    profile: Option<Profile>,
 }
 
 impl Cpu {
@@ -122,7 +126,7 @@ impl Cpu {
         }
         let memory = Memory::new(program.arena);
         let regions = fused::load(&program.graphs);
-        Cpu { memory, threads: Threads::new(threads), regions, dead: None, program: Arc::new(program) }
+        Cpu { memory, threads: Threads::new(threads), regions, dead: None, profile: None, program: Arc::new(program) }
     }
 
     /// The same, with all memory that holds nothing filled with NaN: a wrong plan shows in the results.
@@ -176,6 +180,38 @@ impl Device for Cpu {
     }
 
     fn run(&mut self, name: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag> {
+        self.run_graph(name, inputs, None)
+    }
+
+    fn run_for(
+        &mut self,
+        name: &str,
+        inputs: &[(&str, &Tensor)],
+        wanted: &[&str],
+    ) -> Result<Vec<(String, Tensor)>, Diag> {
+        self.run_graph(name, inputs, Some(wanted))
+    }
+
+    fn measure(&mut self) -> bool {
+        self.profile = Some(Profile::default());
+        true
+    }
+
+    fn measured(&self) -> Vec<Launches> {
+        self.profile.as_ref().map_or(Vec::new(), |profile| profile.launches(&self.program.graphs))
+    }
+}
+
+impl Cpu {
+    /// Runs a graph; all outputs, or those that are wanted.
+    fn run_graph(
+        &mut self,
+        name: &str,
+        inputs: &[(&str, &Tensor)],
+        wanted: Option<&[&str]>,
+    ) -> Result<Vec<(String, Tensor)>, Diag> {
+        let now = |profile: &Option<Profile>| profile.as_ref().map(|_| Instant::now());
+        let begun = now(&self.profile);
         let program = Arc::clone(&self.program);
         let Some(at) = program.graphs.iter().position(|g| g.name == name) else {
             return Err(Diag::error(format!("the program has no graph @{name}")));
@@ -194,6 +230,7 @@ impl Device for Cpu {
             if self.dead.is_some() {
                 self.memory.poison_region(Region::Scratch);
             }
+            let started = now(&self.profile);
             let (scratch, region) = (graph.scratch[id.0 as usize], self.regions[at][id.0 as usize].as_deref());
             let mut launch =
                 Launch { graph, op, dims: &dims, memory: &mut self.memory, threads: &self.threads, scratch, region };
@@ -201,6 +238,9 @@ impl Device for Cpu {
                 let what = format!("`{}` in graph @{}: {why}", op.op.name(), graph.name);
                 Diag::error(what).label(op.site.loc.span, "")
             })?;
+            if let (Some(profile), Some(started)) = (&mut self.profile, started) {
+                profile.launched((at, id.0), graph, op, &dims, started.elapsed());
+            }
             for &buffer in self.dead.iter().flat_map(|graphs| &graphs[at][id.0 as usize]) {
                 self.memory.poison(buffer);
             }
@@ -210,7 +250,12 @@ impl Device for Cpu {
             let buffer = graph.buffer(*value).expect("a planned program has a buffer for every value");
             (name.clone(), self.memory.read(buffer, graph.ty(*value).dtype, &shape))
         };
-        Ok(graph.outputs.iter().map(read).collect())
+        let wanted = |(name, _): &&(String, Value)| wanted.is_none_or(|all| all.contains(&name.as_str()));
+        let outputs = graph.outputs.iter().filter(wanted).map(read).collect();
+        if let (Some(profile), Some(begun)) = (&mut self.profile, begun) {
+            profile.ran(at, begun.elapsed());
+        }
+        Ok(outputs)
     }
 }
 
