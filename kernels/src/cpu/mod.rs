@@ -12,6 +12,7 @@ mod cached;
 mod contract;
 mod elementwise;
 mod fused;
+mod gemm;
 mod memory;
 mod norm;
 mod parallel;
@@ -57,7 +58,8 @@ impl Target for CpuTarget {
     fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize {
         let shape = |i: usize| args[i].shape(bounds).unwrap_or_default();
         match op {
-            Op::Contract { .. } | Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. } => {
+            Op::Contract { spec } => contract::workspace(spec, &shape(0), &shape(1), self.threads),
+            Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. } => {
                 reduce::workspace(shape(0).iter().product())
             }
             Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),
