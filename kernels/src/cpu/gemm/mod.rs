@@ -21,6 +21,7 @@ mod tests;
 use std::ops::Range;
 
 use half::bf16;
+use multiversion::multiversion;
 
 use super::memory::Ptr;
 use super::parallel::Threads;
@@ -36,15 +37,17 @@ struct Most {
     /// Lanes and bytes of the shared operand.
     lanes: usize,
     bytes: usize,
-    /// Longest sum that is one chain of blocks; longer ones are sums of results.
+    /// Longest sum that is one chain of blocks, where sums are not in the result; longer ones are sums of results.
     k: usize,
 }
 
 /// Of all threads together, whose shared panels stay in the last-level cache.
-const TEAM: Most = Most { lanes: 2048, bytes: 16 << 20, k: 64 * 1024 };
+const TEAM: Most = Most { lanes: 2048, bytes: 8 << 20, k: 64 * 1024 };
 /// Of a thread alone, beside others: in its second-level cache.
 const ALONE: Most = Most { lanes: 512, bytes: 1 << 20, k: 8 * 1024 };
 
+/// Units along `k` that are packed at a time where lanes are neighbours.
+const ROWS: usize = 16;
 /// Most lanes of a panel.
 const WIDEST: usize = 32;
 
@@ -115,14 +118,14 @@ impl<T> Matrix<T> {
 /// threads, or of one by each.
 pub(super) fn workspace(left: usize, right: usize, out: usize, threads: usize) -> usize {
     let longest = left.max(right);
-    let team = shared_bytes(longest, TEAM) + threads * own_bytes(longest, out, TEAM);
+    let team = shared_bytes(longest, TEAM) + threads * own_bytes(longest, out, TEAM) + whole_bytes(out, TEAM);
     team.max(threads * workspace_alone(left, right, out))
 }
 
 /// Bytes of workspace for a product by one thread; a multiple of 64.
 pub(super) fn workspace_alone(left: usize, right: usize, out: usize) -> usize {
     let longest = left.max(right);
-    shared_bytes(longest, ALONE) + own_bytes(longest, out, ALONE)
+    shared_bytes(longest, ALONE) + own_bytes(longest, out, ALONE) + whole_bytes(out, ALONE)
 }
 
 /// Bytes of the shared panels, of an operand of so many elements. A panel that is not full is at most [`WIDEST`] times
@@ -137,6 +140,12 @@ fn own_bytes(elements: usize, out: usize, most: Most) -> usize {
     panels + sums_bytes(out, most)
 }
 
+/// Bytes of the sums of a whole result, if they are few enough to be kept.
+fn whole_bytes(out: usize, most: Most) -> usize {
+    (out * 4).min(most.bytes).next_multiple_of(64)
+}
+
+/// Bytes of the sums of a block.
 fn sums_bytes(out: usize, most: Most) -> usize {
     (out * 4).min(CHUNK * most.lanes * 4).next_multiple_of(64)
 }
@@ -195,8 +204,9 @@ struct Side<T> {
     lanes: usize,
     lane: usize,
     k: usize,
-    /// Lanes of a panel.
+    /// Lanes of a panel, and what packs it.
     width: usize,
+    packer: micro::Pack<T>,
 }
 
 impl<T: Element> Side<T> {
@@ -204,17 +214,25 @@ impl<T: Element> Side<T> {
         self.lanes.div_ceil(self.width)
     }
 
-    /// Packs `k` elements from `from` on of one panel, which takes `width` times the units of `k`.
+    /// Packs `k` elements from `from` on of some panels, each of which takes `width` times the units of `k`.
     ///
     /// # Safety
-    /// There is room for it, and nobody else reads or writes there.
-    unsafe fn pack(&self, micro: &Micro<T>, panel: usize, from: usize, k: usize, to: Ptr<u32>) {
-        let first = panel * self.width;
-        let lanes = (self.lanes - first).min(self.width);
-        // SAFETY: the operand has these lanes; the caller's.
-        unsafe {
-            let at = self.at.add(first * self.lane + from * self.k).0.cast_const();
-            (micro.pack)(pack::Panel { at, lane: self.lane, k_stride: self.k, lanes, width: self.width, k }, to.0);
+    /// There is room for them, and nobody else reads or writes there.
+    unsafe fn pack(&self, panels: Range<usize>, from: usize, k: usize, depth: usize, to: Ptr<u32>) {
+        let size = self.width * k.div_ceil(depth);
+        // Where lanes are neighbours, a line of the cache holds those of several panels: a few lines at a time.
+        let step = if self.lane == 1 { ROWS * depth } else { k.max(1) };
+        for at in (0..k).step_by(step) {
+            for (i, panel) in panels.clone().enumerate() {
+                let first = panel * self.width;
+                let (lanes, k) = ((self.lanes - first).min(self.width), step.min(k - at));
+                // SAFETY: the operand has these lanes; the caller's.
+                unsafe {
+                    let place = self.at.add(first * self.lane + (from + at) * self.k).0.cast_const();
+                    let to = to.add(i * size + at / depth * self.width);
+                    (self.packer)(pack::Panel { at: place, lane: self.lane, next: self.k, lanes, k }, to.0);
+                }
+            }
         }
     }
 }
@@ -236,13 +254,22 @@ struct Blocks<'a, T, O> {
 impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
     fn new(product: Product<'a, T, O>, micro: &'a Micro<T>) -> Self {
         let ((m, n, k), left, right) = (product.size, product.left, product.right);
-        let left = Side { at: left.at, lanes: m, lane: left.row, k: left.column, width: micro.rows };
-        let right = Side { at: right.at, lanes: n, lane: right.column, k: right.row, width: micro.columns };
+        let left =
+            Side { at: left.at, lanes: m, lane: left.row, k: left.column, width: micro.rows, packer: micro.pack[0] };
+        let right = Side {
+            at: right.at,
+            lanes: n,
+            lane: right.column,
+            k: right.row,
+            width: micro.columns,
+            packer: micro.pack[1],
+        };
         // More panels are cut more evenly.
         let columns = right.panels() > left.panels();
         let (shared, own) = if columns { (left, right) } else { (right, left) };
         let most = if product.threads.is_some() { TEAM } else { ALONE };
-        let units = k.min(most.k).div_ceil(micro.depth);
+        let k = if O::WIDE && product.out.column == 1 { k } else { k.min(most.k) };
+        let units = k.div_ceil(micro.depth);
         let depth = units.div_ceil(units.div_ceil(DEPTH).max(1)) * micro.depth;
         Blocks { product, micro, shared, own, columns, most, depth }
     }
@@ -250,14 +277,47 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
     /// # Safety
     /// As for [`Product::run`].
     unsafe fn run(&self) {
-        let (_, _, k) = self.product.size;
-        let units = k.min(self.most.k).div_ceil(self.micro.depth);
-        let lanes = (self.most.bytes / (4 * units.max(1))).min(self.most.lanes);
-        let panels = lanes / self.shared.width;
+        let Product { size: (m, n, k), accumulate, scratch, out, .. } = self.product;
+        let (bytes, units) = (whole_bytes(m * n, self.most), k.div_ceil(self.micro.depth));
+        // A long sum of few results is cheaper with all sums in the workspace.
+        if !self.direct() && bytes >= m * n * 4 && self.shared.lanes * units * 4 > self.most.bytes {
+            let sums = Matrix { at: Ptr(scratch.0.cast::<f32>()), row: n, column: 1 };
+            let Product { threads, left, right, .. } = self.product;
+            // SAFETY: the workspace begins with room for these sums; every row is written once.
+            unsafe {
+                let scratch = scratch.add(bytes);
+                let wide = Product { threads, size: (m, n, k), left, right, out: sums, accumulate: false, scratch };
+                Blocks::new(wide, self.micro).run();
+                let rows = |rows: Range<usize>| finish_rows(sums.from(rows.start, 0).at, n, out, (rows, 0), accumulate);
+                return match threads {
+                    Some(threads) => threads.run(m, n, rows),
+                    None => rows(0..m),
+                };
+            }
+        }
+        // SAFETY: the caller's.
+        unsafe { self.run_blocks() }
+    }
+
+    /// # Safety
+    /// As for [`Product::run`].
+    unsafe fn run_blocks(&self) {
+        let (k, width) = (self.product.size.2, self.shared.width);
+        // Where sums are in the result, a long `k` can be cut between any two blocks; elsewhere few lanes of the shared
+        // operand are packed at a time.
+        let lanes = (self.shared.panels() * width).min(self.most.lanes);
+        let (lanes, longest) = if self.direct() {
+            let units = self.most.bytes / (4 * lanes);
+            (lanes, (units * self.micro.depth / self.depth.max(1)).max(1) * self.depth)
+        } else {
+            let longest = k.min(self.most.k);
+            ((self.most.bytes / (4 * longest.div_ceil(self.micro.depth).max(1))).min(lanes), longest)
+        };
+        let panels = lanes / width;
         let mut accumulate = self.product.accumulate;
         let mut from = 0;
         loop {
-            let k = (k - from).min(self.most.k);
+            let k = (k - from).min(longest);
             for block in (0..self.shared.panels()).step_by(panels) {
                 let block = block..(block + panels).min(self.shared.panels());
                 // SAFETY: the caller's; all of it lies in the operands.
@@ -269,6 +329,11 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
                 return;
             }
         }
+    }
+
+    /// Whether sums can be in the result.
+    fn direct(&self) -> bool {
+        O::WIDE && self.product.out.column == 1
     }
 
     /// Blocks of `k`: where each begins in `0..k`, and its elements.
@@ -288,12 +353,12 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
         let (shared, count) = (self.shared, block.len());
         // SAFETY: panels lie side by side in the workspace: behind all of one block of `k` all of the next.
         let slab = |at: usize| unsafe { packed.add(at / depth * width * count) };
-        let pack = |i: usize| {
+        let pack = |panels: Range<usize>| {
             for (at, k) in self.depths(k) {
                 // SAFETY: as above; panels are written by one thread each.
                 unsafe {
-                    let to = slab(at).add(i * width * k.div_ceil(depth));
-                    shared.pack(self.micro, block.start + i, from + at, k, to);
+                    let to = slab(at).add(panels.start * width * k.div_ceil(depth));
+                    shared.pack(block.start + panels.start..block.start + panels.end, from + at, k, depth, to);
                 }
             }
         };
@@ -305,12 +370,12 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
         match self.product.threads {
             Some(threads) => {
                 let parts = threads.count().min(self.own.panels());
-                threads.run(count, width * units, |r| r.for_each(pack));
+                threads.run(count, width * units, pack);
                 threads
                     .run(parts, 2 * count * width * units * self.own.lanes, |r| r.for_each(|part| work(part, parts)));
             }
             None => {
-                (0..count).for_each(pack);
+                pack(0..count);
                 work(0, 1);
             }
         }
@@ -328,11 +393,11 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
         slab: impl Fn(usize) -> Ptr<u32>,
         accumulate: bool,
     ) {
-        let (micro, out, (m, n, whole_k)) = (self.micro, self.product.out, self.product.size);
+        let (micro, out, (m, n, _)) = (self.micro, self.product.out, self.product.size);
         let (units, depth) = (self.depth.div_ceil(micro.depth), micro.depth);
         let chunk = (CHUNK / self.own.width).min(self.own.panels());
-        let direct = O::WIDE && out.column == 1;
-        let packed_shared = block.len() * self.shared.width * whole_k.min(self.most.k).div_ceil(depth) * 4;
+        let direct = self.direct();
+        let packed_shared = block.len() * self.shared.width * k.div_ceil(depth) * 4;
         let packed_chunk = (chunk * self.own.width * units * 4).next_multiple_of(64);
         let sums = if direct { 0 } else { sums_bytes(m * n, self.most) };
         // SAFETY: the workspace holds the shared panels, and then per part a chunk and its sums.
@@ -356,10 +421,8 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
             for (at, k) in self.depths(k) {
                 let units = k.div_ceil(depth);
                 let (panel_shared, panel_own) = (self.shared.width * units, self.own.width * units);
-                for (i, panel) in own.clone().enumerate() {
-                    // SAFETY: a chunk of panels fits into this part's workspace.
-                    unsafe { self.own.pack(micro, panel, from + at, k, mine.add(i * panel_own)) };
-                }
+                // SAFETY: a chunk of panels fits into this part's workspace.
+                unsafe { self.own.pack(own.clone(), from + at, k, depth, mine) };
                 let add = at > 0 || (direct && accumulate);
                 for s in 0..block.len() {
                     for o in 0..own.len() {
@@ -378,18 +441,12 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
                 }
             }
             if !direct {
-                let zero = k == 0;
-                for (i, row) in (rows.0..rows.1).enumerate() {
-                    for (j, column) in (columns.0..columns.1).enumerate() {
-                        // SAFETY: the element is the result's, and this part's alone; its sum was written unless there
-                        // is nothing to sum.
-                        unsafe {
-                            let to = out.from(row, column).at.0;
-                            let sum = if zero { 0.0 } else { *temporary.add(i * target.1 + j).0 };
-                            *to = O::nearest(if accumulate { (*to).wide() + sum } else { sum });
-                        }
-                    }
+                if k == 0 {
+                    // SAFETY: the sums are this part's alone.
+                    unsafe { temporary.slice_mut(0, (rows.1 - rows.0) * target.1) }.fill(0.0);
                 }
+                // SAFETY: sums and results are this part's alone.
+                unsafe { finish_rows(temporary, target.1, out, (rows.0..rows.1, columns.0), accumulate) };
             } else if k == 0 && !accumulate {
                 for row in 0..rows.1 - rows.0 {
                     // SAFETY: the row is the result's, and this part's alone.
@@ -397,5 +454,40 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
                 }
             }
         }
+    }
+}
+
+/// Sums, `width` in a row, as results of some rows from a column on.
+///
+/// # Safety
+/// The result has them, and nobody else reads or writes either.
+unsafe fn finish_rows<O: Element>(
+    sums: Ptr<f32>,
+    width: usize,
+    out: Matrix<O>,
+    (rows, column): (Range<usize>, usize),
+    accumulate: bool,
+) {
+    let first = rows.start;
+    for row in rows {
+        // SAFETY: the caller's.
+        unsafe {
+            let (sums, to) = (sums.slice((row - first) * width, width), out.from(row, column));
+            if out.column == 1 {
+                finish(sums, to.at.slice_mut(0, width), accumulate);
+            } else {
+                for (j, sum) in sums.iter().enumerate() {
+                    finish(std::slice::from_ref(sum), to.from(0, j).at.slice_mut(0, 1), accumulate);
+                }
+            }
+        }
+    }
+}
+
+/// Sums as results, or added to them.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn finish<O: Element>(sums: &[f32], out: &mut [O], accumulate: bool) {
+    for (sum, out) in sums.iter().zip(out) {
+        *out = O::nearest(if accumulate { out.wide() + sum } else { *sum });
     }
 }

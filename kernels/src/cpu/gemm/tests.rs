@@ -165,15 +165,18 @@ fn results_in_bf16_are_rounded_once() {
     check_all::<bf16, bf16>(2f64.powi(-8));
 }
 
+/// In the result, in the workspace as a whole, and in parts.
 #[test]
 fn sums_longer_than_a_chain_go_on() {
-    let case = Case { size: (3, 5, TEAM.k + 3), layouts: (Rows, Columns, Rows), accumulate: false };
+    let case = |m, n, out| Case { size: (m, n, TEAM.k + 3), layouts: (Rows, Columns, out), accumulate: true };
     for micro in f32::tiles() {
-        check::<f32, f32>(case, &micro, 0.0);
+        check::<f32, f32>(case(3, 5, Rows), &micro, 0.0);
+        check::<f32, f32>(case(3, 5, Apart), &micro, 0.0);
     }
     for micro in bf16::tiles() {
-        check::<bf16, f32>(case, &micro, 0.0);
+        check::<bf16, f32>(case(3, 5, Rows), &micro, 0.0);
     }
+    check::<f32, f32>(case(33, 40, Apart), &f32::tiles()[0], 0.0);
 }
 
 #[test]

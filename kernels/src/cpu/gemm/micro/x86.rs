@@ -39,7 +39,7 @@ pub(super) unsafe fn avx512(
         }
     }
     // SAFETY: the caller's.
-    unsafe { store(&sums, out, stride, size, add) }
+    unsafe { store(sums, out, stride, size, add) }
 }
 
 /// A tile of pairs of bf16; see [`super::Tile`].
@@ -71,7 +71,7 @@ pub(super) unsafe fn avx512_bf16(
         }
     }
     // SAFETY: the caller's.
-    unsafe { store(&sums, out, stride, size, add) }
+    unsafe { store(sums, out, stride, size, add) }
 }
 
 /// Asks for the lines of a tile of the result, some of which may not be its.
@@ -90,18 +90,44 @@ fn fetch(out: *const f32, stride: usize) {
 /// The machine has AVX-512F, and the result so many rows and columns.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn store(sums: &[[__m512; 2]; ROWS], out: *mut f32, stride: usize, (rows, columns): (usize, usize), add: bool) {
+unsafe fn store(sums: [[__m512; 2]; ROWS], out: *mut f32, stride: usize, size: (usize, usize), add: bool) {
+    if size != (ROWS, COLUMNS) {
+        // SAFETY: the caller's.
+        return unsafe { store_some(sums, out, stride, size, add) };
+    }
+    for (i, sums) in sums.into_iter().enumerate() {
+        for (j, sum) in sums.into_iter().enumerate() {
+            // SAFETY: the caller's.
+            unsafe {
+                let to = out.add(i * stride + j * 16);
+                _mm512_storeu_ps(to, if add { _mm512_add_ps(_mm512_loadu_ps(to), sum) } else { sum });
+            }
+        }
+    }
+}
+
+/// [`store`] of a tile at an edge. Apart, so that sums stay in registers elsewhere.
+///
+/// # Safety
+/// As there.
+#[cold]
+#[inline(never)]
+#[target_feature(enable = "avx512f")]
+unsafe fn store_some(
+    sums: [[__m512; 2]; ROWS],
+    out: *mut f32,
+    stride: usize,
+    (rows, columns): (usize, usize),
+    add: bool,
+) {
     let mask = |from: usize| ((1u32 << columns.saturating_sub(from).min(16)) - 1) as __mmask16;
-    let masks = [mask(0), mask(16)];
-    for (i, sums) in sums.iter().enumerate() {
-        if i < rows {
-            for (j, &sum) in sums.iter().enumerate() {
-                // SAFETY: the caller's; lanes beyond the columns are masked, and their addresses not used.
-                unsafe {
-                    let to = out.wrapping_add(i * stride + j * 16);
-                    let old = if add { _mm512_maskz_loadu_ps(masks[j], to) } else { _mm512_setzero_ps() };
-                    _mm512_mask_storeu_ps(to, masks[j], _mm512_add_ps(old, sum));
-                }
+    for (i, sums) in sums.iter().enumerate().take(rows) {
+        for (&sum, j) in sums.iter().zip([0, 16]) {
+            // SAFETY: the caller's; columns that are not the result's are neither read nor written.
+            unsafe {
+                let to = out.wrapping_add(i * stride + j);
+                let old = if add { _mm512_maskz_loadu_ps(mask(j), to) } else { _mm512_setzero_ps() };
+                _mm512_mask_storeu_ps(to, mask(j), _mm512_add_ps(old, sum));
             }
         }
     }
