@@ -130,19 +130,17 @@ mod x86 {
             // is not among them.
             while unit + BLOCK < whole {
                 for lane in (0..W).step_by(BLOCK).rev() {
-                    // SAFETY: the caller's; lanes that are missing are not read, and a prefetch reads nothing.
+                    // SAFETY: the caller's; lanes that are missing are not read.
                     unsafe {
-                        let rows = std::array::from_fn(|i| {
-                            if lane + i < panel.lanes.min(W) {
+                        let mut rows = [_mm256_setzero_si256(); BLOCK];
+                        for (i, row) in rows.iter_mut().enumerate() {
+                            if lane + i < W && lane + i < panel.lanes {
                                 let at = panel.at.add((lane + i) * panel.lane + unit * U::DEPTH);
-                                // The same of the next panel, for whose rows the machine does not know where they begin.
-                                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(W * panel.lane).cast());
-                                std::mem::transmute::<[u32; BLOCK], __m256i>(U::block(at))
-                            } else {
-                                _mm256_setzero_si256()
+                                *row = std::mem::transmute::<[u32; BLOCK], __m256i>(U::block(at));
                             }
-                        });
-                        for (i, row) in transposed(rows).into_iter().enumerate() {
+                        }
+                        let rows = transposed(rows);
+                        for (i, &row) in rows.iter().enumerate() {
                             _mm256_storeu_si256(to.add((unit + i) * W + lane).cast(), row);
                         }
                     }
@@ -154,22 +152,34 @@ mod x86 {
         unsafe { units::<T, U, W>(panel, unit, to) }
     }
 
+    /// Rows become columns: of pairs of rows, of four, of all.
     #[inline]
     #[target_feature(enable = "avx2")]
     fn transposed(r: [__m256i; BLOCK]) -> [__m256i; BLOCK] {
-        let pair = |i: usize| (_mm256_unpacklo_epi32(r[i], r[i + 1]), _mm256_unpackhi_epi32(r[i], r[i + 1]));
-        let four = |(a, b): (__m256i, __m256i), (c, d): (__m256i, __m256i)| {
-            [
-                _mm256_unpacklo_epi64(a, c),
-                _mm256_unpackhi_epi64(a, c),
-                _mm256_unpacklo_epi64(b, d),
-                _mm256_unpackhi_epi64(b, d),
-            ]
-        };
-        let (low, high) = (four(pair(0), pair(2)), four(pair(4), pair(6)));
-        std::array::from_fn(|i| match i {
-            0..4 => _mm256_permute2x128_si256::<0x20>(low[i], high[i]),
-            _ => _mm256_permute2x128_si256::<0x31>(low[i - 4], high[i - 4]),
-        })
+        let (a, b) = (four([r[0], r[1], r[2], r[3]]), four([r[4], r[5], r[6], r[7]]));
+        [
+            _mm256_permute2x128_si256::<0x20>(a[0], b[0]),
+            _mm256_permute2x128_si256::<0x20>(a[1], b[1]),
+            _mm256_permute2x128_si256::<0x20>(a[2], b[2]),
+            _mm256_permute2x128_si256::<0x20>(a[3], b[3]),
+            _mm256_permute2x128_si256::<0x31>(a[0], b[0]),
+            _mm256_permute2x128_si256::<0x31>(a[1], b[1]),
+            _mm256_permute2x128_si256::<0x31>(a[2], b[2]),
+            _mm256_permute2x128_si256::<0x31>(a[3], b[3]),
+        ]
+    }
+
+    /// Column `i`, and behind it column `i + 4`, of four rows.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn four(r: [__m256i; 4]) -> [__m256i; 4] {
+        let (a, b) = (_mm256_unpacklo_epi32(r[0], r[1]), _mm256_unpackhi_epi32(r[0], r[1]));
+        let (c, d) = (_mm256_unpacklo_epi32(r[2], r[3]), _mm256_unpackhi_epi32(r[2], r[3]));
+        [
+            _mm256_unpacklo_epi64(a, c),
+            _mm256_unpackhi_epi64(a, c),
+            _mm256_unpacklo_epi64(b, d),
+            _mm256_unpackhi_epi64(b, d),
+        ]
     }
 }
