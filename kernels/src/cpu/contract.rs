@@ -84,10 +84,11 @@ pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
         && dense
         && m.extent <= skinny::ROWS
         && n.extent * k.extent >= skinny::LARGE
+        && k.extent <= skinny::LONG
     {
         let (x, w, out) = ((left, m.left), (right, n.right), (out, m.out));
         // SAFETY: extents and strides are those of the operands and the result.
-        unsafe { skinny::run(l.threads, (m.extent, n.extent, k.extent), x, w, out) };
+        unsafe { skinny::run(l.threads, (m.extent, n.extent, k.extent), x, w, out, l.workspace()) };
         return Ok(());
     }
     let loops: usize = batch.iter().map(|x| x.extent).product();
