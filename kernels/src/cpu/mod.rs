@@ -1,8 +1,8 @@
 //! The CPU: planned graphs as kernel launches over one arena, on a fixed number of threads.
 //!
 //! The arena is all the memory there is: values lie where the plan says, kernels get their workspace from its scratch
-//! region. Products come from a GEMM library; everything else is loops of ours, compiled for AVX-512, AVX2 and the
-//! least of the architecture, of which the machine's best is taken when a kernel runs. Results do not depend on the
+//! region. Products run in blocks through register tiles ([`gemm`]); these and all other loops exist for AVX-512, AVX2 and
+//! the least of the architecture, of which the machine's best is taken when a kernel runs. Results do not depend on the
 //! number of threads: what threads share is cut by output elements, and sums run in blocks of a fixed size.
 //!
 //! One file per kernel family. A kernel may write its result over an operand where [`Op::in_place`] says so.
@@ -12,7 +12,7 @@ mod cached;
 mod contract;
 mod elementwise;
 mod fused;
-mod gemm;
+pub mod gemm;
 mod memory;
 mod norm;
 mod parallel;

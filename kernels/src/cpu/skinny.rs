@@ -89,7 +89,6 @@ impl<T: Element> Products<T> for [f32; LANES] {
 mod x86 {
     //! Callers say that the machine has what the type needs: AVX-512F, for pairs AVX512_BF16 too, or AVX2 and FMA; and
     //! that addresses are good.
-    #![allow(clippy::undocumented_unsafe_blocks)]
 
     use std::arch::x86_64::*;
 
@@ -236,19 +235,17 @@ fn fetch<T>(at: *const T) {
 /// Elements of which a large matrix may be.
 pub(super) trait Source: Element {
     /// What this machine has for it, the fastest first.
-    #[allow(private_interfaces)]
     fn kernels<O: Element>() -> Vec<Kernel<Self, O>>;
 }
 
 /// What computes columns `from..to` of a product, and the elements that it multiplies at a time.
 #[derive(Clone, Copy)]
-struct Kernel<T, O> {
+pub(super) struct Kernel<T, O> {
     part: unsafe fn(&Product<T, O>, usize, usize),
     step: usize,
 }
 
 impl Source for f32 {
-    #[allow(private_interfaces)]
     fn kernels<O: Element>() -> Vec<Kernel<f32, O>> {
         let mut kernels = Vec::new();
         #[cfg(target_arch = "x86_64")]
@@ -266,7 +263,6 @@ impl Source for f32 {
 }
 
 impl Source for bf16 {
-    #[allow(private_interfaces)]
     fn kernels<O: Element>() -> Vec<Kernel<bf16, O>> {
         let mut kernels = Vec::new();
         #[cfg(target_arch = "x86_64")]
@@ -288,7 +284,7 @@ impl Source for bf16 {
 
 /// What all threads work on; strides in elements.
 #[derive(Clone, Copy)]
-struct Product<T, O> {
+pub(super) struct Product<T, O> {
     /// Rows `m`, columns `n`, elements `k` of a sum.
     size: (usize, usize, usize),
     /// [`TILE`] rows after [`TILE`] rows, of which the last may be fewer; of these for every [`LANES`] of `k` so many

@@ -13,6 +13,7 @@
 //! nearest even, in an order inside of a pair that is the machine's. A result differs from the exact sum by at most
 //! `(k + 2) * 2^-24 * sum |left * right|`, plus `2^-126 * k * (1 + max |left| + max |right|)` for what was flushed.
 
+pub mod measure;
 mod micro;
 mod pack;
 #[cfg(test)]

@@ -35,6 +35,11 @@ fn random<T: Element>(len: usize, seed: u64) -> Vec<T> {
     (0..len).map(|_| T::nearest((rng.between(-4096, 4096) as f32) / 1024.0)).collect()
 }
 
+/// Which tile it is.
+fn named<T>(micro: &Micro<T>) -> String {
+    format!("{} x {} of {}", micro.rows, micro.columns, micro.depth)
+}
+
 /// A product with everything it needs.
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -86,7 +91,7 @@ fn check<T: Element, O: Element>(case: Case, micro: &Micro<T>, step: f64) -> f64
     for threads in [Some(2), Some(3)].into_iter().chain(alone) {
         let same: Vec<O> = run(case, micro, threads);
         let bits = |c: &[O]| c.iter().map(|x| x.wide().to_bits()).collect::<Vec<_>>();
-        assert!(bits(&same) == bits(&after), "{case:?}, {}: threads {threads:?} differ", micro.name);
+        assert!(bits(&same) == bits(&after), "{case:?}, {}: threads {threads:?} differ", named(micro));
     }
     let wide = |x: &[T], at: usize| f64::from(x[at].wide());
     let (a_at, b_at, c_at) = (left.strides(m, k), right.strides(k, n), out.strides(m, n));
@@ -103,12 +108,12 @@ fn check<T: Element, O: Element>(case: Case, micro: &Micro<T>, step: f64) -> f64
             }
             let bound = (k + 2) as f64 * 2f64.powi(-24) * size + step * sum.abs();
             let error = (f64::from(after[at].wide()) - sum).abs();
-            assert!(error <= bound, "{case:?}, {}, at {i}, {j}: {} for {sum}", micro.name, after[at].wide());
+            assert!(error <= bound, "{case:?}, {}, at {i}, {j}: {} for {sum}", named(micro), after[at].wide());
             worst = worst.max(if bound > 0.0 { error / bound } else { 0.0 });
         }
     }
     for (at, _) in untouched.iter().enumerate().filter(|(_, u)| **u) {
-        assert_eq!(after[at].wide(), before[at].wide(), "{case:?}, {}: writes between elements", micro.name);
+        assert_eq!(after[at].wide(), before[at].wide(), "{case:?}, {}: writes between elements", named(micro));
     }
     worst
 }
@@ -146,7 +151,7 @@ fn check_all<T: Element, O: Element>(step: f64) {
                 }
             }
         }
-        assert!(worst > 0.0, "{}: sums of random numbers are never all exact", micro.name);
+        assert!(worst > 0.0, "{}: sums of random numbers are never all exact", named(&micro));
     }
 }
 
@@ -217,7 +222,7 @@ fn special_numbers_of_bf16() {
             // SAFETY: all matrices have their elements.
             unsafe { product.run_on(&micro) };
             let near = c[0] == expected || (c[0] - expected).abs() <= tiny.to_f32();
-            assert!(near || (c[0].is_nan() && expected.is_nan()), "{}: {special} * {other} is {}", micro.name, c[0]);
+            assert!(near || (c[0].is_nan() && expected.is_nan()), "{}: {special} * {other} is {}", named(&micro), c[0]);
         }
     }
 }

@@ -20,9 +20,6 @@ pub(in crate::cpu) type Pack<T> = unsafe fn(Panel<T>, *mut u32);
 
 /// A register tile for operands of `T`.
 pub(in crate::cpu) struct Micro<T> {
-    /// What it needs of the machine.
-    #[cfg_attr(not(test), allow(dead_code))]
-    pub(super) name: &'static str,
     /// Rows and columns: lanes of a panel of the left and of the right operand.
     pub(super) rows: usize,
     pub(super) columns: usize,
@@ -34,9 +31,9 @@ pub(in crate::cpu) struct Micro<T> {
 }
 
 /// A tile of `ROWS` and `COLUMNS` with its panels of units `U`.
-fn micro<T: Element, U: Unit<T>, const ROWS: usize, const COLUMNS: usize>(name: &'static str, tile: Tile) -> Micro<T> {
+fn micro<T: Element, U: Unit<T>, const ROWS: usize, const COLUMNS: usize>(tile: Tile) -> Micro<T> {
     let pack: [Pack<T>; 2] = [pack::panel::<T, U, ROWS>, pack::panel::<T, U, COLUMNS>];
-    Micro { name, rows: ROWS, columns: COLUMNS, depth: U::DEPTH, tile, pack }
+    Micro { rows: ROWS, columns: COLUMNS, depth: U::DEPTH, tile, pack }
 }
 
 /// Tiles of f32, into which operands are widened when they are packed.
@@ -45,13 +42,13 @@ pub(super) fn wide<T: Element>() -> Vec<Micro<T>> {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") {
-            tiles.push(micro::<T, Wide, { x86::ROWS }, { x86::COLUMNS }>("avx512f", x86::avx512));
+            tiles.push(micro::<T, Wide, { x86::ROWS }, { x86::COLUMNS }>(x86::avx512));
         }
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            tiles.push(micro::<T, Wide, { x86::AVX2_ROWS }, { x86::AVX2_COLUMNS }>("avx2", x86::avx2));
+            tiles.push(micro::<T, Wide, { x86::AVX2_ROWS }, { x86::AVX2_COLUMNS }>(x86::avx2));
         }
     }
-    tiles.push(micro::<T, Wide, { portable::ROWS }, { portable::COLUMNS }>("any", portable::tile));
+    tiles.push(micro::<T, Wide, { portable::ROWS }, { portable::COLUMNS }>(portable::tile));
     tiles
 }
 
@@ -60,7 +57,7 @@ pub(super) fn pairs() -> Vec<Micro<bf16>> {
     let mut tiles = Vec::new();
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512f") {
-        tiles.push(micro::<bf16, Pair, { x86::ROWS }, { x86::COLUMNS }>("avx512bf16", x86::avx512_bf16));
+        tiles.push(micro::<bf16, Pair, { x86::ROWS }, { x86::COLUMNS }>(x86::avx512_bf16));
     }
     tiles
 }
