@@ -5,15 +5,14 @@
 //! behind the other in memory are joined; the largest of each group is the dim of a matrix product, what is left over
 //! is a loop around it.
 
-use dsgc_ir::infer::Contraction;
-use gemm::Parallelism;
-
 use super::Launch;
+use super::gemm::{self, Matrix, Product};
 use super::memory::Ptr;
 use super::parallel::Threads;
 use super::reduce;
 use super::skinny;
 use super::structure::strides;
+use dsgc_ir::infer::Contraction;
 
 /// A letter: its extent, and its strides in the left operand, the right operand and the result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,6 +25,19 @@ struct Letter {
 
 /// Independent products from which on every one is a task of its own.
 const MANY: usize = 8;
+
+/// Bytes of workspace: of a sum of products, and of products in blocks.
+pub(super) fn workspace(spec: &str, left: &[usize], right: &[usize], threads: usize) -> usize {
+    let len = |shape: &[usize]| shape.iter().product::<usize>();
+    let out = Contraction::parse(spec).map_or(0, |labels| {
+        let extent = |x| {
+            let left = labels.lhs.iter().position(|&y| y == x).map(|i| left[i]);
+            left.or_else(|| labels.rhs.iter().position(|&y| y == x).map(|i| right[i])).unwrap_or(1)
+        };
+        labels.out.iter().map(|&x| extent(x)).product()
+    });
+    reduce::workspace(len(left)).max(gemm::workspace(len(left), len(right), out, threads))
+}
 
 /// Runs a contraction.
 pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
@@ -68,100 +80,50 @@ pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
     }
     let dense = (k.left, k.right, n.out) == (1, 1, 1);
     if batch.is_empty() && more_k.is_empty() && dense && skinny::fits(m.extent, n.extent, k.extent) {
-        let (x, w, out) = ((left, m.left), (right, n.right), (out, m.out));
+        let part = skinny::Part { n: n.extent, w: (right, n.right), out: (out, m.out) };
         // SAFETY: extents and strides are those of the operands and the result.
-        unsafe { skinny::run(l.threads, (m.extent, n.extent, k.extent), x, w, out) };
+        unsafe { skinny::run(l.threads, (m.extent, k.extent), (left, m.left), &[part], l.workspace()) };
         return Ok(());
     }
     let loops: usize = batch.iter().map(|x| x.extent).product();
     let sums: usize = more_k.iter().map(|x| x.extent).product();
-    let product = |i: usize, parallelism: Parallelism| {
+    let (elements, scratch) = ([l.op.args[0], l.op.args[1], l.result()].map(|v| l.len(v)), l.workspace::<u8>());
+    let product = |i: usize, threads: Option<&Threads>, scratch: Ptr<u8>| {
         let at = offsets(&batch, i);
         for s in 0..sums {
             let sum = offsets(&more_k, s);
             // SAFETY: all offsets come from the extents and strides of the operands and the result, which hold their
             // elements; products of different `i` write different elements of the result.
             unsafe {
-                gemm::gemm(
-                    m.extent,
-                    n.extent,
-                    k.extent,
-                    out.add(at.out).0,
-                    n.out as isize,
-                    m.out as isize,
-                    s > 0,
-                    left.add(at.left + sum.left).0,
-                    k.left as isize,
-                    m.left as isize,
-                    right.add(at.right + sum.right).0,
-                    n.right as isize,
-                    k.right as isize,
-                    1.0f32,
-                    1.0f32,
-                    false,
-                    false,
-                    false,
-                    parallelism,
-                );
+                let product = Product {
+                    threads,
+                    size: (m.extent, n.extent, k.extent),
+                    left: Matrix { at: left.add(at.left + sum.left), row: m.left, column: k.left },
+                    right: Matrix { at: right.add(at.right + sum.right), row: k.right, column: n.right },
+                    out: Matrix { at: out.add(at.out), row: m.out, column: n.out },
+                    accumulate: s > 0,
+                    scratch,
+                };
+                product.run();
             }
         }
     };
     // Decided by the number of products alone, so that results do not depend on the number of threads.
     if loops >= MANY {
         let weight = 2 * m.extent * n.extent * k.extent * sums;
-        l.threads.run(loops, weight, |r| r.for_each(|i| product(i, Parallelism::None)));
+        let (parts, bytes) =
+            (l.threads.count().min(loops), gemm::workspace_alone(elements[0], elements[1], elements[2]));
+        l.threads.run(parts, loops.div_ceil(parts) * weight, |r| {
+            for part in r {
+                // SAFETY: the workspace has so many bytes for every thread.
+                let scratch = unsafe { scratch.add(part * bytes) };
+                (loops * part / parts..loops * (part + 1) / parts).for_each(|i| product(i, None, scratch));
+            }
+        });
     } else {
-        let count = l.threads.count();
-        l.threads.install(|| (0..loops.max(1)).for_each(|i| product(i, Parallelism::Rayon(count))));
+        (0..loops).for_each(|i| product(i, Some(l.threads), scratch));
     }
     Ok(())
-}
-
-/// A matrix in memory: its first element, and how many elements on the next row and the next column begin.
-#[derive(Clone, Copy)]
-pub(super) struct Matrix {
-    pub(super) at: Ptr<f32>,
-    pub(super) row: usize,
-    pub(super) column: usize,
-}
-
-/// `out = left right`, or with it added to what is there, of `m x k` and `k x n`.
-///
-/// # Safety
-/// The matrices have so many rows and columns, and nobody else writes to `out`, which is apart from both.
-pub(super) unsafe fn product(
-    threads: &Threads,
-    (m, n, k): (usize, usize, usize),
-    [left, right, out]: [Matrix; 3],
-    add: bool,
-) {
-    let parallelism = Parallelism::Rayon(threads.count());
-    threads.install(|| {
-        // SAFETY: the caller's promise.
-        unsafe {
-            gemm::gemm(
-                m,
-                n,
-                k,
-                { out }.at.0,
-                out.column as isize,
-                out.row as isize,
-                add,
-                { left }.at.0,
-                left.column as isize,
-                left.row as isize,
-                { right }.at.0,
-                right.column as isize,
-                right.row as isize,
-                1.0f32,
-                1.0f32,
-                false,
-                false,
-                false,
-                parallelism,
-            );
-        }
-    });
 }
 
 /// Joins letters that lie one behind the other in all three tensors.

@@ -10,23 +10,18 @@ use super::{Launch, contract, skinny};
 pub(super) fn run(l: &mut Launch, spec: &str, common: usize) -> Result<(), String> {
     let few_rows = common == 0 && is_linear(&Contraction::parse(spec)?);
     let (m, k) = l.rows(l.op.args[0]);
-    let mut products = Vec::new();
+    let mut few: Vec<skinny::Part<f32, f32>> = Vec::new();
     for (i, &other) in l.op.args[1..].iter().enumerate() {
         // The matrix has rows if its product is linear.
         let n = if few_rows { l.shape(other)[0] } else { 0 };
         if skinny::fits(m, n, k) {
-            products.push(skinny::Product {
-                size: (m, n, k),
-                x: (l.arg(0), k),
-                w: (l.arg(1 + i), k),
-                out: (l.out(i), n),
-            });
+            few.push(skinny::Part { n, w: (l.arg(1 + i), k), out: (l.out(i), n) });
         } else {
             alone(l, spec, common, (i, other))?;
         }
     }
     // SAFETY: extents and strides are those of the operands and the results.
-    unsafe { skinny::run_all(l.threads, &products) };
+    unsafe { skinny::run(l.threads, (m, k), (l.arg(0), k), &few, l.workspace()) };
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 //! With gradients, a block's logits become their own gradient where they lie, which then goes into both products; so what
 //! a whole tensor of logits would take from memory six times stays in the cache, and its divisors are taken once.
 
-use super::contract::{Matrix, product};
+use super::gemm::{self, Matrix, Product};
 use super::memory::{ALIGNMENT, Ptr};
 use super::tokens::{check, logp_and_grad_row, logp_row};
 use super::{Launch, parallel::Threads};
@@ -12,8 +12,16 @@ use super::{Launch, parallel::Threads};
 /// operations as rows: enough that memory does not bind.
 const ROWS: usize = 256;
 
-/// Bytes for the logits of a block.
-pub(super) fn workspace(rows: usize, vocabulary: usize) -> usize {
+/// Bytes for the logits of a block, and for products with them.
+pub(super) fn workspace(rows: usize, head: &[usize], threads: usize) -> usize {
+    let (rows, vocabulary, width) = (rows.min(ROWS), head[0], head[1]);
+    let [x, logits, head] = [rows * width, rows * vocabulary, vocabulary * width];
+    let products = [(x, head, logits), (logits, head, x), (logits, x, head)];
+    let products = products.map(|(left, right, out)| gemm::workspace(left, right, out, threads));
+    logits_bytes(rows, vocabulary) + products.into_iter().max().unwrap_or(0)
+}
+
+fn logits_bytes(rows: usize, vocabulary: usize) -> usize {
     (rows.min(ROWS) * vocabulary * size_of::<f32>()).next_multiple_of(ALIGNMENT)
 }
 
@@ -26,6 +34,8 @@ struct Head<'a> {
     head: Ptr<f32>,
     tokens: &'a [i32],
     logits: Ptr<f32>,
+    /// Workspace of products.
+    scratch: Ptr<u8>,
     logp: Ptr<f32>,
 }
 
@@ -50,7 +60,9 @@ pub(super) fn run(l: &mut Launch, head: Option<bool>) -> Result<(), String> {
     let tokens = unsafe { tokens.slice(0, n) };
     check(tokens, vocabulary, "token")?;
     let (x, weights, logits, logp) = (l.arg(0), l.arg(1), l.workspace(), l.out(0));
-    let head = Head { threads: l.threads, width, vocabulary, x, head: weights, tokens, logits, logp };
+    // SAFETY: behind the logits, the workspace has what products need.
+    let scratch = unsafe { l.workspace::<u8>().add(logits_bytes(n, vocabulary)) };
+    let head = Head { threads: l.threads, width, vocabulary, x, head: weights, tokens, logits, scratch, logp };
     if let Some(Gradients { of_head: Some(of_head), .. }) = &gradients
         && n == 0
     {
@@ -71,12 +83,21 @@ impl Head<'_> {
     unsafe fn block(&self, first: usize, rows: usize, gradients: Option<&Gradients>) {
         let (d, v) = (self.width, self.vocabulary);
         let matrix = |at: Ptr<f32>, row: usize| Matrix { at, row, column: 1 };
-        let turned = |m: Matrix| Matrix { row: m.column, column: m.row, ..m };
+        let turned = |m: Matrix<f32>| Matrix { row: m.column, column: m.row, ..m };
+        let product = |size, [left, right, out]: [Matrix<f32>; 3], accumulate| Product {
+            threads: Some(self.threads),
+            size,
+            left,
+            right,
+            out,
+            accumulate,
+            scratch: self.scratch,
+        };
         // SAFETY: extents and strides are those of the operands; the caller says that the rows are there.
         unsafe {
             let x = matrix(self.x.add(first * d), d);
             let (head, logits) = (matrix(self.head, d), matrix(self.logits, v));
-            product(self.threads, (rows, v, d), [x, turned(head), logits], false);
+            product((rows, v, d), [x, turned(head), logits], false).run();
             self.threads.run(rows, 8 * v, |r| {
                 for i in r {
                     let (row, token) = (self.logits.add(i * v).0, self.tokens[first + i] as usize);
@@ -89,9 +110,9 @@ impl Head<'_> {
             });
             let Some(gradients) = gradients else { return };
             let of_x = matrix(gradients.of_x.add(first * d), d);
-            product(self.threads, (rows, d, v), [logits, head, of_x], false);
+            product((rows, d, v), [logits, head, of_x], false).run();
             if let Some(of_head) = gradients.of_head {
-                product(self.threads, (v, d, rows), [turned(logits), x, matrix(of_head, d)], first > 0);
+                product((v, d, rows), [turned(logits), x, matrix(of_head, d)], first > 0).run();
             }
         }
     }

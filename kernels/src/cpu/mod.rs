@@ -1,8 +1,8 @@
 //! The CPU: planned graphs as kernel launches over one arena, on a fixed number of threads.
 //!
 //! The arena is all the memory there is: values lie where the plan says, kernels get their workspace from its scratch
-//! region. Products come from a GEMM library; everything else is loops of ours, compiled for AVX-512, AVX2 and the
-//! least of the architecture, of which the machine's best is taken when a kernel runs. Results do not depend on the
+//! region. Products run in blocks through register tiles ([`gemm`]); these and all other loops exist for AVX-512, AVX2 and
+//! the least of the architecture, of which the machine's best is taken when a kernel runs. Results do not depend on the
 //! number of threads: what threads share is cut by output elements, and sums run in blocks of a fixed size.
 //!
 //! One file per kernel family. A kernel may write its result over an operand where [`Op::in_place`] says so.
@@ -13,6 +13,7 @@ mod contract;
 mod contract_each;
 mod elementwise;
 mod fused;
+pub mod gemm;
 mod head;
 pub mod limits;
 mod memory;
@@ -63,7 +64,8 @@ impl Target for CpuTarget {
     fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize {
         let shape = |i: usize| args[i].shape(bounds).unwrap_or_default();
         match op {
-            Op::Contract { .. } | Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. } => {
+            Op::Contract { spec } => contract::workspace(spec, &shape(0), &shape(1), self.threads),
+            Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. } => {
                 reduce::workspace(shape(0).iter().product())
             }
             Op::ContractEach { spec, common } => {
@@ -75,7 +77,9 @@ impl Target for CpuTarget {
                 args[1..].iter().map(part).max().unwrap_or(0)
             }
             Op::SumSquares {} => (0..args.len()).map(|i| reduce::workspace(shape(i).iter().product())).sum(),
-            Op::HeadLogp {} | Op::HeadLogpGrad { .. } => head::workspace(shape(2).iter().product(), shape(1)[0]),
+            Op::HeadLogp {} | Op::HeadLogpGrad { .. } => {
+                head::workspace(shape(2).iter().product(), &shape(1), self.threads)
+            }
             Op::AddRows {} => tokens::workspace(shape(0)[1], self.threads),
             Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),
             Op::Fused { shape, body } => fused::workspace(shape, body, args, self.threads),
