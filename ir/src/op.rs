@@ -339,10 +339,11 @@ ops! {
         body: Body }
 
     // Contraction and reduction.
-    /// A sum of products in einsum letters, e.g. `btd,vd->btv`.
+    /// A sum of products in einsum letters, e.g. `btd,vd->btv`. Of narrow floats it is taken in f32, and rounded to their
+    /// type unless the labels end with `:f32`.
     Contract "contract" Contraction 2 { /// Labels of both operands and the result.
         spec: String }
-    /// Sum over dims, which go away.
+    /// Sum over dims, which go away; that of narrow floats is f32.
     ReduceSum "reduce_sum" Reduction 1 { /// The dims, ascending.
         axes: Vec<usize> }
     /// Largest element over dims, which go away.
@@ -364,7 +365,7 @@ ops! {
     // Composites.
     /// Rows of a table: operands table `[V, D]` and indices `i32[..]`; result `[.., D]`.
     Embed "embed" Composite 2 { }
-    /// Gradient of [`Op::Embed`] for the table: operands indices `[..]` and result gradient `[.., D]`.
+    /// Gradient of [`Op::Embed`] for the table: operands indices `[..]` and result gradient `[.., D]`; f32, as sums are.
     EmbedGrad "embed_grad" Composite 2 { /// Rows of the table.
         rows: Dim }
     /// `(x - mean) / sqrt(var + eps) * weight + bias` over the last dim: operands x, weight, bias.
@@ -387,7 +388,7 @@ ops! {
     /// (grouped queries), segment `i32[B, T]`. A query sees keys of its own segment, not after itself if `causal`.
     /// Segment 0 is padding: nobody sees it, and it sees all text, as in Hugging Face's models, whose scores on padding
     /// some losses read. A query that sees nothing gives 0. Results: `[B, T, H, D]`, and the log of the softmax's
-    /// divisor `[B, H, T]` for the gradient.
+    /// divisor `f32[B, H, T]` for the gradient.
     Attention "attention" Composite 4 { /// Whether later keys are hidden.
         causal: bool, /// Factor on the scores.
         scale: f64 }
@@ -400,7 +401,7 @@ ops! {
     /// not read. Result `[B, Q, H, D]`.
     CachedAttention "cached_attention" Composite 5 { /// Factor on the scores.
         scale: f64 }
-    /// Log-probability of a token: operands logits `[.., V]` and tokens `i32[..]`; the softmax is never stored.
+    /// Log-probability `f32[..]` of a token: operands logits `[.., V]` and tokens `i32[..]`; the softmax is never stored.
     TokenLogp "token_logp" Composite 2 { }
     /// Gradient of [`Op::TokenLogp`] for the logits: operands logits, tokens, result gradient.
     TokenLogpGrad "token_logp_grad" Composite 3 { }

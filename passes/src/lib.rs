@@ -6,11 +6,13 @@
 pub mod adapt;
 pub mod autodiff;
 pub mod canonicalize;
+pub mod copies;
 pub mod decode;
 pub mod fuse;
 pub mod infer;
 mod pipeline;
 pub mod plan_memory;
+pub mod precision;
 mod rebuild;
 pub mod simplify;
 

@@ -7,7 +7,7 @@ use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
-use crate::{adapt, autodiff, canonicalize, decode, fuse, infer, plan_memory, simplify};
+use crate::{adapt, autodiff, canonicalize, copies, decode, fuse, infer, plan_memory, precision, simplify};
 
 /// What a program satisfies at a point of the pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -101,9 +101,11 @@ pub const PIPELINE: &[Pass] = &[
     decode::PASS,
     // Before gradients: what is cut away here has none.
     simplify::PASS,
+    precision::PASS,
     autodiff::PASS,
     canonicalize::PASS,
     simplify::PASS,
+    copies::PASS,
     fuse::PASS,
     plan_memory::PASS,
 ];

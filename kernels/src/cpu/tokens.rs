@@ -22,11 +22,18 @@ fn check(indices: &[i32], rows: usize, what: &str) -> Result<(), String> {
     }
 }
 
-/// Runs `embed`.
+/// Runs `embed`: rows are copied, whatever their elements are.
 pub(super) fn embed(l: &mut Launch) -> Result<(), String> {
+    match l.dtype(l.op.args[0]).bytes() {
+        2 => embed_as::<u16>(l),
+        _ => embed_as::<u32>(l),
+    }
+}
+
+fn embed_as<T: Copy + Send>(l: &mut Launch) -> Result<(), String> {
     let (rows, width) = l.rows(l.op.args[0]);
     let n = l.len(l.op.args[1]);
-    let (table, indices, out): (Ptr<f32>, Ptr<i32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.out(0));
+    let (table, indices, out): (Ptr<T>, Ptr<i32>, Ptr<T>) = (l.arg(0), l.arg(1), l.out(0));
     // SAFETY: the operand holds `n` indices.
     let indices = unsafe { indices.slice(0, n) };
     check(indices, rows, "index")?;
