@@ -68,7 +68,7 @@ pub struct Role {
     /// Whether an update trains it.
     pub trained: bool,
     /// The narrow float in which it computes, if it does not compute in f32; the pass `precision` says what that means.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub precision: Option<DType>,
     /// Folder with its `tokenizer.json`, as the user gave it.
     pub tokenizer: Option<String>,
