@@ -12,6 +12,7 @@ mod cached;
 mod contract;
 mod elementwise;
 mod fused;
+mod gemm;
 mod memory;
 mod narrow;
 mod norm;
@@ -68,7 +69,8 @@ impl Target for CpuTarget {
 fn own_workspace(op: &Op, args: &[Type], bounds: &Bindings, threads: usize) -> usize {
     let shape = |i: usize| args[i].shape(bounds).unwrap_or_default();
     match op {
-        Op::Contract { .. } | Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. } => {
+        Op::Contract { spec } => contract::workspace(spec, args[0].dtype, &shape(0), &shape(1), threads),
+        Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. } => {
             reduce::workspace(shape(0).iter().product())
         }
         Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),

@@ -106,6 +106,8 @@ pub(super) fn is_widened(op: &Op, types: &[DType]) -> bool {
     let own = match op {
         // Its kernel does not care what elements are.
         Op::Embed {} | Op::Fused { .. } => true,
+        // Products of bf16 have kernels of their own.
+        Op::Contract { .. } => types[0] == DType::Bf16,
         op => !matches!(op.class(), Class::Contraction | Class::Reduction | Class::Composite),
     };
     !own && types.iter().any(|dtype| dtype.is_narrow())

@@ -39,9 +39,4 @@ impl Threads {
         let cut = |part: usize| items * part / parts;
         self.pool.install(|| (0..parts).into_par_iter().with_max_len(1).for_each(|p| work(cut(p)..cut(p + 1))));
     }
-
-    /// Runs `work`, in which the GEMM library may use the pool.
-    pub(super) fn install<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        self.pool.install(work)
-    }
 }

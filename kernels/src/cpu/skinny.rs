@@ -1,9 +1,12 @@
 //! Products of a few rows with a large matrix, as every step of decoding has them: memory binds, so the matrix is read
 //! once, as it lies, by all threads together. A GEMM library would copy it into blocks first, and so touch it three times.
 //!
-//! Each result is [`LANES`] partial sums over `k` in one order, whatever the number of rows, columns or threads; so an
+//! Narrow operands are widened on their way into registers. Each result is [`LANES`] partial sums over `k` in one order, whatever the number of rows, columns or threads; so an
 //! answer does not depend on the others of its batch.
 
+use half::bf16;
+
+use super::gemm::Element;
 use super::memory::Ptr;
 use super::parallel::Threads;
 
@@ -18,11 +21,13 @@ const LANES: usize = 16;
 const TILE: usize = 4;
 
 /// [`LANES`] numbers in registers.
-trait Lanes: Copy {
+pub(super) trait Lanes: Copy {
     /// Zeros.
     unsafe fn zero() -> Self;
     /// The numbers at an address.
     unsafe fn load(from: *const f32) -> Self;
+    /// The numbers of narrow ones at an address.
+    unsafe fn widen(from: *const bf16) -> Self;
     /// `self + a * b`.
     unsafe fn add_product(self, a: Self, b: Self) -> Self;
     /// The numbers one by one.
@@ -38,6 +43,11 @@ impl Lanes for [f32; LANES] {
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's.
         unsafe { from.cast::<Self>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn widen(from: *const bf16) -> Self {
+        // SAFETY: the caller's.
+        unsafe { from.cast::<[bf16; LANES]>().read_unaligned() }.map(bf16::to_f32)
     }
     #[inline(always)]
     unsafe fn add_product(mut self, a: Self, b: Self) -> Self {
@@ -56,6 +66,8 @@ impl Lanes for [f32; LANES] {
 mod x86 {
     use std::arch::x86_64::*;
 
+    use half::bf16;
+
     use super::{LANES, Lanes};
 
     impl Lanes for __m512 {
@@ -67,6 +79,14 @@ mod x86 {
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
             unsafe { _mm512_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn widen(from: *const bf16) -> Self {
+            // Narrow numbers are the upper halves of wide ones.
+            unsafe {
+                let halves = _mm256_loadu_si256(from.cast());
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+            }
         }
         #[inline(always)]
         unsafe fn add_product(self, a: Self, b: Self) -> Self {
@@ -91,6 +111,15 @@ mod x86 {
             unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
         }
         #[inline(always)]
+        unsafe fn widen(from: *const bf16) -> Self {
+            unsafe {
+                [from, from.add(8)].map(|from| {
+                    let halves = _mm_loadu_si128(from.cast());
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+                })
+            }
+        }
+        #[inline(always)]
         unsafe fn add_product(self, a: Self, b: Self) -> Self {
             unsafe { [_mm256_fmadd_ps(a[0], b[0], self[0]), _mm256_fmadd_ps(a[1], b[1], self[1])] }
         }
@@ -106,17 +135,42 @@ mod x86 {
     }
 }
 
-/// What all threads work on; strides in elements.
-#[derive(Clone, Copy)]
-struct Product {
-    /// Rows `m`, columns `n`, elements `k` of a sum.
-    size: (usize, usize, usize),
-    x: (Ptr<f32>, usize),
-    w: (Ptr<f32>, usize),
-    out: (Ptr<f32>, usize),
+/// Elements that are loaded into lanes of f32.
+pub(super) trait Source: Element {
+    /// [`LANES`] of them at an address.
+    ///
+    /// # Safety
+    /// They are there, and the machine has what `L` needs.
+    unsafe fn load<L: Lanes>(from: *const Self) -> L;
 }
 
-impl Product {
+impl Source for f32 {
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const f32) -> L {
+        // SAFETY: the caller's.
+        unsafe { L::load(from) }
+    }
+}
+
+impl Source for bf16 {
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const bf16) -> L {
+        // SAFETY: the caller's.
+        unsafe { L::widen(from) }
+    }
+}
+
+/// What all threads work on; strides in elements.
+#[derive(Clone, Copy)]
+struct Product<T, O> {
+    /// Rows `m`, columns `n`, elements `k` of a sum.
+    size: (usize, usize, usize),
+    x: (Ptr<T>, usize),
+    w: (Ptr<T>, usize),
+    out: (Ptr<O>, usize),
+}
+
+impl<T: Source, O: Element> Product<T, O> {
     /// Results of `M` rows and `N` columns from here on.
     ///
     /// # Safety
@@ -134,10 +188,10 @@ impl Product {
             while at < whole {
                 let mut columns = [L::zero(); N];
                 for (j, column) in columns.iter_mut().enumerate() {
-                    *column = L::load(w.add(j * self.w.1 + at));
+                    *column = T::load::<L>(w.add(j * self.w.1 + at));
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
-                    let row = L::load(x.add(i * self.x.1 + at));
+                    let row = T::load::<L>(x.add(i * self.x.1 + at));
                     for (sum, column) in sums.iter_mut().zip(columns) {
                         *sum = sum.add_product(row, column);
                     }
@@ -146,8 +200,10 @@ impl Product {
             }
             for (i, sums) in sums.iter().enumerate() {
                 for (j, sum) in sums.iter().enumerate() {
-                    let rest = (whole..k).map(|at| *x.add(i * self.x.1 + at) * *w.add(j * self.w.1 + at)).sum::<f32>();
-                    *self.out.0.add((m + i) * self.out.1 + n + j).0 = folded(sum.numbers()) + rest;
+                    let rest =
+                        (whole..k).map(|at| (*x.add(i * self.x.1 + at)).wide() * (*w.add(j * self.w.1 + at)).wide());
+                    let sum = folded(sum.numbers()) + rest.sum::<f32>();
+                    *self.out.0.add((m + i) * self.out.1 + n + j).0 = O::nearest(sum);
                 }
             }
         }
@@ -237,12 +293,12 @@ fn folded(mut lanes: [f32; LANES]) -> f32 {
 ///
 /// # Safety
 /// `x` has `m` rows and `w` `n`, of `k` elements each, and the result `m` rows of `n`.
-pub(super) unsafe fn run(
+pub(super) unsafe fn run<T: Source, O: Element>(
     threads: &Threads,
     size: (usize, usize, usize),
-    x: (Ptr<f32>, usize),
-    w: (Ptr<f32>, usize),
-    out: (Ptr<f32>, usize),
+    x: (Ptr<T>, usize),
+    w: (Ptr<T>, usize),
+    out: (Ptr<O>, usize),
 ) {
     let product = Product { size, x, w, out };
     let (_, n, k) = size;
