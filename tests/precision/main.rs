@@ -1,5 +1,7 @@
 //! Mixed precision as a user asks for it: what is computed narrow, that devices agree on it, and how far it is from f32.
 
+mod fp16;
+mod runs;
 mod training;
 
 use std::collections::BTreeMap;

@@ -9,12 +9,12 @@ use super::*;
 const BF16: &str = "    bf16: true\n";
 
 /// The largest distance between two courses.
-fn apart(a: &[f64], b: &[f64]) -> f64 {
+pub fn apart(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
 
 /// The losses of 20 steps with every float a double.
-fn exact(family: [&str; 2], more: &str) -> Vec<f64> {
+pub fn exact(family: [&str; 2], more: &str) -> Vec<f64> {
     let plan = planned(stage(family, more), &InterpTarget);
     losses(&mut Interp::planned(plan.clone(), Precision::F64), &plan, 20)
 }

@@ -76,6 +76,9 @@ fn own_workspace(op: &Op, args: &[Type], bounds: &Bindings, threads: usize) -> u
         Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),
         Op::Fused { shape, body } => fused::workspace(shape, body, args, threads),
         Op::CachedAttention { .. } => cached::workspace(&shape(0), &shape(1), threads),
+        Op::TokenLogp {} | Op::TokenLogpGrad {} => {
+            tokens::workspace(args[0].dtype, shape(0).last().copied().unwrap_or(0), threads)
+        }
         Op::Attention { .. } => attention::workspace(&shape(0), false, threads),
         Op::AttentionGrad { .. } => attention::workspace(&shape(0), true, threads),
         _ => 0,

@@ -104,8 +104,8 @@ pub(super) fn through(kernel: Row, operands: &[DType], result: DType) -> Row {
 /// Whether an op on values of these types runs as its kernel of f32 on operands that are widened as a whole.
 pub(super) fn is_widened(op: &Op, types: &[DType]) -> bool {
     let own = match op {
-        // Its kernel does not care what elements are.
-        Op::Embed {} | Op::Fused { .. } => true,
+        // Their kernels do not care what elements are, or widen row by row.
+        Op::Embed {} | Op::Fused { .. } | Op::TokenLogp {} | Op::TokenLogpGrad {} => true,
         // Products of bf16 have kernels of their own.
         Op::Contract { .. } => types[0] == DType::Bf16,
         op => !matches!(op.class(), Class::Contraction | Class::Reduction | Class::Composite),

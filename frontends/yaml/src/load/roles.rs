@@ -20,7 +20,7 @@ use super::heads::{self, Trunk};
 use super::lora;
 use super::models::{Known, looks_like_path};
 use super::settings::{Decided, Layers, ROLE_RULES, TRAINING_RULES};
-use super::stage::{Surroundings, not_yet, role_named};
+use super::stage::{Surroundings, role_named};
 
 /// A role with its model.
 pub(super) struct BoundRole {
@@ -310,8 +310,6 @@ pub(super) fn precisions(
             let diag =
                 Diag::error(format!("found `bf16` beside `fp16` for role `{}`, expected one of them", role.name));
             documents.error(diag.label(fp16.node.span, "").label(bf16.node.span, "the other one"));
-        } else if let (true, Some(fp16)) = (role.trained, on("fp16")) {
-            documents.error(not_yet("`fp16: true` for a role that is trained", fp16.node.span));
         }
     }
 }
