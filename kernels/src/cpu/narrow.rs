@@ -163,3 +163,22 @@ pub(super) fn run(l: &mut Launch, program: &dsgc_ir::Planned) -> Result<(), Stri
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_that_of_the_library() {
+        // A prime step through all patterns of bits: every exponent, both signs, infinities and NaN.
+        for bits in (0..u32::MAX).step_by(9973).chain([0x7F80_0000, 0xFF80_0000, 0x7F80_0001, 0x7FFF_FFFF, 0x3F80_8000])
+        {
+            let x = f32::from_bits(bits);
+            assert_eq!(to_bf16(x), half::bf16::from_f32(x).to_bits(), "{bits:#x}");
+        }
+        for bits in 0..=u16::MAX {
+            let (found, expected) = (from_bf16(bits), half::bf16::from_bits(bits).to_f32());
+            assert!(found == expected || found.is_nan() && expected.is_nan(), "{bits:#x}");
+        }
+    }
+}
