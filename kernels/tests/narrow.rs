@@ -36,7 +36,7 @@ fn inputs(program: &Program, range: i64) -> Vec<(String, Tensor)> {
         let shape = ty.shape(&Bindings::new()).expect("the dims are numbers");
         let (n, mut rng) = (shape.iter().product(), Rng::new(91 + i as u64));
         let data = match ty.dtype {
-            DType::I32 if name == "segment" => Data::I32((0..n).map(|at: usize| i32::from(at % 7 != 0)).collect()),
+            DType::I32 if name == "segment" => Data::I32((0..n).map(|at: usize| i32::from(!at.is_multiple_of(7))).collect()),
             DType::I32 => Data::I32((0..n).map(|_| rng.between(0, range - 1) as i32).collect()),
             DType::Bool => Data::Bool((0..n).map(|_| rng.once_in(2)).collect()),
             _ => Data::F32((0..n).map(|_| (2.0 * rng.unit() - 1.0) as f32).collect()),
@@ -79,7 +79,8 @@ fn compare(params: &str, lines: &str, range: i64, slack: f64) {
         for (((name, found), (_, expected)), (_, value)) in runs[0].iter().zip(&oracle).zip(&graph.outputs) {
             let own = graph.ty(*value).dtype;
             for (a, b) in found.to_f64().into_iter().zip(expected.to_f64()) {
-                let near = a == b || (a - b).abs() <= if own.is_narrow() { unit(own, b) } else { 0.0 } + slack * b.abs().max(1.0);
+                let near = a == b
+                    || (a - b).abs() <= if own.is_narrow() { unit(own, b) } else { 0.0 } + slack * b.abs().max(1.0);
                 assert!(near, "%{name} is {a}, expected {b} of {own} in\n{lines}");
             }
         }

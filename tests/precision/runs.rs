@@ -116,6 +116,8 @@ fn frozen_roles_are_narrow_alone() {
     let saved = (persistent(&plain) - persistent(&report)) * 1024.0;
     assert!(saved > 0.95 * 2.0 * 31_056.0 && saved < 2.0 * 31_056.0, "{saved} bytes saved in\n{report}");
     assert!(report.contains("held in bf16 only"), "{report}");
+    let line = report.lines().find(|line| line.trim_start().starts_with("ref ")).expect("the report has the role");
+    assert!(line.contains("15,520 frozen; changes numbers: computes in bf16, ") && line.ends_with(" saved"), "{line}");
     place.out(&["run", "pipeline.yaml", "--stage", "ppo"], &frozen);
     assert!(place.steps("ppo").iter().all(|step| step["actor/loss"].as_f64().is_some_and(f64::is_finite)));
 }
