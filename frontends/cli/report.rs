@@ -6,7 +6,7 @@ use std::fmt;
 use dsgc_ir::cost::graph_cost;
 use dsgc_ir::stage::{CallSteps, Role, Rows, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::verify::last_uses;
-use dsgc_ir::{Class, Graph, Planned, Program, Region, StateKind, Target};
+use dsgc_ir::{Class, DType, Graph, Planned, Program, Region, State, StateKind, Target};
 use dsgc_passes::{Step, live_bytes};
 use serde_json::{Value, json};
 
@@ -33,11 +33,18 @@ struct RoleSize {
     frozen: u64,
     /// Those of the role that it is a snapshot of.
     shared: u64,
+    /// What it computes in, if that is not f32.
+    precision: Option<DType>,
+    /// Bytes of narrow copies beside parameters in f32.
+    copies: usize,
+    /// Bytes that parameters without f32 need less.
+    saved: usize,
 }
 
 impl RoleSize {
     fn new(program: &Program, role: &Role) -> RoleSize {
-        let mut size = RoleSize { name: role.name.clone(), trained: 0, frozen: 0, shared: 0 };
+        let (name, precision) = (role.name.clone(), role.precision);
+        let mut size = RoleSize { name, trained: 0, frozen: 0, shared: 0, precision, copies: 0, saved: 0 };
         for (id, name) in program.all_params_of(&role.name) {
             let state = program.state(id);
             let part = match state.kind {
@@ -46,6 +53,9 @@ impl RoleSize {
                 _ => &mut size.frozen,
             };
             *part += state.ty.len().constant().unwrap_or(0) as u64;
+            size.copies += program.copies_of(id).map(|copy| program.state(copy).bytes()).sum::<usize>();
+            let wide = State { ty: state.ty.with(DType::F32), ..state.clone() };
+            size.saved += wide.bytes() - state.bytes();
         }
         size
     }
@@ -56,7 +66,15 @@ impl fmt::Display for RoleSize {
         let parts = [(self.trained, "trained"), (self.frozen, "frozen"), (self.shared, "shared")];
         let parts = parts.iter().filter(|(count, _)| *count > 0);
         let parts: Vec<String> = parts.map(|(count, what)| format!("{} {what}", grouped(*count))).collect();
-        write!(f, "{:<13} {}", self.name, parts.join(", "))
+        write!(f, "{:<13} {}", self.name, parts.join(", "))?;
+        let Some(dtype) = self.precision else { return Ok(()) };
+        write!(f, "; changes numbers: computes in {dtype}")?;
+        for (bytes, what) in [(self.copies, "of copies"), (self.saved, "saved")] {
+            if bytes > 0 {
+                write!(f, ", {} {what}", self::size(bytes))?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -110,7 +128,7 @@ impl StageReport {
         let count = |trained_only: bool| {
             let params = program.states.iter().filter(|s| match s.kind {
                 StateKind::Param { trained } => trained || !trained_only,
-                StateKind::State => false,
+                StateKind::Copy { .. } | StateKind::State => false,
             });
             params.map(|s| s.ty.len().constant().unwrap_or(0) as u64).sum()
         };
@@ -167,7 +185,12 @@ impl StageReport {
         let roles: Vec<Value> = self
             .roles
             .iter()
-            .map(|r| json!({"role": r.name, "trained": r.trained, "frozen": r.frozen, "shared": r.shared}))
+            .map(|r| {
+                json!({
+                    "role": r.name, "trained": r.trained, "frozen": r.frozen, "shared": r.shared,
+                    "precision": r.precision.unwrap_or(DType::F32).name(), "copies_bytes": r.copies, "saved_bytes": r.saved,
+                })
+            })
             .collect();
         let [persistent, values, scratch] = self.memory;
         json!({

@@ -369,6 +369,14 @@ impl<'a> Builder<'a> {
         self.stretch(scalar, dims)
     }
 
+    /// A value as elements of another type; the value itself if it has them already.
+    pub fn cast(&mut self, value: Value, dtype: DType) -> Value {
+        if self.graph.ty(value).dtype == dtype {
+            return value;
+        }
+        self.one(Op::Cast { dtype }, &[value])
+    }
+
     /// A value stretched to dims; the value itself if it has them already.
     pub fn stretch(&mut self, value: Value, dims: &[Dim]) -> Value {
         if self.graph.ty(value).dims == dims {

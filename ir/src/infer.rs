@@ -101,7 +101,7 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
         }
         Op::Pow {} => {
             same(&args[0], &args[1])?;
-            one(float(op, &args[0])?.clone())
+            one(floats(op, &args[0])?.clone())
         }
         Op::Neg {} | Op::Abs {} => one(number(op, &args[0])?.clone()),
         Op::Exp {}
@@ -114,7 +114,7 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
         | Op::Gelu {}
         | Op::GeluTanh {}
         | Op::Silu {}
-        | Op::Erf {} => one(float(op, &args[0])?.clone()),
+        | Op::Erf {} => one(floats(op, &args[0])?.clone()),
         Op::Eq {} | Op::Ne {} => {
             same(&args[0], &args[1])?;
             one(not_key(op, &args[0])?.with(DType::Bool))
@@ -144,22 +144,22 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
         }
         Op::Contract { spec } => {
             let labels = Contraction::parse(spec)?;
-            one(labels.result(float(op, &args[0])?, float(op, &args[1])?)?)
+            one(labels.result(floats(op, &args[0])?, typed(op, &args[1], args[0].dtype)?)?)
         }
         Op::ContractEach { spec, common } => {
-            let labels = Contraction::parse(spec)?;
             if *common > 1 || args.len() < 2 {
                 return Err(format!(
                     "`{op}` of {} operands, expected the one in common, 0 or 1, and others",
                     args.len()
                 ));
             }
-            let shared = float(op, &args[0])?;
-            let result = |other| match common {
-                0 => labels.result(shared, other),
-                _ => labels.result(other, shared),
+            let each = Op::Contract { spec: spec.clone() };
+            let result = |other: &Type| {
+                let mut pair = [args[0].clone(), other.clone()];
+                pair.rotate_left(*common);
+                Ok(infer(&each, &pair, None)?.swap_remove(0))
             };
-            args[1..].iter().map(|other| result(float(op, other)?)).collect()
+            args[1..].iter().map(result).collect()
         }
         Op::SumSquares {} => {
             for arg in args {
@@ -173,10 +173,16 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
                 return Err(format!("dims {axes:?} are not ascending dims of {}", args[0]));
             }
             let kept = (0..args[0].rank()).filter(|i| !axes.contains(i)).map(|i| args[0].dims[i].clone());
-            one(Type::new(args[0].dtype, kept.collect::<Vec<_>>()))
+            // The sum of many narrow numbers is not rounded to one of them; the largest is one of them.
+            let summed = matches!(op, Op::ReduceSum { .. }) && args[0].dtype.is_narrow();
+            let dtype = if summed { DType::F32 } else { args[0].dtype };
+            one(Type::new(dtype, kept.collect::<Vec<_>>()))
         }
         Op::Cumsum { axis, .. } => {
-            axis_of(number(op, &args[0])?, *axis)?;
+            if args[0].dtype != DType::I32 {
+                float(op, &args[0])?;
+            }
+            axis_of(&args[0], *axis)?;
             one(args[0].clone())
         }
         Op::Recurrence { axis, .. } => {
@@ -184,19 +190,19 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             one(args[0].clone())
         }
         Op::Embed {} => {
-            float(op, &args[0])?;
+            floats(op, &args[0])?;
             typed(op, &args[1], DType::I32)?;
             rank(op, &args[0], 2)?;
             one(Type::new(args[0].dtype, [args[1].dims.as_slice(), &args[0].dims[1..]].concat()))
         }
         Op::EmbedGrad { rows } => {
             typed(op, &args[0], DType::I32)?;
-            float(op, &args[1])?;
+            floats(op, &args[1])?;
             let (width, lead) = args[1].dims.split_last().ok_or("`embed_grad` of a scalar")?;
             if lead != args[0].dims {
                 return Err(format!("indices {} and gradient {} differ", args[0], args[1]));
             }
-            one(Type::new(args[1].dtype, [rows.clone(), width.clone()]))
+            one(Type::new(DType::F32, [rows.clone(), width.clone()]))
         }
         Op::AddRows {} => {
             let x = float(op, &args[0])?;
@@ -235,7 +241,7 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             }
         }
         Op::Rope { .. } => {
-            let x = float(op, &args[0])?;
+            let x = floats(op, &args[0])?;
             rank(op, x, 4)?;
             same(&args[1], &Type::new(DType::I32, &x.dims[..2]))?;
             rank(op, float(op, &args[2])?, 1)?;
@@ -246,7 +252,7 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
         }
         Op::Attention { .. } => attention(op, args, args.get(4)),
         Op::CachedAttention { .. } => {
-            let (q, k, v) = (float(op, &args[0])?, float(op, &args[1])?, &args[2]);
+            let (q, k, v) = (floats(op, &args[0])?, typed(op, &args[1], args[0].dtype)?, &args[2]);
             rank(op, q, 4)?;
             rank(op, k, 4)?;
             same(k, v)?;
@@ -267,16 +273,16 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
         }
         Op::TokenLogp {} | Op::TokenLogpGrad {} => {
             let (_, lead) =
-                float(op, &args[0])?.dims.split_last().ok_or_else(|| format!("`{}` of a scalar", op.name()))?;
+                floats(op, &args[0])?.dims.split_last().ok_or_else(|| format!("`{}` of a scalar", op.name()))?;
             typed(op, &args[1], DType::I32)?;
             if lead != args[1].dims {
                 return Err(format!("logits {} and tokens {} differ", args[0], args[1]));
             }
             if let Some(grad) = args.get(2) {
-                same(grad, &args[1].with(args[0].dtype))?;
+                same(grad, &args[1].with(DType::F32))?;
                 return one(args[0].clone());
             }
-            one(args[1].with(args[0].dtype))
+            one(args[1].with(DType::F32))
         }
         Op::HeadLogp {} | Op::HeadLogpGrad { .. } => {
             let (x, head) = (float(op, &args[0])?, float(op, &args[1])?);
@@ -348,6 +354,9 @@ pub fn broadcasts(from: &[Dim], to: &[Dim]) -> Result<(), String> {
     if fits { Ok(()) } else { Err(format!("{} does not stretch to {}", DimList(from), DimList(to))) }
 }
 
+/// What makes the result of a product of narrow floats wide.
+const WIDE: &str = ":f32";
+
 /// The labels of a [`Op::Contract`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Contraction {
@@ -357,20 +366,24 @@ pub struct Contraction {
     pub rhs: Vec<char>,
     /// Letters of the result's dims.
     pub out: Vec<char>,
+    /// Whether the product of narrow floats is f32: sums are taken in f32 always, and not rounded then.
+    pub wide: bool,
 }
 
 impl Contraction {
-    /// Reads `btd,vd->btv`. A letter stands once per operand; every letter of the result stands in an operand.
+    /// Reads `btd,vd->btv`, or `btd,vd->btv:f32` of narrow floats with a result that is wide. A letter stands once per
+    /// operand; every letter of the result stands in an operand.
     pub fn parse(spec: &str) -> Result<Contraction, String> {
         let bad = || format!("`{spec}` is no contraction; expected e.g. `btd,vd->btv`");
         let (operands, out) = spec.split_once("->").ok_or_else(bad)?;
+        let (out, wide) = out.strip_suffix(WIDE).map_or((out, false), |out| (out, true));
         let (lhs, rhs) = operands.split_once(',').ok_or_else(bad)?;
         let letters = |s: &str| -> Result<Vec<char>, String> {
             let all: Vec<char> = s.chars().collect();
             let unique = all.iter().enumerate().all(|(i, c)| c.is_ascii_lowercase() && !all[..i].contains(c));
             if unique { Ok(all) } else { Err(bad()) }
         };
-        let labels = Contraction { lhs: letters(lhs)?, rhs: letters(rhs)?, out: letters(out)? };
+        let labels = Contraction { lhs: letters(lhs)?, rhs: letters(rhs)?, out: letters(out)?, wide };
         let known = |c: &char| labels.lhs.contains(c) || labels.rhs.contains(c);
         let used = |c: &char, other: &[char]| labels.out.contains(c) || other.contains(c);
         if !labels.out.iter().all(known)
@@ -385,7 +398,8 @@ impl Contraction {
     /// The text form.
     pub fn spec(&self) -> String {
         let text = |v: &[char]| v.iter().collect::<String>();
-        format!("{},{}->{}", text(&self.lhs), text(&self.rhs), text(&self.out))
+        let wide = if self.wide { WIDE } else { "" };
+        format!("{},{}->{}{wide}", text(&self.lhs), text(&self.rhs), text(&self.out))
     }
 
     fn result(&self, lhs: &Type, rhs: &Type) -> Result<Type, String> {
@@ -403,13 +417,17 @@ impl Contraction {
         for c in self.lhs.iter().chain(&self.rhs) {
             dim_of(c)?;
         }
-        Ok(Type::new(lhs.dtype, self.out.iter().map(dim_of).collect::<Result<Vec<_>, _>>()?))
+        if self.wide && !lhs.dtype.is_narrow() {
+            return Err(format!("the product {} of {lhs} is f32 without `{WIDE}`", self.spec()));
+        }
+        let dtype = if self.wide { DType::F32 } else { lhs.dtype };
+        Ok(Type::new(dtype, self.out.iter().map(dim_of).collect::<Result<Vec<_>, _>>()?))
     }
 }
 
 /// The results of attention over q, k, v and segment, which `args` begin with.
 fn attention(op: &Op, args: &[Type], bias: Option<&Type>) -> Result<Vec<Type>, String> {
-    let (q, k, v, segment) = (float(op, &args[0])?, float(op, &args[1])?, &args[2], &args[3]);
+    let (q, k, v, segment) = (floats(op, &args[0])?, typed(op, &args[1], args[0].dtype)?, &args[2], &args[3]);
     rank(op, q, 4)?;
     rank(op, k, 4)?;
     same(k, v)?;
@@ -418,7 +436,7 @@ fn attention(op: &Op, args: &[Type], bias: Option<&Type>) -> Result<Vec<Type>, S
         return Err(format!("queries {q} and keys {k} do not fit"));
     }
     slopes(q, bias)?;
-    let lse = Type::new(q.dtype, [q.dims[0].clone(), q.dims[2].clone(), q.dims[1].clone()]);
+    let lse = Type::new(DType::F32, [q.dims[0].clone(), q.dims[2].clone(), q.dims[1].clone()]);
     Ok(vec![q.clone(), lse])
 }
 
@@ -448,13 +466,19 @@ fn typed<'a>(op: &Op, ty: &'a Type, dtype: DType) -> Result<&'a Type, String> {
     if ty.dtype == dtype { Ok(ty) } else { Err(format!("`{}` of {ty}, expected {dtype}", op.name())) }
 }
 
+/// Floats of full width: what is computed in f32 always.
 fn float<'a>(op: &Op, ty: &'a Type) -> Result<&'a Type, String> {
     typed(op, ty, DType::F32)
 }
 
+/// Floats of any width.
+fn floats<'a>(op: &Op, ty: &'a Type) -> Result<&'a Type, String> {
+    if ty.dtype.is_float() { Ok(ty) } else { typed(op, ty, DType::F32) }
+}
+
 fn number<'a>(op: &Op, ty: &'a Type) -> Result<&'a Type, String> {
     match ty.dtype {
-        DType::F32 | DType::I32 => Ok(ty),
+        DType::F32 | DType::Bf16 | DType::F16 | DType::I32 => Ok(ty),
         DType::Bool | DType::Key => Err(format!("`{}` of {ty}, expected numbers", op.name())),
     }
 }

@@ -342,7 +342,8 @@ ops! {
         body: Body }
 
     // Contraction and reduction.
-    /// A sum of products in einsum letters, e.g. `btd,vd->btv`.
+    /// A sum of products in einsum letters, e.g. `btd,vd->btv`. Of narrow floats it is taken in f32, and rounded to their
+    /// type unless the labels end with `:f32`.
     Contract "contract" Contraction 2 { /// Labels of both operands and the result.
         spec: String }
     /// Several [`Op::Contract`] with one operand in common: operands that one, then the others; a result for each of those.
@@ -350,7 +351,7 @@ ops! {
     ContractEach "contract_each" Contraction many { /// Labels of both operands and the result, of every one.
         spec: String, /// Which operand they have in common: 0 the first, 1 the second.
         common: usize }
-    /// Sum over dims, which go away.
+    /// Sum over dims, which go away; that of narrow floats is f32.
     ReduceSum "reduce_sum" Reduction 1 { /// The dims, ascending.
         axes: Vec<usize> }
     /// Largest element over dims, which go away.
@@ -375,7 +376,7 @@ ops! {
     // Composites.
     /// Rows of a table: operands table `[V, D]` and indices `i32[..]`; result `[.., D]`.
     Embed "embed" Composite 2 { }
-    /// Gradient of [`Op::Embed`] for the table: operands indices `[..]` and result gradient `[.., D]`.
+    /// Gradient of [`Op::Embed`] for the table: operands indices `[..]` and result gradient `[.., D]`; f32, as sums are.
     EmbedGrad "embed_grad" Composite 2 { /// Rows of the table.
         rows: Dim }
     /// `x + embed_grad(indices, gradient)`: operands x `[V, D]`, indices `i32[..]`, gradient `[.., D]`. A device may leave
@@ -402,7 +403,7 @@ ops! {
     /// after itself if `causal`, and less than `window` places away unless that is 0. Segment 0 is padding: nobody sees
     /// it, and it sees all text, as in Hugging Face's models, whose scores on padding some losses read. Texts may have
     /// branches ([`crate::segment`]). A query that sees nothing gives 0. With slopes, a head's score is less by its slope times the places between query and key (ALiBi,
-    /// Press et al. 2022). Results: `[B, T, H, D]`, and the log of the softmax's divisor `[B, H, T]` for the gradient.
+    /// Press et al. 2022). Results: `[B, T, H, D]`, and the log of the softmax's divisor `f32[B, H, T]` for the gradient.
     Attention "attention" Composite [4] { /// Whether later keys are hidden.
         causal: bool, /// Factor on the scores.
         scale: f64, /// Keys from this distance on are hidden; 0 for none.
@@ -419,7 +420,7 @@ ops! {
     CachedAttention "cached_attention" Composite [5] { /// Factor on the scores.
         scale: f64, /// Keys from this distance on are hidden; 0 for none.
         window: usize }
-    /// Log-probability of a token: operands logits `[.., V]` and tokens `i32[..]`; the softmax is never stored.
+    /// Log-probability `f32[..]` of a token: operands logits `[.., V]` and tokens `i32[..]`; the softmax is never stored.
     TokenLogp "token_logp" Composite 2 { }
     /// Gradient of [`Op::TokenLogp`] for the logits: operands logits, tokens, result gradient.
     TokenLogpGrad "token_logp_grad" Composite 3 { }

@@ -80,15 +80,27 @@ impl<'a> Reader<'a> {
         self.expect(":")?;
         let ty = self.ty()?;
         let trained = self.take_word("trained");
+        let copied = if self.take_word("copy") { Some(self.declared()?) } else { None };
         let buffer = self.buffer()?;
         let span = if self.take_word("loc") { self.span()? } else { Span::NONE };
-        let kind = if is_param { StateKind::Param { trained } } else { StateKind::State };
+        let kind = match copied {
+            _ if is_param => StateKind::Param { trained },
+            Some(of) => StateKind::Copy { of },
+            None => StateKind::State,
+        };
         if self.program.state_named(&name).is_some() {
             return Err(self.error(format!("`@{name}` is declared twice")));
         }
         let id = self.program.declare(name, ty, kind, span);
         self.program.states[id.0 as usize].buffer = buffer;
         Ok(())
+    }
+
+    /// A parameter or state that stands above.
+    fn declared(&mut self) -> Read<StateId> {
+        self.expect("@")?;
+        let name = self.name()?.to_string();
+        self.program.state_named(&name).ok_or_else(|| self.error(format!("`@{name}` is not declared above")))
     }
 
     fn graph(&mut self) -> Read<()> {

@@ -21,11 +21,12 @@ impl fmt::Display for Program {
             writeln!(f, "arena persistent={} values={} scratch={}", a.persistent, a.values, a.scratch)?;
         }
         for state in &self.states {
-            let (kind, trained) = match state.kind {
-                StateKind::Param { trained } => ("param", if trained { " trained" } else { "" }),
-                StateKind::State => ("state", ""),
+            let (kind, what) = match state.kind {
+                StateKind::Param { trained } => ("param", if trained { " trained".into() } else { String::new() }),
+                StateKind::Copy { of } => ("state", format!(" copy @{}", self.state(of).name)),
+                StateKind::State => ("state", String::new()),
             };
-            write!(f, "{kind} @{} : {}{trained}", state.name, state.ty)?;
+            write!(f, "{kind} @{} : {}{what}", state.name, state.ty)?;
             write_buffer(f, state.buffer)?;
             if state.span.is_some() {
                 let s = state.span;

@@ -16,6 +16,12 @@ pub enum StateKind {
         /// Whether an update of the stage trains it.
         trained: bool,
     },
+    /// A parameter rounded to a narrow float, for the graphs that read it so. Whatever changes the parameter writes both:
+    /// graphs by ops, devices when the host sets it.
+    Copy {
+        /// The parameter.
+        of: StateId,
+    },
     /// Anything else that outlives a call: moments, gradient accumulators, sums. Zero when a session begins.
     State,
 }
@@ -115,6 +121,11 @@ impl Program {
     /// A state by name.
     pub fn state_named(&self, name: &str) -> Option<StateId> {
         self.states.iter().position(|s| s.name == name).map(|i| StateId(i as u32))
+    }
+
+    /// The copies of a parameter.
+    pub fn copies_of(&self, id: StateId) -> impl Iterator<Item = StateId> {
+        self.state_ids().filter(move |(_, s)| s.kind == StateKind::Copy { of: id }).map(|(id, _)| id)
     }
 
     /// All states with their ids.

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::diag::Span;
+use crate::types::DType;
 
 /// One stage of a pipeline.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -101,6 +102,9 @@ pub struct Role {
     pub init: String,
     /// Whether an update trains it.
     pub trained: bool,
+    /// The narrow float in which it computes, if it does not compute in f32; the pass `precision` says what that means.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub precision: Option<DType>,
     /// Folder with its `tokenizer.json`, as the user gave it.
     pub tokenizer: Option<String>,
     /// Parameters of a snapshot that are those of the role it is taken of, by their Hugging Face names: nothing changes

@@ -78,7 +78,8 @@ impl Tensor {
         self.len() == 0
     }
 
-    /// The declared type that such elements belong to (both float widths are `f32` in a graph).
+    /// The declared type that such elements belong to. Floats of both widths count as `f32`: on the host narrow floats
+    /// are the numbers that they stand for, see [`Tensor::fits`].
     pub fn dtype(&self) -> DType {
         match &self.data {
             Data::F32(_) | Data::F64(_) => DType::F32,
@@ -86,6 +87,20 @@ impl Tensor {
             Data::Bool(_) => DType::Bool,
             Data::Key(_) => DType::Key,
         }
+    }
+
+    /// Whether the elements can be those of a value of this type: floats belong to floats of every width.
+    pub fn fits(&self, dtype: DType) -> bool {
+        self.dtype() == dtype || self.dtype().is_float() && dtype.is_float()
+    }
+
+    /// Floats in single precision, each rounded to a declared type; other kinds as they are.
+    pub fn rounded(self, dtype: DType) -> Tensor {
+        let mut tensor = self.single();
+        if let (Data::F32(v), true) = (&mut tensor.data, dtype.is_narrow()) {
+            v.iter_mut().for_each(|x| *x = dtype.round(*x));
+        }
+        tensor
     }
 
     /// All elements as doubles; truth values are 0 and 1.

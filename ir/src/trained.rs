@@ -150,7 +150,7 @@ fn linear_weights(program: &Program) -> BTreeSet<StateId> {
 /// The contractions that two factors of low rank take in the place of one by a weight `[out, in]`, the operand number
 /// `weight`: of the other operand with `A: [r, in]`, and of that with `B: [out, r]`. `None` where it is no linear layer.
 pub fn low_rank(spec: &str, weight: usize) -> Option<[String; 2]> {
-    let Contraction { lhs, rhs, out } = Contraction::parse(spec).ok()?;
+    let Contraction { lhs, rhs, out, wide } = Contraction::parse(spec).ok()?;
     let (x, w) = if weight == 0 { (rhs, lhs) } else { (lhs, rhs) };
     let &[o, i] = &w[..] else { return None };
     let kept = out.iter().filter(|c| **c != o).all(|c| x.contains(c));
@@ -159,8 +159,8 @@ pub fn low_rank(spec: &str, weight: usize) -> Option<[String; 2]> {
     }
     let r = ('a'..='z').find(|c| ![&x, &w, &out].iter().any(|side| side.contains(c)))?;
     let inner: Vec<char> = out.iter().map(|&c| if c == o { r } else { c }).collect();
-    let down = Contraction { lhs: x, rhs: vec![r, i], out: inner.clone() };
-    let up = Contraction { lhs: inner, rhs: vec![o, r], out };
+    let down = Contraction { lhs: x, rhs: vec![r, i], out: inner.clone(), wide };
+    let up = Contraction { lhs: inner, rhs: vec![o, r], out, wide };
     Some([down.spec(), up.spec()])
 }
 

@@ -10,6 +10,10 @@ use crate::dim::{Bindings, Dim, Symbol};
 pub enum DType {
     /// Single precision; double in the interpreter's f64 mode.
     F32,
+    /// The upper half of single precision: its range, with 8 bits of precision. A narrow float.
+    Bf16,
+    /// IEEE's half precision: 11 bits of precision up to 65504. A narrow float.
+    F16,
     /// 32-bit integers.
     I32,
     /// Truth values, a byte each.
@@ -20,12 +24,14 @@ pub enum DType {
 
 impl DType {
     /// All of them.
-    pub const ALL: [DType; 4] = [DType::F32, DType::I32, DType::Bool, DType::Key];
+    pub const ALL: [DType; 6] = [DType::F32, DType::Bf16, DType::F16, DType::I32, DType::Bool, DType::Key];
 
     /// The name in the text form.
     pub fn name(self) -> &'static str {
         match self {
             DType::F32 => "f32",
+            DType::Bf16 => "bf16",
+            DType::F16 => "f16",
             DType::I32 => "i32",
             DType::Bool => "bool",
             DType::Key => "key",
@@ -36,6 +42,7 @@ impl DType {
     pub fn bytes(self) -> usize {
         match self {
             DType::F32 | DType::I32 => 4,
+            DType::Bf16 | DType::F16 => 2,
             DType::Bool => 1,
             DType::Key => 8,
         }
@@ -43,7 +50,21 @@ impl DType {
 
     /// Whether gradients can flow through values of this type.
     pub fn is_float(self) -> bool {
-        self == DType::F32
+        matches!(self, DType::F32 | DType::Bf16 | DType::F16)
+    }
+
+    /// Whether this is a float of two bytes.
+    pub fn is_narrow(self) -> bool {
+        matches!(self, DType::Bf16 | DType::F16)
+    }
+
+    /// The number of this type next to `x`, of two the even one, beyond the largest infinity; `x` if this is no narrow float.
+    pub fn round(self, x: f32) -> f32 {
+        match self {
+            DType::Bf16 => half::bf16::from_f32(x).to_f32(),
+            DType::F16 => half::f16::from_f32(x).to_f32(),
+            DType::F32 | DType::I32 | DType::Bool | DType::Key => x,
+        }
     }
 }
 

@@ -10,8 +10,8 @@ use crate::graph::{Buffer, Graph, OpData, OpId, Region, Value};
 use crate::infer::infer;
 use crate::op::{Class, Op};
 use crate::print::value_names;
-use crate::program::{Level, Program};
-use crate::types::Type;
+use crate::program::{Level, Program, StateKind};
+use crate::types::{DType, Type};
 
 /// What is wrong with a program.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +47,7 @@ pub fn verify(program: &Program) -> Result<(), Fault> {
             return Err(fault(format!("`@{}` has the type {}; its dims must be numbers", state.name, state.ty)));
         }
     }
+    copies_fit(program).map_err(fault)?;
     let mut names = BTreeSet::new();
     for graph in &program.graphs {
         if !names.insert(&graph.name) {
@@ -127,10 +128,33 @@ fn logical(program: &Program, graph: &Graph) -> Result<(), Fault> {
         }
         defined += op.results().len() as u32;
     }
+    let behind = program.state_ids().find(|(id, state)| match state.kind {
+        StateKind::Copy { of } => written.contains(&of) != written.contains(id),
+        StateKind::Param { .. } | StateKind::State => false,
+    });
+    if let Some((_, copy)) = behind {
+        return fault(None, format!("`@{}` and what it copies are not written together", copy.name));
+    }
     match graph.outputs.iter().find(|(_, v)| v.0 >= defined) {
         Some((name, _)) => fault(None, format!("output `{name}` is not defined")),
         None => Ok(()),
     }
+}
+
+/// A copy is a parameter as narrow floats.
+fn copies_fit(program: &Program) -> Result<(), String> {
+    for copy in &program.states {
+        let StateKind::Copy { of } = copy.kind else { continue };
+        let fits = program.states.get(of.0 as usize).is_some_and(|of| {
+            matches!(of.kind, StateKind::Param { .. })
+                && (of.ty.dtype, &of.ty.dims) == (DType::F32, &copy.ty.dims)
+                && copy.ty.dtype.is_narrow()
+        });
+        if !fits {
+            return Err(format!("`@{}` is {}, which is no copy of a parameter in f32", copy.name, copy.ty));
+        }
+    }
+    Ok(())
 }
 
 /// The first of some names that came before.

@@ -24,6 +24,7 @@ fn stages_and_sources_read_back() {
         origin: Origin::Folder("a \"quoted\" folder".into()),
         init: "model.init".into(),
         trained: true,
+        precision: None,
         tokenizer: None,
         shared: vec![],
     };

@@ -20,10 +20,11 @@ pub trait Device {
     /// Name for messages and reports, e.g. `cpu`.
     fn name(&self) -> &str;
 
-    /// Sets a parameter or state. The tensor has the state's shape; floats of either width are taken.
+    /// Sets a parameter or state, and its copies. The tensor has the state's shape; floats of either width are taken, and
+    /// rounded to the state's.
     fn set_state(&mut self, id: StateId, value: &Tensor);
 
-    /// The current value of a parameter or state; floats in the device's width.
+    /// The current value of a parameter or state; floats in the device's width, narrow ones in f32.
     fn state(&self, id: StateId) -> Tensor;
 
     /// Runs a graph on named inputs and gives its named outputs. Symbolic dims are bound by the inputs' shapes;
@@ -70,7 +71,7 @@ pub fn bind(graph: &Graph, inputs: &[(&str, &Tensor)]) -> Result<Bindings, Diag>
     for value in graph.inputs() {
         let (name, ty) = (graph.name_of(value), graph.ty(value));
         let tensor = find(name).ok_or_else(|| wrong(format!("input `{name}` is missing")))?;
-        if tensor.dtype() != ty.dtype || tensor.shape.len() != ty.rank() {
+        if !tensor.fits(ty.dtype) || tensor.shape.len() != ty.rank() {
             let found = format!("{}{:?}", tensor.dtype(), tensor.shape);
             return Err(wrong(format!("input `{name}` is {found}, expected {ty}")));
         }

@@ -68,7 +68,9 @@ fn share(mut program: Program) -> Program {
     for role in &program.stage.roles {
         let mut names = Vec::new();
         if let Origin::Snapshot(of) = &role.origin {
-            for (id, name) in program.params_of(&role.name) {
+            let precision = |role: &str| program.stage.roles.iter().find(|r| r.name == role).and_then(|r| r.precision);
+            let alike = precision(of) == role.precision;
+            for (id, name) in program.params_of(&role.name).filter(|_| alike) {
                 let original = program.state_named(&format!("{of}/{name}"));
                 let fits = |original: &StateId| {
                     program.state(*original).ty == program.state(id).ty

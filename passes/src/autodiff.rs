@@ -15,6 +15,7 @@
 mod backward;
 mod batch;
 mod dropout;
+mod scale;
 mod split;
 mod update;
 mod vjp;
@@ -25,6 +26,7 @@ use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::stage::{self, CallSteps, Operand, Operands, Statement, Term, TermSteps, Training, Update, UpdateSteps};
 use dsgc_ir::{Builder, DType, Graph, Op, Program, Site, StateId, StateKind, Type, Value};
 
+use scale::Scale;
 use update::Layers;
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
@@ -299,7 +301,8 @@ fn whole(program: &mut Program, graph: &Graph, training: &Training, loss: Value)
     rebuild.new.outputs = outputs.into_iter().map(|(n, v)| (n, rebuild.get(v))).collect();
     let loss = rebuild.get(loss);
     let mut step = rebuild.new;
-    let one = Builder::new(&mut step, Site::default()).fill(1.0, &[]);
+    let scale = Scale::of(program, &training.role);
+    let one = scale::seed(&mut Builder::new(&mut step, Site::default()), scale, 1.0);
     let layers = update::layers(graph);
     let gradients = gradients_of_params(&mut step, program, &training.role, &[(loss, one)], &layers)?;
     update::append(&mut step, program, training, settings, &gradients, &layers);

@@ -176,7 +176,13 @@ fn scalar_arithmetic(graph: &Graph, op: &Op, args: &[Value]) -> Rewrite {
 
 /// Arithmetic on known numbers; whole ones only: then f32 and f64 agree and folding is exact in both.
 pub(crate) fn fold_scalar(op: &Op, numbers: &[f64], dtype: DType) -> Option<f64> {
-    let exact = |x: f64| x.fract() == 0.0 && x.abs() <= f64::from(1 << 24);
+    // The whole numbers up to which a float holds all of them.
+    let most = match dtype {
+        DType::Bf16 => 1 << 8,
+        DType::F16 => 1 << 11,
+        DType::F32 | DType::I32 | DType::Bool | DType::Key => 1 << 24,
+    };
+    let exact = |x: f64| x.fract() == 0.0 && x.abs() <= f64::from(most);
     let result = match (op, numbers) {
         (Op::Neg {}, [x]) => -x,
         (Op::Add {}, [a, b]) => a + b,
@@ -184,7 +190,7 @@ pub(crate) fn fold_scalar(op: &Op, numbers: &[f64], dtype: DType) -> Option<f64>
         (Op::Mul {}, [a, b]) => a * b,
         _ => return None,
     };
-    let negative_zero = result == 0.0 && dtype == DType::F32;
+    let negative_zero = result == 0.0 && dtype.is_float();
     (numbers.iter().copied().all(exact) && exact(result) && !negative_zero).then_some(result)
 }
 
@@ -193,7 +199,8 @@ pub(crate) fn cast(value: f64, dtype: DType) -> f64 {
     match dtype {
         DType::Bool => f64::from(u8::from(value != 0.0)),
         DType::I32 => f64::from(value as i32),
-        DType::F32 | DType::Key => value,
+        // As a constant it is rounded where it is used.
+        DType::F32 | DType::Bf16 | DType::F16 | DType::Key => value,
     }
 }
 

@@ -6,6 +6,7 @@
 pub mod adapt;
 pub mod autodiff;
 pub mod canonicalize;
+pub mod copies;
 pub mod decode;
 mod fit;
 pub mod fuse;
@@ -15,6 +16,7 @@ pub mod merge;
 pub mod order;
 mod pipeline;
 pub mod plan_memory;
+pub mod precision;
 mod rebuild;
 pub mod rematerialize;
 pub mod share_prefix;

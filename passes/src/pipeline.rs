@@ -8,8 +8,8 @@ use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
 use crate::{
-    adapt, autodiff, canonicalize, decode, fit, fuse, infer, join_updates, merge, order, plan_memory, rematerialize,
-    share_prefix, simplify,
+    adapt, autodiff, canonicalize, copies, decode, fit, fuse, infer, join_updates, merge, order, plan_memory,
+    precision, rematerialize, share_prefix, simplify,
 };
 
 /// What a program satisfies at a point of the pipeline.
@@ -105,10 +105,12 @@ pub const PIPELINE: &[Pass] = &[
     decode::PASS,
     // Before gradients: what is cut away here has none.
     simplify::PASS,
+    precision::PASS,
     autodiff::PASS,
     join_updates::PASS,
     canonicalize::PASS,
     simplify::PASS,
+    copies::PASS,
     // Before regions are made, so that what is recomputed becomes part of what uses it.
     rematerialize::PASS,
     merge::PASS,

@@ -325,6 +325,10 @@ impl Session {
             Some((of, _)) => panic!("bug: `{}` was computed ahead, and `{}` comes first", of.role, update.role),
             None => self.run_update(update, values, taken, Named::from([("lr".into(), lr), ("t".into(), t)]))?,
         };
+        // A step that the loss scale skipped is none: the optimizer and the learning rate stand where they were.
+        if outputs.get("overflow").is_some_and(|overflow| overflow.scalar() != 0.0) {
+            self.taken.entry(update.role.clone()).and_modify(|taken| *taken -= 1);
+        }
         // Where several roles are trained, their numbers are told apart by the role.
         let prefix = if self.program.stage.trainings.len() > 1 { format!("{}/", update.role) } else { String::new() };
         self.tell(&outputs, &prefix, told);

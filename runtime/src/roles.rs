@@ -129,7 +129,7 @@ fn snapshot(program: &Program, device: &mut dyn Device, role: &Role, of: &str) -
     let mut errors = Vec::new();
     for (id, name) in program.params_of(&role.name) {
         let from = program.param(of, name);
-        match from.filter(|&from| program.state(from).ty == program.state(id).ty) {
+        match from.filter(|&from| program.state(from).ty.dims == program.state(id).ty.dims) {
             Some(from) => device.set_state(id, &device.state(from)),
             None => errors.push(Diag::error(format!(
                 "`{}` is a snapshot of `{of}`, which has no parameter `{name}` of {}",

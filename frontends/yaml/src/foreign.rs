@@ -52,7 +52,6 @@ const KEYS: &[Foreign] = &[
     f("tokenizer_name_or_path",          HF,      "`tokenizer` of an entry of `models`"),
     f("torch_dtype",                     HF,      "`bf16: true`"),
     f("dtype",                           DSC,     "`bf16: true`"),
-    f("fp16",                            HF,      "`bf16: true`"),
     f("use_mixed_precision",             LUDWIG,  "`bf16: true`"),
     // Batches and lengths
     f("per_device_train_batch_size",     HF,      "`micro_batch_size`"),

@@ -84,8 +84,8 @@ pub struct Stage {
     pub data: Vec<(Option<Word>, Word)>,
     /// Roles whose models are written at the end; every trained one unless given.
     pub save: Option<Vec<Word>>,
-    /// Settings, options, roles and judges. Those that [`RUN`] or [`TRAINING`] know are checked; the others depend on
-    /// the recipe.
+    /// Settings, options, roles and judges. Those that [`SETTINGS`] know are checked; the others depend on the
+    /// recipe.
     pub settings: Vec<Setting>,
 }
 
@@ -148,7 +148,7 @@ pub const DATA_SOURCE: Table = Table {
     ],
 };
 
-/// Keys of every stage, beside those of [`RUN`] and [`TRAINING`] and those that its recipe brings.
+/// Keys of every stage, beside those of [`SETTINGS`] and those that its recipe brings.
 pub const STAGE: Table = Table {
     what: "a stage",
     keys: &[
@@ -175,7 +175,15 @@ pub const RUN: Table = Table {
         key("max_steps", COUNT_OR_NONE, "optimizer steps after which the stage ends"),
         key("eval_steps", COUNT_OR_NONE, "evaluate every so many optimizer steps, besides before and after"),
         key("logging_steps", Form::Int, "print a line every so many optimizer steps"),
-        key("bf16", Form::Bool, "compute in bf16, with master weights in f32"),
+    ],
+};
+
+/// Settings of a role, trained or not; in a stage they hold for all of them.
+pub const ROLE: Table = Table {
+    what: "the settings of a role",
+    keys: &[
+        key("bf16", Form::Bool, "compute products and attention in bf16; what is trained stays f32"),
+        key("fp16", Form::Bool, "the same in fp16, with a dynamic loss scale where the role is trained"),
     ],
 };
 
@@ -248,9 +256,12 @@ pub const PARALLEL: Table = Table {
     ],
 };
 
+/// The tables of what a stage may set beside its own keys.
+pub const SETTINGS: [&Table; 3] = [&RUN, &ROLE, &TRAINING];
+
 /// The key of a setting of stages, whichever table it stands in.
 pub fn setting(name: &str) -> Option<&'static KeyDef> {
-    RUN.find(name).or_else(|| TRAINING.find(name))
+    SETTINGS.into_iter().find_map(|table| table.find(name))
 }
 
 pub(crate) fn read(reader: &mut Reader, node: &Node) -> Option<Pipeline> {

@@ -5,14 +5,18 @@
 //! behind the other in memory are joined; the largest of each group is the dim of a matrix product, what is left over
 //! is a loop around it.
 
+use dsgc_ir::DType;
+use dsgc_ir::infer::Contraction;
+use half::bf16;
+
 use super::Launch;
-use super::gemm::{self, Matrix, Product};
-use super::memory::Ptr;
+use super::gemm::{self, Element, Matrix, Product};
+use super::memory::{ALIGNMENT, Ptr};
+use super::narrow::round;
 use super::parallel::Threads;
 use super::reduce;
-use super::skinny;
+use super::skinny::{self, Source};
 use super::structure::strides;
-use dsgc_ir::infer::Contraction;
 
 /// A letter: its extent, and its strides in the left operand, the right operand and the result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -26,72 +30,127 @@ struct Letter {
 /// Independent products from which on every one is a task of its own.
 const MANY: usize = 8;
 
-/// Bytes of workspace: of a sum of products, and of products in blocks.
-pub(super) fn workspace(spec: &str, left: &[usize], right: &[usize], threads: usize) -> usize {
-    let len = |shape: &[usize]| shape.iter().product::<usize>();
-    let out = Contraction::parse(spec).map_or(0, |labels| {
-        let extent = |x| {
-            let left = labels.lhs.iter().position(|&y| y == x).map(|i| left[i]);
-            left.or_else(|| labels.rhs.iter().position(|&y| y == x).map(|i| right[i])).unwrap_or(1)
+/// The letters of a contraction by the matrix products that it is.
+struct Groups {
+    /// Loops around all products.
+    loops: Vec<Letter>,
+    m: Letter,
+    n: Letter,
+    k: Letter,
+    /// Sums of products.
+    sums: Vec<Letter>,
+}
+
+impl Groups {
+    fn new(labels: &Contraction, a: &[usize], b: &[usize]) -> Groups {
+        let extent = |letter| {
+            let left = labels.lhs.iter().position(|&x| x == letter).map(|i| a[i]);
+            left.or_else(|| labels.rhs.iter().position(|&x| x == letter).map(|i| b[i])).unwrap_or(1)
         };
-        labels.out.iter().map(|&x| extent(x)).product()
-    });
-    reduce::workspace(len(left)).max(gemm::workspace(len(left), len(right), out, threads))
+        let c: Vec<usize> = labels.out.iter().map(|&x| extent(x)).collect();
+        let stride = |side: &[char], shape: &[usize], letter| {
+            side.iter().position(|&x| x == letter).map_or(0, |i| strides(shape)[i])
+        };
+        let letter = |x: char| Letter {
+            extent: extent(x),
+            left: stride(&labels.lhs, a, x),
+            right: stride(&labels.rhs, b, x),
+            out: stride(&labels.out, &c, x),
+        };
+        let group = |all: &[char], keep: &dyn Fn(char) -> bool| {
+            join(all.iter().copied().filter(|&x| keep(x)).map(letter).filter(|x| x.extent != 1).collect())
+        };
+        let (in_left, in_right, in_out) =
+            (|x| labels.lhs.contains(&x), |x| labels.rhs.contains(&x), |x| labels.out.contains(&x));
+        let mut loops = group(&labels.out, &|x| in_left(x) && in_right(x));
+        let (m, more_m) = largest(group(&labels.out, &|x| in_left(x) && !in_right(x)));
+        let (n, more_n) = largest(group(&labels.out, &|x| !in_left(x) && in_right(x)));
+        let summed = group(&labels.lhs, &|x| !in_out(x));
+        // A sum over nothing is one product of matrices without inner dim: zeros.
+        let (k, sums) = if summed.iter().any(|x| x.extent == 0) { Default::default() } else { largest(summed) };
+        loops.extend(more_m);
+        loops.extend(more_n);
+        Groups { loops, m, n, k, sums }
+    }
+
+    /// Whether a narrow result must not be added to, as it would be rounded each time.
+    fn rounds_once(&self, labels: &Contraction, operands: DType) -> bool {
+        !self.sums.is_empty() && operands.is_narrow() && !labels.wide
+    }
+}
+
+/// Bytes of workspace: of a sum of products, and of products in blocks; behind that, of a result that is rounded once.
+pub(super) fn workspace(spec: &str, dtype: DType, left: &[usize], right: &[usize], threads: usize) -> usize {
+    let Ok(labels) = Contraction::parse(spec) else { return 0 };
+    let len = |shape: &[usize]| shape.iter().product::<usize>();
+    let groups = Groups::new(&labels, left, right);
+    let out = groups.loops.iter().chain([&groups.m, &groups.n]).map(|x| x.extent).product();
+    let own = own_workspace(len(left), len(right), out, threads);
+    if groups.rounds_once(&labels, dtype) { own + out * size_of::<f32>() } else { own }
+}
+
+fn own_workspace(left: usize, right: usize, out: usize, threads: usize) -> usize {
+    reduce::workspace(left).max(gemm::workspace(left, right, out, threads)).next_multiple_of(ALIGNMENT)
 }
 
 /// Runs a contraction.
 pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
     let labels = Contraction::parse(spec)?;
-    let (a, b, c) = (l.shape(l.op.args[0]), l.shape(l.op.args[1]), l.shape(l.result()));
-    let stride = |side: &[char], shape: &[usize], letter| {
-        side.iter().position(|&x| x == letter).map_or(0, |i| strides(shape)[i])
-    };
-    let extent = |letter| {
-        let left = labels.lhs.iter().position(|&x| x == letter).map(|i| a[i]);
-        left.or_else(|| labels.rhs.iter().position(|&x| x == letter).map(|i| b[i])).unwrap_or(1)
-    };
-    let letter = |x: char| Letter {
-        extent: extent(x),
-        left: stride(&labels.lhs, &a, x),
-        right: stride(&labels.rhs, &b, x),
-        out: stride(&labels.out, &c, x),
-    };
-    let group = |all: &[char], keep: &dyn Fn(char) -> bool| {
-        join(all.iter().copied().filter(|&x| keep(x)).map(letter).filter(|x| x.extent != 1).collect())
-    };
-    let (in_left, in_right, in_out) =
-        (|x| labels.lhs.contains(&x), |x| labels.rhs.contains(&x), |x| labels.out.contains(&x));
-    let mut batch = group(&labels.out, &|x| in_left(x) && in_right(x));
-    let (m, more_m) = largest(group(&labels.out, &|x| in_left(x) && !in_right(x)));
-    let (n, more_n) = largest(group(&labels.out, &|x| !in_left(x) && in_right(x)));
-    let summed = group(&labels.lhs, &|x| !in_out(x));
-    // A sum over nothing is one product of matrices without inner dim: zeros.
-    let (k, more_k) = if summed.iter().any(|x| x.extent == 0) { Default::default() } else { largest(summed) };
-    batch.extend(more_m);
-    batch.extend(more_n);
-
-    let (left, right, out): (Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.out(0));
+    let groups = Groups::new(&labels, &l.shape(l.op.args[0]), &l.shape(l.op.args[1]));
     if l.len(l.result()) == 0 {
         return Ok(());
     }
-    if batch.is_empty() && more_k.is_empty() && (m.extent, n.extent) == (1, 1) && (k.left, k.right) == (1, 1) {
-        reduce::dot(l, left, right, out, k.extent);
-        return Ok(());
+    let operands = l.dtype(l.op.args[0]);
+    match (operands, labels.wide) {
+        (DType::Bf16, false) if groups.rounds_once(&labels, operands) => {
+            let [left, right, n] = [l.op.args[0], l.op.args[1], l.result()].map(|v| l.len(v));
+            // SAFETY: the result in f32 lies behind the rest of the workspace, which is as large at every launch.
+            let wide: Ptr<f32> =
+                unsafe { Ptr(l.workspace::<u8>().add(own_workspace(left, right, n, l.threads.count())).0.cast()) };
+            products::<bf16, f32>(l, &groups, Some(wide));
+            let out: Ptr<u8> = l.out(0);
+            l.threads.run(n, 1, |r| {
+                // SAFETY: both places hold `n` elements; ranges of threads are apart.
+                unsafe { round(DType::Bf16, wide.add(r.start).0, out.add(2 * r.start).0, r.len()) };
+            });
+        }
+        (DType::Bf16, false) => products::<bf16, bf16>(l, &groups, None),
+        (DType::Bf16, true) => products::<bf16, f32>(l, &groups, None),
+        _ if dot(l, &groups) => {}
+        _ => products::<f32, f32>(l, &groups, None),
     }
+    Ok(())
+}
+
+/// Runs a sum of products of two rows, if the contraction is one.
+fn dot(l: &mut Launch, groups: &Groups) -> bool {
+    let Groups { loops, m, n, k, sums } = groups;
+    let is_dot = loops.is_empty() && sums.is_empty() && (m.extent, n.extent) == (1, 1) && (k.left, k.right) == (1, 1);
+    if is_dot {
+        let (left, right, out) = (l.arg(0), l.arg(1), l.out(0));
+        reduce::dot(l, left, right, out, k.extent);
+    }
+    is_dot
+}
+
+/// Runs products of matrices of `T`, into another place than the result's if one is given.
+fn products<T: Source, O: Element>(l: &mut Launch, groups: &Groups, out: Option<Ptr<O>>) {
+    let out = out.unwrap_or_else(|| l.out(0));
+    let Groups { loops: batch, m, n, k, sums: more_k } = groups;
+    let (left, right): (Ptr<T>, Ptr<T>) = (l.arg(0), l.arg(1));
     let dense = (k.left, k.right, n.out) == (1, 1, 1);
     if batch.is_empty() && more_k.is_empty() && dense && skinny::fits(m.extent, n.extent, k.extent) {
         let part = skinny::Part { n: n.extent, w: (right, n.right), out: (out, m.out) };
         // SAFETY: extents and strides are those of the operands and the result.
-        unsafe { skinny::run(l.threads, (m.extent, k.extent), (left, m.left), &[part], l.workspace()) };
-        return Ok(());
+        return unsafe { skinny::run(l.threads, (m.extent, k.extent), (left, m.left), &[part], l.workspace()) };
     }
     let loops: usize = batch.iter().map(|x| x.extent).product();
     let sums: usize = more_k.iter().map(|x| x.extent).product();
     let (elements, scratch) = ([l.op.args[0], l.op.args[1], l.result()].map(|v| l.len(v)), l.workspace::<u8>());
     let product = |i: usize, threads: Option<&Threads>, scratch: Ptr<u8>| {
-        let at = offsets(&batch, i);
+        let at = offsets(batch, i);
         for s in 0..sums {
-            let sum = offsets(&more_k, s);
+            let sum = offsets(more_k, s);
             // SAFETY: all offsets come from the extents and strides of the operands and the result, which hold their
             // elements; products of different `i` write different elements of the result.
             unsafe {
@@ -123,7 +182,6 @@ pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
     } else {
         (0..loops).for_each(|i| product(i, Some(l.threads), scratch));
     }
-    Ok(())
 }
 
 /// Joins letters that lie one behind the other in all three tensors.

@@ -2,15 +2,27 @@
 //! products of a few rows, as decoding has them, are shared out to the threads together.
 
 use dsgc_ir::infer::Contraction;
-use dsgc_ir::{Op, Value};
+use dsgc_ir::{DType, Op, Value};
+use half::bf16;
 
-use super::{Launch, contract, skinny};
+use super::gemm::Element;
+use super::skinny::{self, Source};
+use super::{Launch, contract};
 
 /// Runs `contract_each`.
 pub(super) fn run(l: &mut Launch, spec: &str, common: usize) -> Result<(), String> {
-    let few_rows = common == 0 && is_linear(&Contraction::parse(spec)?);
+    let labels = Contraction::parse(spec)?;
+    match (l.dtype(l.op.args[0]), labels.wide) {
+        (DType::Bf16, false) => each::<bf16, bf16>(l, spec, common, &labels),
+        (DType::Bf16, true) => each::<bf16, f32>(l, spec, common, &labels),
+        _ => each::<f32, f32>(l, spec, common, &labels),
+    }
+}
+
+fn each<T: Source, O: Element>(l: &mut Launch, spec: &str, common: usize, labels: &Contraction) -> Result<(), String> {
+    let few_rows = common == 0 && is_linear(labels);
     let (m, k) = l.rows(l.op.args[0]);
-    let mut few: Vec<skinny::Part<f32, f32>> = Vec::new();
+    let mut few: Vec<skinny::Part<T, O>> = Vec::new();
     for (i, &other) in l.op.args[1..].iter().enumerate() {
         // The matrix has rows if its product is linear.
         let n = if few_rows { l.shape(other)[0] } else { 0 };
@@ -26,7 +38,7 @@ pub(super) fn run(l: &mut Launch, spec: &str, common: usize) -> Result<(), Strin
 }
 
 /// Whether a product is `x w^T` on the last dim of `x`, as in `btd,vd->btv`.
-fn is_linear(Contraction { lhs, rhs, out }: &Contraction) -> bool {
+fn is_linear(Contraction { lhs, rhs, out, .. }: &Contraction) -> bool {
     match (lhs.split_last(), &rhs[..], out.split_last()) {
         (Some((k, rows)), [n, summed], Some((last, lead))) => k == summed && n == last && rows == lead,
         _ => false,
@@ -46,6 +58,7 @@ fn alone(l: &mut Launch, spec: &str, common: usize, (i, other): (usize, Value)) 
         threads: l.threads,
         scratch: l.scratch,
         region: None,
+        moved: l.moved.clone(),
     };
     contract::run(&mut one, spec)
 }

@@ -7,13 +7,14 @@ use multiversion::multiversion;
 
 use super::Launch;
 use super::memory::Ptr;
+use super::narrow::{from_bf16, through, to_bf16};
 
 /// Elements that are loaded before any of their results is stored. So a result may lie where an operand does, and the
 /// compiler need not ask whether it does.
 const BLOCK: usize = 64;
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-unsafe fn map1<A: Copy, R: Copy + Default, F: Fn(A) -> R>(a: *const A, out: *mut R, n: usize, f: F) {
+pub(super) unsafe fn map1<A: Copy, R: Copy + Default, F: Fn(A) -> R>(a: *const A, out: *mut R, n: usize, f: F) {
     let mut i = 0;
     while i + BLOCK <= n {
         // SAFETY: the caller has `n` elements at each pointer; results are stored when all operands are loaded.
@@ -165,17 +166,32 @@ pub(super) fn run(l: &mut Launch) -> Result<(), String> {
 /// The kernel of an elementwise op on operands of these types. Integers must not be divided by zero.
 pub(super) fn row(op: &Op, operands: &[DType]) -> Row {
     match (operands[0], op) {
-        (_, Op::Cast { dtype }) => cast(operands[0], *dtype),
+        (DType::Bf16, Op::Cast { dtype: DType::F32 }) => unary(from_bf16),
+        (DType::F32, Op::Cast { dtype: DType::Bf16 }) => unary(to_bf16),
+        (from, Op::Cast { dtype }) => match dtype.is_narrow() || from.is_narrow() {
+            true => through(cast(wide(from), wide(*dtype)), operands, *dtype),
+            false => cast(from, *dtype),
+        },
         (_, Op::Where {}) => match operands[1].bytes() {
             1 => select::<u8>(),
+            2 => select::<u16>(),
             4 => select::<u32>(),
             _ => select::<u64>(),
         },
         (DType::F32, op) => floats(op),
+        (DType::Bf16 | DType::F16, op) => {
+            let compares = matches!(op, Op::Eq {} | Op::Ne {} | Op::Lt {} | Op::Le {});
+            through(floats(op), operands, if compares { DType::Bool } else { operands[0] })
+        }
         (DType::I32, op) => integers(op),
         (DType::Bool, op) => logic(op),
         (DType::Key, op) => panic!("bug: `{op}` of keys"),
     }
+}
+
+/// The type in which narrow floats are computed.
+fn wide(dtype: DType) -> DType {
+    if dtype.is_narrow() { DType::F32 } else { dtype }
 }
 
 fn select<T: Copy + Default + 'static>() -> Row {

@@ -2,6 +2,8 @@
 
 use dsgc_ir::{Arena, Buffer, DType, Data, Region, Tensor};
 
+use super::narrow;
+
 /// A cache line: the alignment of every buffer.
 pub(super) const ALIGNMENT: usize = 64;
 
@@ -84,10 +86,17 @@ impl Memory {
         self.poison(Buffer { region, offset: 0, bytes });
     }
 
-    /// Writes a tensor; floats become single.
-    pub(super) fn write(&mut self, buffer: Buffer, tensor: &Tensor) {
-        assert!(tensor.len() * tensor.dtype().bytes() <= buffer.bytes, "bug: a tensor is larger than its buffer");
+    /// Writes a tensor as elements of a type: floats become single, or are rounded.
+    pub(super) fn write(&mut self, buffer: Buffer, dtype: DType, tensor: &Tensor) {
+        assert!(tensor.len() * dtype.bytes() <= buffer.bytes, "bug: a tensor is larger than its buffer");
         let n = tensor.len();
+        if dtype.is_narrow() {
+            let single = tensor.clone().single();
+            let Data::F32(v) = &single.data else { panic!("bug: {} where {dtype} belongs", tensor.dtype()) };
+            let to: Ptr<u8> = self.at(buffer);
+            // SAFETY: the buffer holds `n` elements, as just checked.
+            return unsafe { narrow::round(dtype, v.as_ptr(), to.0, n) };
+        }
         // SAFETY: the buffer lies in the arena and holds `n` elements, as just checked.
         unsafe {
             match &tensor.data {
@@ -104,13 +113,18 @@ impl Memory {
         }
     }
 
-    /// Reads a tensor.
+    /// Reads a tensor; narrow floats become single.
     pub(super) fn read(&self, buffer: Buffer, dtype: DType, shape: &[usize]) -> Tensor {
         let n: usize = shape.iter().product();
         assert!(n * dtype.bytes() <= buffer.bytes, "bug: a tensor is larger than its buffer");
         // SAFETY: the buffer lies in the arena and holds `n` elements, as just checked.
         let data = unsafe {
             match dtype {
+                DType::Bf16 | DType::F16 => {
+                    let mut wide = vec![0.0; n];
+                    narrow::widen(dtype, self.view::<u8>(buffer).0, wide.as_mut_ptr(), n);
+                    Data::F32(wide)
+                }
                 DType::F32 => Data::F32(self.view::<f32>(buffer).slice(0, n).to_vec()),
                 DType::I32 => Data::I32(self.view::<i32>(buffer).slice(0, n).to_vec()),
                 DType::Bool => Data::Bool(self.view::<u8>(buffer).slice(0, n).iter().map(|&b| b != 0).collect()),

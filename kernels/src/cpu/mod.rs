@@ -17,6 +17,7 @@ pub mod gemm;
 mod head;
 pub mod limits;
 mod memory;
+mod narrow;
 mod norm;
 mod parallel;
 mod reduce;
@@ -62,36 +63,43 @@ impl Target for CpuTarget {
     }
 
     fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize {
-        let shape = |i: usize| args[i].shape(bounds).unwrap_or_default();
-        match op {
-            Op::Contract { spec } => contract::workspace(spec, &shape(0), &shape(1), self.threads),
-            Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. } => {
-                reduce::workspace(shape(0).iter().product())
-            }
-            Op::ContractEach { spec, common } => {
-                let one = Op::Contract { spec: spec.clone() };
-                let part = |other: &Type| match common {
-                    0 => self.workspace(&one, &[args[0].clone(), other.clone()], bounds),
-                    _ => self.workspace(&one, &[other.clone(), args[0].clone()], bounds),
-                };
-                args[1..].iter().map(part).max().unwrap_or(0)
-            }
-            Op::SumSquares {} => (0..args.len()).map(|i| reduce::workspace(shape(i).iter().product())).sum(),
-            Op::HeadLogp {} | Op::HeadLogpGrad { .. } => {
-                head::workspace(shape(2).iter().product(), &shape(1), self.threads)
-            }
-            Op::AddRows {} => tokens::workspace(shape(0)[1], self.threads),
-            Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),
-            Op::Fused { shape, body } => fused::workspace(shape, body, args, self.threads),
-            Op::CachedAttention { .. } => cached::workspace(&shape(0), &shape(1), self.threads),
-            Op::Attention { .. } => attention::workspace(shape(0).last().copied().unwrap_or(0), false, self.threads),
-            Op::AttentionGrad { .. } => attention::workspace(shape(0).last().copied().unwrap_or(0), true, self.threads),
-            _ => 0,
-        }
+        narrow::workspace(op, args, bounds, own_workspace(op, args, bounds, self.threads))
     }
 
     fn memory(&self) -> Option<usize> {
         None
+    }
+}
+
+/// Bytes of workspace of an op's kernel on operands in f32.
+fn own_workspace(op: &Op, args: &[Type], bounds: &Bindings, threads: usize) -> usize {
+    let shape = |i: usize| args[i].shape(bounds).unwrap_or_default();
+    match op {
+        Op::Contract { spec } => contract::workspace(spec, args[0].dtype, &shape(0), &shape(1), threads),
+        Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. } => {
+            reduce::workspace(shape(0).iter().product())
+        }
+        Op::ContractEach { spec, common } => {
+            let one = Op::Contract { spec: spec.clone() };
+            let part = |other: &Type| {
+                let mut pair = [args[0].clone(), other.clone()];
+                pair.rotate_left(*common);
+                own_workspace(&one, &pair, bounds, threads)
+            };
+            args[1..].iter().map(part).max().unwrap_or(0)
+        }
+        Op::SumSquares {} => (0..args.len()).map(|i| reduce::workspace(shape(i).iter().product())).sum(),
+        Op::HeadLogp {} | Op::HeadLogpGrad { .. } => head::workspace(shape(2).iter().product(), &shape(1), threads),
+        Op::AddRows {} => tokens::rows_workspace(shape(0)[1], threads),
+        Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),
+        Op::Fused { shape, body } => fused::workspace(shape, body, args, threads),
+        Op::CachedAttention { .. } => cached::workspace(&shape(0), &shape(1), threads),
+        Op::TokenLogp {} | Op::TokenLogpGrad {} => {
+            tokens::workspace(args[0].dtype, shape(0).last().copied().unwrap_or(0), threads)
+        }
+        Op::Attention { .. } => attention::workspace(shape(0).last().copied().unwrap_or(0), false, threads),
+        Op::AttentionGrad { .. } => attention::workspace(shape(0).last().copied().unwrap_or(0), true, threads),
+        _ => 0,
     }
 }
 
@@ -166,10 +174,14 @@ impl Device for Cpu {
     }
 
     fn set_state(&mut self, id: StateId, value: &Tensor) {
-        let state = self.program.state(id);
-        let shape = state.ty.shape(&Bindings::new()).expect("states have constant dims");
-        assert_eq!((value.dtype(), &value.shape), (state.ty.dtype, &shape), "bug: `@{}` is {}", state.name, state.ty);
-        self.memory.write(state.buffer.expect("a planned program has a buffer for every state"), value);
+        let program = Arc::clone(&self.program);
+        for id in [id].into_iter().chain(program.copies_of(id)) {
+            let state = program.state(id);
+            let shape = state.ty.shape(&Bindings::new()).expect("states have constant dims");
+            assert!(value.fits(state.ty.dtype) && value.shape == shape, "bug: `@{}` is {}", state.name, state.ty);
+            let buffer = state.buffer.expect("a planned program has a buffer for every state");
+            self.memory.write(buffer, state.ty.dtype, value);
+        }
     }
 
     fn state(&self, id: StateId) -> Tensor {
@@ -228,7 +240,8 @@ impl Cpu {
         for input in graph.inputs() {
             let tensor = inputs.iter().find(|(n, _)| *n == graph.name_of(input)).map(|(_, t)| *t);
             let tensor = tensor.expect("`bind` saw every input");
-            self.memory.write(graph.buffer(input).expect("a planned program has a buffer for every value"), tensor);
+            let buffer = graph.buffer(input).expect("a planned program has a buffer for every value");
+            self.memory.write(buffer, graph.ty(input).dtype, tensor);
         }
         for (id, op) in graph.ops() {
             if self.dead.is_some() {
@@ -236,8 +249,16 @@ impl Cpu {
             }
             let started = now(&self.profile);
             let (scratch, region) = (graph.scratch[id.0 as usize], self.regions[at][id.0 as usize].as_deref());
-            let mut launch =
-                Launch { graph, op, dims: &dims, memory: &mut self.memory, threads: &self.threads, scratch, region };
+            let mut launch = Launch {
+                graph,
+                op,
+                dims: &dims,
+                memory: &mut self.memory,
+                threads: &self.threads,
+                scratch,
+                region,
+                moved: Vec::new(),
+            };
             launch.run(&program).map_err(|why| {
                 let what = format!("`{}` in graph @{}: {why}", op.op.name(), graph.name);
                 Diag::error(what).label(op.site.loc.span, "")
@@ -274,6 +295,8 @@ struct Launch<'a> {
     scratch: usize,
     /// What the op needs to run if it is a fused region.
     region: Option<&'a fused::Region>,
+    /// Operands and results whose elements are f32 elsewhere while a kernel runs, in the place of narrow ones.
+    moved: Vec<(Value, Buffer)>,
 }
 
 impl Launch<'_> {
@@ -283,6 +306,10 @@ impl Launch<'_> {
             for dim in &self.graph.ty(value).dims {
                 self.extent(dim)?;
             }
+        }
+        let types: Vec<DType> = self.op.args.iter().copied().chain(self.op.results()).map(|v| self.dtype(v)).collect();
+        if narrow::is_widened(&self.op.op, &types) {
+            return narrow::run(self, program);
         }
         match &self.op.op {
             Op::Read { .. } => Ok(()),
@@ -379,7 +406,7 @@ impl Launch<'_> {
     }
 
     fn dtype(&self, value: Value) -> DType {
-        self.graph.ty(value).dtype
+        if self.moved.iter().any(|m| m.0 == value) { DType::F32 } else { self.graph.ty(value).dtype }
     }
 
     fn shape(&self, value: Value) -> Vec<usize> {
@@ -396,6 +423,9 @@ impl Launch<'_> {
     }
 
     fn buffer(&self, value: Value) -> Buffer {
+        if let Some(&(_, buffer)) = self.moved.iter().find(|m| m.0 == value) {
+            return buffer;
+        }
         self.graph.buffer(value).expect("a planned program has a buffer for every value")
     }
 

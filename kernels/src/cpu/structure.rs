@@ -82,6 +82,7 @@ fn constant(l: &mut Launch, value: f64, dtype: DType) {
         match dtype {
             DType::F32 => *l.out::<f32>(0).0 = value as f32,
             DType::I32 => *l.out::<i32>(0).0 = value as i32,
+            DType::Bf16 | DType::F16 => super::narrow::round(dtype, &(value as f32), l.out::<u8>(0).0, 1),
             DType::Bool => *l.out::<u8>(0).0 = u8::from(value != 0.0),
             DType::Key => panic!("bug: a constant key"),
         }
@@ -93,6 +94,7 @@ macro_rules! by_width {
     ($l:expr, $f:ident, $($arg:expr),*) => {
         match $l.dtype($l.op.args[0]).bytes() {
             1 => $f::<u8>($l, $($arg),*),
+            2 => $f::<u16>($l, $($arg),*),
             4 => $f::<u32>($l, $($arg),*),
             _ => $f::<u64>($l, $($arg),*),
         }

@@ -2,12 +2,14 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use dsgc_ir::DType;
 use dsgc_ir::segment::counts;
 use dsgc_ir::stage::Sampling;
 use multiversion::multiversion;
 
 use super::elementwise::{exp, larger};
 use super::memory::{ALIGNMENT, Ptr};
+use super::narrow::{round, widen};
 use super::{Launch, structure};
 use crate::random::Key;
 use crate::sample::choose;
@@ -23,11 +25,18 @@ pub(super) fn check(indices: &[i32], rows: usize, what: &str) -> Result<(), Stri
     }
 }
 
-/// Runs `embed`.
+/// Runs `embed`: rows are copied, whatever their elements are.
 pub(super) fn embed(l: &mut Launch) -> Result<(), String> {
+    match l.dtype(l.op.args[0]).bytes() {
+        2 => embed_as::<u16>(l),
+        _ => embed_as::<u32>(l),
+    }
+}
+
+fn embed_as<T: Copy + Send>(l: &mut Launch) -> Result<(), String> {
     let (rows, width) = l.rows(l.op.args[0]);
     let n = l.len(l.op.args[1]);
-    let (table, indices, out): (Ptr<f32>, Ptr<i32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.out(0));
+    let (table, indices, out): (Ptr<T>, Ptr<i32>, Ptr<T>) = (l.arg(0), l.arg(1), l.out(0));
     // SAFETY: the operand holds `n` indices.
     let indices = unsafe { indices.slice(0, n) };
     check(indices, rows, "index")?;
@@ -65,7 +74,7 @@ pub(super) fn embed_grad(l: &mut Launch) -> Result<(), String> {
 }
 
 /// Bytes of workspace of `add_rows`: a row for each thread, in whole cache lines.
-pub(super) fn workspace(width: usize, threads: usize) -> usize {
+pub(super) fn rows_workspace(width: usize, threads: usize) -> usize {
     threads.max(1) * padded(width) * size_of::<f32>()
 }
 
@@ -196,18 +205,48 @@ unsafe fn write_grad(row: *const f32, n: usize, token: usize, grad: f32, (most, 
     unsafe { *out.add(token) += grad };
 }
 
+/// Bytes of workspace to widen a row of narrow logits in each thread.
+pub(super) fn workspace(logits: DType, width: usize, threads: usize) -> usize {
+    if logits.is_narrow() { threads.max(1) * width * size_of::<f32>() } else { 0 }
+}
+
+/// Calls a function with the number of every row of the logits and the row in f32: as it lies, or widened.
+fn for_rows(l: &mut Launch, each: impl Fn(usize, *mut f32) + Sync) {
+    let (rows, width) = l.rows(l.op.args[0]);
+    let (dtype, logits, wide): (DType, Ptr<u8>, Ptr<f32>) = (l.dtype(l.op.args[0]), l.arg(0), l.workspace());
+    if rows == 0 {
+        return;
+    }
+    let parts = l.threads.count().min(rows);
+    l.threads.run(parts, 8 * width * rows.div_ceil(parts), |range| {
+        for part in range {
+            for i in rows * part / parts..rows * (part + 1) / parts {
+                // SAFETY: there are so many rows, and the workspace has one for every thread.
+                unsafe {
+                    let row = logits.add(i * width * dtype.bytes()).0;
+                    if dtype.is_narrow() {
+                        let wide = wide.add(part * width).0;
+                        widen(dtype, row, wide, width);
+                        each(i, wide);
+                    } else {
+                        each(i, row.cast());
+                    }
+                }
+            }
+        }
+    });
+}
+
 /// Runs `token_logp`.
 pub(super) fn logp(l: &mut Launch) -> Result<(), String> {
     let (rows, width) = l.rows(l.op.args[0]);
-    let (logits, tokens, out): (Ptr<f32>, Ptr<i32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.out(0));
+    let (tokens, out): (Ptr<i32>, Ptr<f32>) = (l.arg(1), l.out(0));
     // SAFETY: there is a token per row.
     let tokens = unsafe { tokens.slice(0, rows) };
     check(tokens, width, "token")?;
-    l.threads.run(rows, 8 * width, |r| {
-        for i in r {
-            // SAFETY: row `i` of the logits, element `i` of the result.
-            unsafe { *out.add(i).0 = logp_row(logits.slice(i * width, width), tokens[i] as usize) };
-        }
+    for_rows(l, |i, row| {
+        // SAFETY: a row of the logits, element `i` of the result.
+        unsafe { *out.add(i).0 = logp_row(std::slice::from_raw_parts(row, width), tokens[i] as usize) };
     });
     Ok(())
 }
@@ -215,22 +254,24 @@ pub(super) fn logp(l: &mut Launch) -> Result<(), String> {
 /// Runs `token_logp_grad`.
 pub(super) fn logp_grad(l: &mut Launch) -> Result<(), String> {
     let (rows, width) = l.rows(l.op.args[0]);
-    let (logits, tokens, grad, out): (Ptr<f32>, Ptr<i32>, Ptr<f32>, Ptr<f32>) =
-        (l.arg(0), l.arg(1), l.arg(2), l.out(0));
+    let dtype = l.dtype(l.result());
+    let (tokens, grad, out): (Ptr<i32>, Ptr<f32>, Ptr<u8>) = (l.arg(1), l.arg(2), l.out(0));
     // SAFETY: there is a token per row.
     let tokens = unsafe { tokens.slice(0, rows) };
     check(tokens, width, "token")?;
-    l.threads.run(rows, 8 * width, |r| {
-        for i in r {
-            // SAFETY: row `i` of logits and result, which the plan lays over each other or apart.
-            unsafe {
-                let (row, out, g) = (logits.add(i * width).0, out.add(i * width).0, *grad.add(i).0);
-                if g == 0.0 {
-                    // A row that no loss looks at, such as padding; its gradient is 0 whatever the logits are.
-                    std::slice::from_raw_parts_mut(out, width).fill(0.0);
-                } else {
-                    logp_grad_row(row, width, tokens[i] as usize, g, out);
-                }
+    for_rows(l, |i, row| {
+        // SAFETY: row `i` of logits and result, which the plan lays over each other or apart.
+        unsafe {
+            let (bytes, g) = (width * dtype.bytes(), *grad.add(i).0);
+            let out = out.add(i * bytes);
+            if g == 0.0 {
+                // A row that no loss looks at, such as padding; its gradient is 0 whatever the logits are.
+                out.slice_mut(0, bytes).fill(0);
+            } else if dtype.is_narrow() {
+                logp_grad_row(row, width, tokens[i] as usize, g, row);
+                round(dtype, row, out.0, width);
+            } else {
+                logp_grad_row(row, width, tokens[i] as usize, g, out.0.cast());
             }
         }
     });

@@ -1,6 +1,7 @@
 //! The planned arena of the interpreter: every value in its buffer, and poison wherever nothing lives.
 
 use dsgc_ir::{Arena, Buffer, DType, Data, Region, Tensor};
+use half::{bf16, f16};
 
 use super::Precision;
 use super::real::Real;
@@ -8,8 +9,8 @@ use super::real::Real;
 /// The poison: as floats of either width NaN, as an integer -336_211, which is no index, as a truth value neither.
 const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
 
-/// Memory as the plan lays it out. In f64 mode every offset and size is doubled, so that floats of twice the size
-/// have the same neighbours; elements of other types leave the second half of their buffers unused.
+/// Memory as the plan lays it out. In f64 mode every offset and size is multiplied so that floats which became doubles
+/// have the same neighbours: by the most that one grows. Elements of other types leave the rest of their buffers unused.
 #[derive(Clone, Debug)]
 pub(super) struct Memory {
     regions: [Vec<u8>; 3],
@@ -31,12 +32,12 @@ impl Memory {
     fn scale(&self) -> usize {
         match self.precision {
             Precision::F32 => 1,
-            Precision::F64 => 2,
+            Precision::F64 => size_of::<f64>() / DType::Bf16.bytes(),
         }
     }
 
     fn element(&self, dtype: DType) -> usize {
-        if dtype.is_float() { dtype.bytes() * self.scale() } else { dtype.bytes() }
+        if dtype.is_float() && self.precision == Precision::F64 { size_of::<f64>() } else { dtype.bytes() }
     }
 
     /// Poisons everything that does not outlive a graph.
@@ -60,10 +61,13 @@ impl Memory {
         let n: usize = shape.iter().product();
         let at = self.range(buffer, n * self.element(dtype))?;
         let bytes = &self.regions[buffer.region as usize][at];
+        let halves = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
         let words = || bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
         let data = match (dtype, self.precision) {
             (DType::F32, Precision::F32) => Data::F32(words().map(f32::from_le_bytes).collect()),
-            (DType::F32, Precision::F64) => {
+            (DType::Bf16, Precision::F32) => Data::F32(halves().map(|b| bf16::from_bits(b).to_f32()).collect()),
+            (DType::F16, Precision::F32) => Data::F32(halves().map(|b| f16::from_bits(b).to_f32()).collect()),
+            (DType::F32 | DType::Bf16 | DType::F16, Precision::F64) => {
                 let doubles = bytes.chunks_exact(8).map(|b| [b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
                 Data::F64(doubles.map(f64::from_le_bytes).collect())
             }
@@ -82,9 +86,11 @@ impl Memory {
         Ok(Tensor::new(shape, data))
     }
 
-    /// Puts a tensor into a buffer; its floats have the width of the arena.
-    pub(super) fn write(&mut self, buffer: Buffer, tensor: &Tensor) -> Result<(), String> {
+    /// Puts a tensor of a declared type into a buffer; its floats have the width of the arena.
+    pub(super) fn write(&mut self, buffer: Buffer, dtype: DType, tensor: &Tensor) -> Result<(), String> {
         let bytes: Vec<u8> = match &tensor.data {
+            Data::F32(v) if dtype == DType::Bf16 => v.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+            Data::F32(v) if dtype == DType::F16 => v.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
             Data::F32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
             Data::F64(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
             Data::I32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),

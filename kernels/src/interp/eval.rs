@@ -20,11 +20,12 @@ use crate::sample::choose as choose_token;
 
 /// The results of an op from its operands, or what is wrong with their values.
 ///
-/// `shapes` are the results' extents under `dims`. The value of a state stands as the operand of [`Op::Read`]; to
+/// `types` are the operands' declared types, `shapes` the results' extents under `dims`. Results are yet to be rounded to
+/// their types. The value of a state stands as the operand of [`Op::Read`]; to
 /// keep the operand of [`Op::Write`] is the caller's business.
 pub(crate) fn eval<F: Real>(
     op: &Op,
-    args: &[&Tensor],
+    (args, types): (&[&Tensor], &[DType]),
     shapes: &[Vec<usize>],
     dims: &Bindings,
 ) -> Result<Vec<Tensor>, String> {
@@ -94,7 +95,7 @@ pub(crate) fn eval<F: Real>(
         Op::Not {} => one(logic(&[args[0], args[0]], |a, _| !a)),
         Op::Where {} => one(choose(bools(args[0]), args[1], args[2])),
 
-        Op::Fused { body, .. } => fused::<F>(body, args, &shapes[0], dims),
+        Op::Fused { body, .. } => fused::<F>(body, (args, types), &shapes[0], dims),
         Op::Contract { spec } => one(contract::<F>(&Contraction::parse(spec)?, args[0], args[1], &shapes[0])),
         Op::ContractEach { spec, common } => {
             let labels = Contraction::parse(spec)?;
@@ -233,7 +234,7 @@ fn cast<F: Real>(x: &Tensor, dtype: DType) -> Tensor {
     // Every number of every type is a double.
     let all = x.to_f64();
     let data = match dtype {
-        DType::F32 => F::into_data(all.into_iter().map(F::of).collect()),
+        DType::F32 | DType::Bf16 | DType::F16 => F::into_data(all.into_iter().map(F::of).collect()),
         DType::I32 => Data::I32(all.into_iter().map(|x| x as i32).collect()),
         DType::Bool => Data::Bool(all.into_iter().map(|x| x != 0.0).collect()),
         DType::Key => return zeros::<F>(dtype, &x.shape),
@@ -282,13 +283,20 @@ fn logic(args: &[&Tensor], f: fn(bool, bool) -> bool) -> Tensor {
     Tensor::bool(&args[0].shape, bools(args[0]).iter().zip(bools(args[1])).map(|(&a, &b)| f(a, b)).collect())
 }
 
-/// Step by step, each on whole tensors.
-fn fused<F: Real>(body: &Body, args: &[&Tensor], shape: &[usize], dims: &Bindings) -> Result<Vec<Tensor>, String> {
+/// Step by step, each on whole tensors and rounded to its type.
+fn fused<F: Real>(
+    body: &Body,
+    (args, types): (&[&Tensor], &[DType]),
+    shape: &[usize],
+    dims: &Bindings,
+) -> Result<Vec<Tensor>, String> {
+    let dtypes = body.dtypes(types)?;
     let mut values: Vec<Tensor> = args.iter().map(|arg| broadcast(arg, shape)).collect();
     for step in body.steps() {
         let operands: Vec<&Tensor> = step.args.iter().map(|&a| &values[a]).collect();
-        let result = eval::<F>(&step.op, &operands, &[shape.to_vec()], dims)?.remove(0);
-        values.push(broadcast(&result, shape));
+        let types: Vec<DType> = step.args.iter().map(|&a| dtypes[a]).collect();
+        let result = eval::<F>(&step.op, (&operands, &types), &[shape.to_vec()], dims)?.remove(0);
+        values.push(broadcast(&F::rounded(result, dtypes[values.len()]), shape));
     }
     Ok(body.results().iter().map(|&r| values[r].clone()).collect())
 }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::op::Class;
 use dsgc_ir::verify::{last_uses, verify};
-use dsgc_ir::{Bindings, Buffer, Graph, Op, OpData, Planned, Program, Region, StateId, Tensor, Value};
+use dsgc_ir::{Bindings, Buffer, DType, Graph, Op, OpData, Planned, Program, Region, StateId, Tensor, Value};
 
 use crate::{Device, bind};
 
@@ -32,10 +32,10 @@ pub use target::InterpTarget;
 /// Width of floats.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
-    /// As declared.
+    /// As declared: narrow floats are computed in f32, and every result is rounded to its type.
     #[default]
     F32,
-    /// Every float is a double.
+    /// Every float is a double, whatever its type.
     F64,
 }
 
@@ -97,6 +97,30 @@ impl Interp {
         self.program.state_ids().map(|(id, _)| (id, self.state(id))).collect()
     }
 
+    fn set_one(&mut self, id: StateId, value: &Tensor) {
+        let state = self.program.state(id);
+        let value = match self.precision {
+            Precision::F32 => value.clone().rounded(state.ty.dtype),
+            Precision::F64 => value.clone().double(),
+        };
+        assert!(
+            value.fits(state.ty.dtype) && value.shape == state_shape(&self.program, id),
+            "bug: `@{}` is {}, not {}{:?}",
+            state.name,
+            state.ty,
+            value.dtype(),
+            value.shape
+        );
+        match &mut self.store {
+            Store::Tensors(states) => states[id.0 as usize] = Arc::new(value),
+            Store::Arena(memory) => {
+                let buffer = state.buffer.expect("a planned program has a buffer for every state");
+                let written = memory.write(buffer, state.ty.dtype, &value);
+                written.expect("the verifier saw that every state fits its buffer");
+            }
+        }
+    }
+
     fn run_as<F: Real>(&mut self, name: &str, inputs: &[(&str, &Tensor)]) -> Result<Outputs, Diag> {
         let graph = self.program.graph(name).ok_or_else(|| no_graph(&self.program, name))?;
         match &mut self.store {
@@ -121,24 +145,9 @@ impl Device for Interp {
     }
 
     fn set_state(&mut self, id: StateId, value: &Tensor) {
-        let state = self.program.state(id);
-        let value = match self.precision {
-            Precision::F32 => value.clone().single(),
-            Precision::F64 => value.clone().double(),
-        };
-        assert_eq!(
-            (value.dtype(), &value.shape),
-            (state.ty.dtype, &state_shape(&self.program, id)),
-            "bug: `@{}` is {}",
-            state.name,
-            state.ty
-        );
-        match &mut self.store {
-            Store::Tensors(states) => states[id.0 as usize] = Arc::new(value),
-            Store::Arena(memory) => {
-                let buffer = state.buffer.expect("a planned program has a buffer for every state");
-                memory.write(buffer, &value).expect("the verifier saw that every state fits its buffer");
-            }
+        let copies: Vec<StateId> = self.program.copies_of(id).collect();
+        for id in [id].into_iter().chain(copies) {
+            self.set_one(id, value);
         }
     }
 
@@ -176,8 +185,9 @@ pub fn eval_graph(
 ) -> Result<Evaluated, Diag> {
     let found = program.graph(graph).ok_or_else(|| no_graph(program, graph))?;
     let given = |id: StateId| states.get(&id).cloned().unwrap_or_else(|| zero_state(program, id, precision));
+    let rounded = |id: StateId| given(id).rounded(program.state(id).ty.dtype);
     let (outputs, written) = match precision {
-        Precision::F32 => run_loose::<f32>(found, inputs, |id| Arc::new(given(id).single()))?,
+        Precision::F32 => run_loose::<f32>(found, inputs, |id| Arc::new(rounded(id)))?,
         Precision::F64 => run_loose::<f64>(found, inputs, |id| Arc::new(given(id).double()))?,
     };
     let written = written.into_iter().map(|(id, value)| (id, Arc::unwrap_or_clone(value))).collect();
@@ -242,7 +252,7 @@ fn run_planned<F: Real>(
     memory.poison_all();
     let mut live: Vec<Value> = graph.inputs().collect();
     for &value in &live {
-        memory.write(buffer(value), &input::<F>(graph, value, inputs)?).map_err(wrong)?;
+        memory.write(buffer(value), graph.ty(value).dtype, &input::<F>(graph, value, inputs)?).map_err(wrong)?;
     }
     for (id, op) in graph.ops() {
         // Reads and views compute nothing: the bytes must be there already.
@@ -251,10 +261,10 @@ fn run_planned<F: Real>(
             let args = op.args.iter().map(|&a| read(memory, a)).collect::<Result<Vec<_>, _>>()?;
             if let Op::Write { state } = op.op {
                 let target = program.state(state).buffer.expect("a planned program has a buffer for every state");
-                memory.write(target, &args[0]).map_err(wrong)?;
+                memory.write(target, graph.ty(op.args[0]).dtype, &args[0]).map_err(wrong)?;
             }
             for (result, tensor) in op.results().zip(step::<F>(graph, op, &args, &dims)?) {
-                memory.write(buffer(result), &tensor).map_err(wrong)?;
+                memory.write(buffer(result), graph.ty(result).dtype, &tensor).map_err(wrong)?;
             }
         }
         live.extend(op.results());
@@ -278,13 +288,14 @@ fn step<F: Real>(graph: &Graph, op: &OpData, args: &[Arc<Tensor>], dims: &Bindin
     };
     let shapes = op.results().map(|v| shape(graph, v, dims)).collect::<Result<Vec<_>, _>>().map_err(wrong)?;
     let args: Vec<&Tensor> = args.iter().map(|a| &**a).collect();
-    let results = eval::eval::<F>(&op.op, &args, &shapes, dims).map_err(wrong)?;
+    let types: Vec<DType> = op.args.iter().map(|&a| graph.ty(a).dtype).collect();
+    let results = eval::eval::<F>(&op.op, (&args, &types), &shapes, dims).map_err(wrong)?;
     debug_assert!(
         results.len() == shapes.len() && results.iter().zip(&shapes).all(|(r, s)| r.shape == *s),
         "bug: `{}` does not give the inferred shapes {shapes:?}",
         op.op
     );
-    Ok(results)
+    Ok(op.results().zip(results).map(|(v, result)| F::rounded(result, graph.ty(v).dtype)).collect())
 }
 
 fn shape(graph: &Graph, value: Value, dims: &Bindings) -> Result<Vec<usize>, String> {
@@ -294,7 +305,8 @@ fn shape(graph: &Graph, value: Value, dims: &Bindings) -> Result<Vec<usize>, Str
 fn input<F: Real>(graph: &Graph, value: Value, inputs: &[(&str, &Tensor)]) -> Result<Tensor, Diag> {
     let name = graph.name_of(value);
     let found = inputs.iter().find(|(n, _)| *n == name).map(|(_, t)| (*t).clone());
-    Ok(F::convert(found.ok_or_else(|| Diag::error(format!("graph @{}: input `{name}` is missing", graph.name)))?))
+    let found = found.ok_or_else(|| Diag::error(format!("graph @{}: input `{name}` is missing", graph.name)))?;
+    Ok(F::rounded(F::convert(found), graph.ty(value).dtype))
 }
 
 fn no_graph(program: &Program, name: &str) -> Diag {

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
-use dsgc_ir::{Data, Tensor};
+use dsgc_ir::{DType, Data, Tensor};
 
 use crate::random;
 
@@ -35,6 +35,9 @@ pub(crate) trait Real:
     fn into_data(elements: Vec<Self>) -> Data;
     /// The tensor with its floats in this width.
     fn convert(tensor: Tensor) -> Tensor;
+    /// A tensor of a declared type, its floats rounded to it: single precision holds what narrower floats do. Double
+    /// precision stays as it is, whatever was declared.
+    fn rounded(tensor: Tensor, dtype: DType) -> Tensor;
 
     fn zero() -> Self {
         Self::of(0.0)
@@ -66,7 +69,7 @@ pub(crate) trait Real:
 }
 
 macro_rules! real {
-    ($t:ident, $variant:ident, $uniform:path, $convert:path) => {
+    ($t:ident, $variant:ident, $uniform:path, $convert:path, $rounded:path) => {
         impl Real for $t {
             fn of(x: f64) -> $t {
                 x as $t
@@ -107,11 +110,18 @@ macro_rules! real {
             fn convert(tensor: Tensor) -> Tensor {
                 $convert(tensor)
             }
+            fn rounded(tensor: Tensor, dtype: DType) -> Tensor {
+                $rounded(tensor, dtype)
+            }
         }
     };
 }
-real!(f32, F32, random::uniform_f32, Tensor::single);
-real!(f64, F64, random::uniform, Tensor::double);
+real!(f32, F32, random::uniform_f32, Tensor::single, Tensor::rounded);
+real!(f64, F64, random::uniform, Tensor::double, as_it_is);
+
+fn as_it_is(tensor: Tensor, _: DType) -> Tensor {
+    tensor
+}
 
 /// Gauss's error function to the last digits of a double.
 ///

@@ -41,7 +41,10 @@ pub fn live(graph: &Graph, program: &Program, role: &str) -> Result<Graph, Diag>
         let stays = b.one(Op::Le {}, &[low, drawn]);
         let (factor, zero) = (b.fill(1.0 / (1.0 - p), &shape), b.fill(0.0, &shape));
         let factor = b.one(Op::Where {}, &[stays, factor, zero]);
-        let left = b.one(Op::Mul {}, &[x, factor]);
+        // A narrow factor would be off by more than what is left out.
+        let wide = b.cast(x, DType::F32);
+        let left = b.one(Op::Mul {}, &[wide, factor]);
+        let left = b.cast(left, b.ty(x).dtype);
         rebuild.new.set_name(left, graph.name_of(op.result()));
         rebuild.set(op.result(), left);
     }

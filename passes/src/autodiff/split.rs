@@ -14,6 +14,7 @@ use dsgc_ir::diag::Diag;
 use dsgc_ir::{Builder, Graph, Op, OpId, Program, StateId, Value};
 
 use super::batch::{Batch, Combine, analyse, cannot};
+use super::scale;
 use super::update::{Layers, companion, layers, site};
 use super::{gradients_of_params, is_trained, scalar_outputs};
 use crate::rebuild::{Rebuild, without_dead_ops};
@@ -48,6 +49,7 @@ pub fn update(
     role: &str,
     (loss, weight): (Value, f64),
 ) -> Result<UpdateParts, Diag> {
+    let scale = scale::Scale::of(program, role);
     let cut = Cut::new(program, graph, |state| is_trained(program, role, state))?;
     let outputs = scalar_outputs(graph);
     let finish = cut.finish(&outputs, program);
@@ -68,7 +70,7 @@ pub fn update(
         let trained: Vec<usize> = cut.local(&part, &given).filter(|&k| cut.batch.totals[k].trained).collect();
         let values: Vec<Value> = trained.iter().map(|&k| part.get(cut.batch.totals[k].value)).collect();
         let loss = part.get(loss);
-        let one = Builder::new(&mut part.new, Default::default()).fill(weight, &[]);
+        let one = scale::seed(&mut Builder::new(&mut part.new, Default::default()), scale, weight);
         let slopes = super::backward::backward(&mut part.new, &[(loss, one)], &values)?;
         let needed = cut.totals_of_slopes(&part, &slopes, &given);
         if cut.give(&mut given, needed)? {

@@ -7,6 +7,8 @@ use dsgc_ir::{
     Builder, DType, Dim, Graph, Loc, Op, Phase, Program, Reason, Site, StateId, StateKind, Tag, Type, Value,
 };
 
+use super::scale::{LOSS_SCALE, OVERFLOW, Scale};
+
 /// Name of the input with the learning rate, `f32[]`.
 pub const LR: &str = "lr";
 /// Name of the input with the number of the optimizer step, from 1, `i32[]`.
@@ -21,7 +23,9 @@ pub fn inputs(graph: &mut Graph) -> (Value, Value) {
 
 /// Appends clipping and AdamW for parameters with their gradients, and the output [`GRAD_NORM`].
 ///
-/// Clipping is PyTorch's `clip_grad_norm_`: all gradients times `min(1, max_norm / (norm + 1e-6))`.
+/// Clipping is PyTorch's `clip_grad_norm_`: all gradients times `min(1, max_norm / (norm + 1e-6))`. Of a role with a
+/// loss scale, gradients come scaled; where they are not finite, everything stays as it was, the norm is given as 0, and
+/// the outputs [`LOSS_SCALE`] and [`OVERFLOW`] say so.
 pub fn append(
     graph: &mut Graph,
     program: &mut Program,
@@ -30,6 +34,7 @@ pub fn append(
     gradients: &BTreeMap<StateId, Value>,
     layers: &Layers,
 ) {
+    let scale = Scale::of(program, &training.role);
     let squares: Vec<Value> = gradients
         .iter()
         .map(|(&param, &gradient)| sum_of_squares(&mut Builder::new(graph, site(program, param, layers)), gradient))
@@ -37,8 +42,15 @@ pub fn append(
     let mut b = Builder::new(graph, Site { phase: Phase::Update, ..Site::default() });
     let sum = squares.into_iter().reduce(|a, c| b.one(Op::Add {}, &[a, c]));
     let sum = sum.unwrap_or_else(|| b.fill(0.0, &[]));
-    let norm = b.one(Op::Sqrt {}, &[sum]);
+    let mut norm = b.one(Op::Sqrt {}, &[sum]);
     let one = b.fill(1.0, &[]);
+    let scaled = scale.map(|scale| {
+        let (value, infinite, none) = (scale.value(&mut b), b.fill(f64::INFINITY, &[]), b.fill(0.0, &[]));
+        let finite = b.one(Op::Lt {}, &[norm, infinite]);
+        let own = b.one(Op::Div {}, &[norm, value]);
+        norm = b.one(Op::Where {}, &[finite, own, none]);
+        (value, finite)
+    });
     let factor = match training.max_grad_norm {
         Some(max) => {
             let (max, small) = (b.fill(max, &[]), b.fill(1e-6, &[]));
@@ -48,6 +60,8 @@ pub fn append(
         }
         None => one,
     };
+    // A power of two: the product is what it would be without a scale.
+    let factor = scaled.map_or(factor, |(value, _)| b.one(Op::Div {}, &[factor, value]));
     for (&param, &gradient) in gradients {
         let moments = ["m", "v"].map(|suffix| companion(program, param, suffix));
         let (name, ty) = (&program.state(param).name, program.state(param).ty.clone());
@@ -57,10 +71,23 @@ pub fn append(
         let mut operands = vec![b.read(param, &ty), gradient];
         operands.extend(moments.iter().map(|&m| b.read(m, &ty)));
         operands.extend([lr, step, factor]);
-        let new = b.push(Op::Adamw { beta1: betas.0, beta2: betas.1, eps, decay }, &operands);
+        let mut new = b.push(Op::Adamw { beta1: betas.0, beta2: betas.1, eps, decay }, &operands);
+        if let Some((_, finite)) = scaled {
+            let finite = b.stretch(finite, &ty.dims);
+            for (new, old) in new.iter_mut().zip([operands[0], operands[2], operands[3]]) {
+                *new = b.one(Op::Where {}, &[finite, *new, old]);
+            }
+        }
         for (state, value) in [param, moments[0], moments[1]].into_iter().zip(new) {
             b.write(state, &ty, value);
         }
+    }
+    if let (Some(scale), Some((value, finite))) = (scale, scaled) {
+        b.site = Site { phase: Phase::Update, ..Site::default() };
+        scale.renew(&mut b, finite);
+        let overflow = b.one(Op::Not {}, &[finite]);
+        let overflow = b.cast(overflow, DType::F32);
+        graph.outputs.extend([(LOSS_SCALE.into(), value), (OVERFLOW.into(), overflow)]);
     }
     graph.outputs.push((GRAD_NORM.into(), norm));
 }

@@ -7,7 +7,7 @@
 use std::f64::consts::PI;
 
 use dsgc_ir::infer::Contraction;
-use dsgc_ir::{Builder, DType, Dim, Op, OpData, Value};
+use dsgc_ir::{Builder, Class, DType, Dim, Op, OpData, Value};
 
 /// Gradients of an op's operands.
 ///
@@ -25,6 +25,9 @@ pub fn vjp(
     let Some(dy) = dys.iter().flatten().next().copied() else {
         return Ok(grads);
     };
+    if op.args.iter().any(|&a| b.ty(a).dtype.is_narrow()) && has_slope_formula(&op.op) {
+        return in_f32(b, op, (args, results), dys, needs);
+    }
     let want = |i: usize| needs[i];
     match &op.op {
         // No float operand, or no slope anywhere.
@@ -49,13 +52,18 @@ pub fn vjp(
         | Op::Write { .. } => {}
 
         Op::Cast { .. } => {
-            if b.ty(args[0]).dtype == DType::F32 && b.ty(results[0]).dtype == DType::F32 {
-                grads[0] = Some(dy);
+            let (from, to) = (b.ty(args[0]).dtype, b.ty(results[0]).dtype);
+            if from.is_float() && to.is_float() {
+                grads[0] = Some(if from == DType::F32 { unrounded(b, dy) } else { b.cast(dy, from) });
             }
         }
         // That of another role than the trained one: it leaves nothing out.
         Op::Dropout { .. } => grads[0] = Some(dy),
-        Op::Broadcast { .. } => grads[0] = Some(unbroadcast(b, dy, &b.ty(args[0]).dims)),
+        Op::Broadcast { .. } => {
+            let ty = b.ty(args[0]);
+            let sum = unbroadcast(b, dy, &ty.dims);
+            grads[0] = Some(b.cast(sum, ty.dtype));
+        }
         Op::Reshape { .. } => {
             let shape = b.ty(args[0]).dims;
             grads[0] = Some(b.one(Op::Reshape { shape }, &[dy]));
@@ -249,17 +257,23 @@ pub fn vjp(
         }
 
         Op::Contract { spec } => {
-            let labels = Contraction::parse(spec)?;
+            let labels = Contraction { wide: false, ..Contraction::parse(spec)? };
+            let dy = b.cast(dy, b.ty(args[0]).dtype);
             if want(0) {
-                let grad = Contraction { lhs: labels.out.clone(), rhs: labels.rhs.clone(), out: labels.lhs.clone() };
+                let (lhs, rhs, out) = (labels.out.clone(), labels.rhs.clone(), labels.lhs.clone());
+                let grad = Contraction { lhs, rhs, out, ..labels };
                 grads[0] = Some(b.one(Op::Contract { spec: grad.spec() }, &[dy, args[1]]));
             }
             if want(1) {
-                let grad = Contraction { lhs: labels.out.clone(), rhs: labels.lhs.clone(), out: labels.rhs.clone() };
+                let (lhs, rhs, out) = (labels.out.clone(), labels.lhs.clone(), labels.rhs.clone());
+                let grad = Contraction { lhs, rhs, out, ..labels };
                 grads[1] = Some(b.one(Op::Contract { spec: grad.spec() }, &[dy, args[0]]));
             }
         }
-        Op::ReduceSum { axes } => grads[0] = Some(restore(b, dy, args[0], axes)),
+        Op::ReduceSum { axes } => {
+            let dy = b.cast(dy, b.ty(args[0]).dtype);
+            grads[0] = Some(restore(b, dy, args[0], axes));
+        }
         Op::ReduceMax { axes } | Op::ReduceMin { axes } => {
             // Equal largest elements share the gradient evenly, as PyTorch's amax.
             let largest = restore(b, results[0], args[0], axes);
@@ -281,7 +295,9 @@ pub fn vjp(
 
         Op::Embed {} => {
             let rows = b.ty(args[0]).dims[0].clone();
-            grads[0] = Some(b.one(Op::EmbedGrad { rows }, &[args[1], dy]));
+            let dy = unrounded(b, dy);
+            let sum = b.one(Op::EmbedGrad { rows }, &[args[1], dy]);
+            grads[0] = Some(b.cast(sum, b.ty(args[0]).dtype));
         }
         Op::LayerNorm { eps } => {
             let all = b.push(Op::LayerNormGrad { eps: *eps }, &[args[0], args[1], dy]);
@@ -337,9 +353,65 @@ pub fn vjp(
     Ok(grads)
 }
 
+/// Whether the rule of an op has several steps of arithmetic, each of which would round.
+fn has_slope_formula(op: &Op) -> bool {
+    match op {
+        Op::Add {} | Op::Sub {} | Op::Mul {} | Op::Max {} | Op::Min {} | Op::Neg {} | Op::Abs {} | Op::Relu {} => false,
+        Op::Where {} | Op::Cast { .. } => false,
+        Op::ReduceMax { .. } | Op::ReduceMin { .. } => true,
+        op => op.class() == Class::Elementwise,
+    }
+}
+
+/// The gradients of an op on narrow floats by its rule in f32; each is rounded once.
+fn in_f32(
+    b: &mut Builder,
+    op: &OpData,
+    (args, results): (&[Value], &[Value]),
+    dys: &[Option<Value>],
+    needs: &[bool],
+) -> Result<Vec<Option<Value>>, String> {
+    let types: Vec<DType> = args.iter().map(|&a| b.ty(a).dtype).collect();
+    let mut wide = |value: Value| if b.ty(value).dtype.is_narrow() { b.cast(value, DType::F32) } else { value };
+    let wide_args: Vec<Value> = args.iter().map(|&a| wide(a)).collect();
+    let wide_results: Vec<Value> = results.iter().map(|&r| wide(r)).collect();
+    let dys: Vec<Option<Value>> = dys.iter().map(|dy| dy.map(&mut wide)).collect();
+    let mut op = op.clone();
+    op.args.clone_from(&wide_args);
+    let grads = vjp(b, &op, &wide_args, &wide_results, &dys, needs)?;
+    Ok(grads.into_iter().zip(types).map(|(grad, dtype)| grad.map(|grad| b.cast(grad, dtype))).collect())
+}
+
 fn fill_like(b: &mut Builder, value: f64, like: Value) -> Value {
     let dims = b.ty(like).dims;
-    b.fill(value, &dims)
+    let scalar = b.one(Op::Const { value, dtype: b.ty(like).dtype }, &[]);
+    b.stretch(scalar, &dims)
+}
+
+/// A narrow gradient in f32. Where it is a sum of products, it is taken as such and was never rounded: gradients of
+/// weights go to the optimizer as they are.
+fn unrounded(b: &mut Builder, dy: Value) -> Value {
+    let Some(def) = b.graph.def(dy).map(|def| b.graph.op(def).clone()) else { return b.cast(dy, DType::F32) };
+    let site = std::mem::replace(&mut b.site, def.site.clone());
+    let wide = match &def.op {
+        _ if !b.ty(dy).dtype.is_narrow() => dy,
+        Op::Contract { spec } => {
+            let labels = Contraction::parse(spec).expect("verified ops have readable specs");
+            b.one(Op::Contract { spec: Contraction { wide: true, ..labels }.spec() }, &def.args)
+        }
+        Op::Cast { .. } if b.ty(def.args[0]).dtype == DType::F32 => def.args[0],
+        Op::Add {} => {
+            let parts = [unrounded(b, def.args[0]), unrounded(b, def.args[1])];
+            b.one(Op::Add {}, &parts)
+        }
+        Op::Reshape { .. } | Op::Transpose { .. } | Op::Broadcast { .. } => {
+            let inner = unrounded(b, def.args[0]);
+            b.one(def.op.clone(), &[inner])
+        }
+        _ => b.cast(dy, DType::F32),
+    };
+    b.site = site;
+    wide
 }
 
 fn zeros_like(b: &mut Builder, like: Value) -> Value {

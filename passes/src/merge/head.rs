@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use dsgc_ir::infer::Contraction;
-use dsgc_ir::{Graph, Op, OpData, OpId, Program, Value};
+use dsgc_ir::{DType, Graph, Op, OpData, OpId, Program, Value};
 
 use crate::pipeline::PassContext;
 use crate::rebuild::Rebuild;
@@ -97,7 +97,8 @@ fn head_of(graph: &Graph, id: OpId, op: &OpData, users: &[Vec<OpId>]) -> Option<
     let logits = op.args[0];
     let product = graph.op(graph.def(logits)?);
     let (x, head) = (*product.args.first()?, *product.args.get(1)?);
-    if !is(product, "_d,vd->_v") {
+    // Narrow logits are half as large, and their product takes narrow operands.
+    if !is(product, "_d,vd->_v") || graph.ty(x).dtype != DType::F32 {
         return None;
     }
     let gradients = match users[logits.0 as usize][..] {

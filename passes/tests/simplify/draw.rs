@@ -93,7 +93,9 @@ impl Draw<'_> {
             let value = match dtype {
                 DType::Bool => self.rng.choose(&[0.0, 1.0]),
                 DType::I32 => self.rng.choose(&[0.0, 1.0, -1.0, 2.0]),
-                DType::F32 | DType::Key => self.rng.choose(&[0.0, -0.0, 1.0, -1.0, 2.0, 0.5]),
+                DType::F32 | DType::Bf16 | DType::F16 | DType::Key => {
+                    self.rng.choose(&[0.0, -0.0, 1.0, -1.0, 2.0, 0.5])
+                }
             };
             let scalar = self.op(&Op::Const { value, dtype }, &[])?;
             return if dims.is_empty() { Some(scalar) } else { self.op(&Op::Broadcast { shape: dims }, &[scalar]) };

@@ -88,7 +88,9 @@ fn gradients(term: &Term, nodes: &RecExpr<Node>, seed: u64) -> Option<BTreeMap<S
         let shape = ty.shape(&Bindings::new()).expect("all dims are bound");
         let n: usize = shape.iter().product();
         let tensor = match ty.dtype {
-            DType::F32 => Tensor::f64(&shape, (0..n).map(|_| rng.choose(&[-1.0, 0.0, 1.0, 0.5, -0.7, 1.3])).collect()),
+            DType::F32 | DType::Bf16 | DType::F16 => {
+                Tensor::f64(&shape, (0..n).map(|_| rng.choose(&[-1.0, 0.0, 1.0, 0.5, -0.7, 1.3])).collect())
+            }
             DType::I32 => Tensor::i32(&shape, (0..n).map(|_| rng.below(3) as i32).collect()),
             DType::Bool => Tensor::bool(&shape, (0..n).map(|_| rng.once_in(2)).collect()),
             DType::Key => panic!("no rule is about keys"),

@@ -120,7 +120,7 @@ fn tensor(ty: &Type, bindings: &Bindings, special: bool, rng: &mut Rng) -> Tenso
         false => rng.below(3) as i32,
     };
     let elements = match ty.dtype {
-        DType::F32 => Elements::F64((0..n).map(|_| float(rng)).collect()),
+        DType::F32 | DType::Bf16 | DType::F16 => Elements::F64((0..n).map(|_| float(rng)).collect()),
         DType::I32 => Elements::I32((0..n).map(|_| whole(rng)).collect()),
         DType::Bool => Elements::Bool((0..n).map(|_| rng.once_in(2)).collect()),
         DType::Key => panic!("no rule is about keys"),

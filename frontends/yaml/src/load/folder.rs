@@ -115,6 +115,7 @@ impl<'h> FolderModel<'h> {
             origin: Origin::Folder(self.name),
             init: crate::lower::init_graph(ROLE),
             trained: false,
+            precision: None,
             tokenizer: None,
             shared: Vec::new(),
         };

@@ -43,7 +43,7 @@ use crate::expr::Word;
 use crate::literal::Constant;
 use crate::lower::DocumentTest;
 use crate::node::Node;
-use crate::pipeline::{Pipeline, RUN, Setting, TRAINING};
+use crate::pipeline::{Pipeline, SETTINGS, Setting};
 use crate::schema::{unknown_key, words};
 
 use declared::shown;
@@ -326,7 +326,7 @@ fn check_defaults(documents: &mut Documents<'_>, pipeline: &Pipeline, places: &P
         let name = setting.key.text.as_str();
         let options = || recipes.iter().flat_map(|r| &r.recipe.options).map(|o| o.name.text.as_str());
         if crate::pipeline::setting(name).is_none() && !options().any(|o| o == name) {
-            let tables = [&RUN, &TRAINING].into_iter().flat_map(|table| table.keys.iter().map(|k| k.name));
+            let tables = SETTINGS.into_iter().flat_map(|table| table.keys.iter().map(|k| k.name));
             documents.errors.push(unknown_key(&setting.key, "`defaults`", options().chain(tables)));
         }
     }

@@ -201,14 +201,11 @@ impl Printer<'_> {
             self.decided(4, decided);
         }
         for role in &stage.roles {
-            if role.bound_to.is_empty() && role.training.is_empty() {
-                continue;
-            }
             self.open(4, &role.name);
             if !role.bound_to.is_empty() {
                 self.line(6, "model", &quoted(&role.bound_to), None);
             }
-            for decided in &role.training {
+            for decided in role.settings.iter().chain(&role.training) {
                 self.decided(6, decided);
             }
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use dsgc_ir::DType;
 use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::stage::{Optimizer, Schedule, ScheduleKind, Training};
 
@@ -9,7 +10,7 @@ use crate::expr::Word;
 use crate::graph::RoleDecl;
 use crate::literal::Constant;
 use crate::node::{Node, Value};
-use crate::pipeline::{Setting, Stage, TRAINING};
+use crate::pipeline::{ROLE, Setting, Stage, TRAINING};
 use crate::reader::Reader;
 use crate::schema::{unknown_key, words};
 
@@ -18,7 +19,7 @@ use super::documents::{Documents, ScopedRecipe};
 use super::heads::{self, Trunk};
 use super::lora;
 use super::models::{Known, looks_like_path};
-use super::settings::{Decided, Layers, TRAINING_RULES};
+use super::settings::{Decided, Layers, ROLE_RULES, TRAINING_RULES};
 use super::stage::{Surroundings, role_named};
 
 /// A role with its model.
@@ -30,6 +31,8 @@ pub(super) struct BoundRole {
     /// The role whose parameters it begins with, if it is bound to no model of its own.
     pub snapshot: Option<String>,
     pub trained: bool,
+    /// The settings of every role.
+    pub settings: Vec<Decided>,
     /// The settings of its training, if it is trained.
     pub training: Vec<Decided>,
 }
@@ -45,11 +48,11 @@ pub(super) fn blocks(documents: &mut Documents<'_>, stage: &Stage, recipe: &Scop
         };
         let mut settings = Vec::new();
         for (key, value) in entries {
-            if let Some(def) = TRAINING.find(&key.text) {
+            if let Some(def) = TRAINING.find(&key.text).or_else(|| ROLE.find(&key.text)) {
                 let mut reader = Reader::default();
                 reader.check(value, &def.form);
                 documents.errors.append(&mut reader.errors);
-                if !role.trained {
+                if !role.trained && ROLE.find(&key.text).is_none() {
                     let diag = Diag::error(format!(
                         "found `{}` for role `{}`, which is not trained",
                         key.text, role.name.text
@@ -60,7 +63,7 @@ pub(super) fn blocks(documents: &mut Documents<'_>, stage: &Stage, recipe: &Scop
             } else if key.text == "model" {
                 settings.push(Setting { key: key.clone(), value: value.clone() });
             } else {
-                let known = TRAINING.keys.iter().map(|k| k.name).chain(["model"]);
+                let known = ROLE.keys.iter().chain(TRAINING.keys).map(|k| k.name).chain(["model"]);
                 documents.error(unknown_key(key, &format!("the settings of role `{}`", role.name.text), known));
             }
         }
@@ -138,6 +141,7 @@ pub(super) fn roles(
             known,
             snapshot,
             trained: role.trained,
+            settings: Vec::new(),
             training: Vec::new(),
         });
     }
@@ -284,6 +288,36 @@ pub(super) fn trainings(
             }
         }
     }
+}
+
+/// What holds for every role, trained or not.
+pub(super) fn precisions(
+    documents: &mut Documents<'_>,
+    around: &Surroundings<'_>,
+    stage: &Stage,
+    blocks: &Blocks,
+    roles: &mut [BoundRole],
+) {
+    for role in roles {
+        let layers = Layers::new(&around.places.sets)
+            .with(&around.pipeline.defaults)
+            .with(&stage.settings)
+            .with(blocks.get(&role.name).map_or(&[], |b| b));
+        role.settings = ROLE_RULES.iter().map(|rule| layers.decide(rule, &mut documents.errors)).collect();
+        let on =
+            |key: &str| role.settings.iter().find(|d| d.key == key).filter(|d| d.constant() == Constant::Bool(true));
+        if let (Some(bf16), Some(fp16)) = (on("bf16"), on("fp16")) {
+            let diag =
+                Diag::error(format!("found `bf16` beside `fp16` for role `{}`, expected one of them", role.name));
+            documents.error(diag.label(fp16.node.span, "").label(bf16.node.span, "the other one"));
+        }
+    }
+}
+
+/// The narrow float that a role computes in.
+pub(super) fn precision(role: &BoundRole) -> Option<DType> {
+    let on = |key: &str| role.settings.iter().any(|d| d.key == key && d.constant() == Constant::Bool(true));
+    [("bf16", DType::Bf16), ("fp16", DType::F16)].into_iter().find(|(key, _)| on(key)).map(|(_, dtype)| dtype)
 }
 
 /// The host side of a role's training.

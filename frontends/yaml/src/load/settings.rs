@@ -109,8 +109,10 @@ pub(super) const RUN_RULES: &[Rule] = &[
     rule("max_steps", "none", Range::AtLeast(1.0)),
     rule("eval_steps", "none", Range::AtLeast(1.0)),
     rule("logging_steps", "10", Range::AtLeast(1.0)),
-    rule("bf16", "false", Range::Any),
 ];
+
+/// Defaults of [`crate::pipeline::ROLE`].
+pub(super) const ROLE_RULES: &[Rule] = &[rule("bf16", "false", Range::Any), rule("fp16", "false", Range::Any)];
 
 /// Defaults of [`crate::pipeline::TRAINING`].
 pub(super) const TRAINING_RULES: &[Rule] = &[
@@ -298,7 +300,7 @@ pub(super) fn bytes(given: &Constant) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pipeline::{RUN, TRAINING};
+    use crate::pipeline::{ROLE, RUN, TRAINING};
     use crate::schema::Table;
 
     fn assert_covers(rules: &[Rule], table: &Table) {
@@ -324,5 +326,6 @@ mod tests {
     fn every_setting_has_a_default() {
         assert_covers(RUN_RULES, &RUN);
         assert_covers(TRAINING_RULES, &TRAINING);
+        assert_covers(ROLE_RULES, &ROLE);
     }
 }

@@ -9,7 +9,7 @@ use dsgc_ir::stage::{Bounds, Memory, Origin, Role, Stage as HostStage};
 use crate::expr::{BinaryOp, Expr, ExprKind, Word};
 use crate::graph::{Declaration, RoleDecl};
 use crate::literal::Constant;
-use crate::pipeline::{Pipeline, RUN, STAGE, Stage, TRAINING};
+use crate::pipeline::{Pipeline, ROLE, RUN, SETTINGS, STAGE, Stage, TRAINING};
 use crate::schema::{unknown_key, words};
 
 use super::Places;
@@ -90,6 +90,7 @@ pub(super) fn prepare(
     let named = sources::named(documents, around.pipeline, stage, &recipe);
     let mut roles = roles::roles(documents, around, stage, &recipe, &values, earlier, &blocks);
     roles::trainings(documents, around, stage, &recipe, &blocks, &mut roles);
+    roles::precisions(documents, around, stage, &blocks, &mut roles);
     if documents.errors.len() > before {
         return None;
     }
@@ -229,7 +230,7 @@ fn check_keys(documents: &mut Documents<'_>, stage: &Stage, recipe: &ScopedRecip
 pub(super) fn known_keys(recipe: &ScopedRecipe) -> impl Iterator<Item = &str> {
     let roles = recipe.recipe.models.iter().map(|r| r.name.text.as_str());
     let options = recipe.recipe.options.iter().map(|o| o.name.text.as_str());
-    let tables = [&STAGE, &RUN, &TRAINING].into_iter().flat_map(|table| table.keys.iter().map(|k| k.name));
+    let tables = [&STAGE].into_iter().chain(SETTINGS).flat_map(|table| table.keys.iter().map(|k| k.name));
     roles.chain(options).chain(tables)
 }
 
@@ -251,7 +252,6 @@ fn run_settings(
     }
     for decided in &run {
         let what = match (decided.key.as_ref(), decided.constant()) {
-            ("bf16", Constant::Bool(true)) => "`bf16: true`",
             ("loss_normalization", Constant::Str(how)) if how == "micro_batch" => "`loss_normalization: micro_batch`",
             _ => continue,
         };
@@ -269,7 +269,7 @@ fn options(
     let (mut decided, mut values) = (Vec::new(), BTreeMap::new());
     for option in &recipe.recipe.options {
         let name = option.name.text.clone();
-        if TRAINING.find(&name).is_some() {
+        if TRAINING.find(&name).or_else(|| ROLE.find(&name)).is_some() {
             let diag = Diag::error(format!("found the option `{name}`, which every trained role has already"));
             documents.error(
                 diag.label(option.name.span, "")
@@ -428,6 +428,7 @@ fn host_role(role: &BoundRole) -> Role {
         },
         init: crate::lower::init_graph(&role.name),
         trained: role.trained,
+        precision: roles::precision(role),
         tokenizer: role.known.tokenizer.as_ref().ok().map(|t| t.folder.clone()),
         // The pass `adapt` says which.
         shared: Vec::new(),

@@ -1,12 +1,12 @@
 //! Loops compiled by Cranelift: the arithmetic of a stage on four elements at a time.
 //!
-//! Floats and integers are vectors of four lanes, truth values masks of all ones or zeros. Every instruction rounds as
-//! the kernel of its op does, so results are the same bits. Cranelift asks the machine which instructions it has.
+//! Floats and integers are vectors of four lanes, truth values masks of all ones or zeros; bf16 are floats whose lower
+//! halves are zeros. Every instruction rounds as the kernel of its op does, so results are the same bits. Cranelift asks the machine which instructions it has.
 
 use std::sync::OnceLock;
 
 use cranelift_codegen::ir::condcodes::{FloatCC, IntCC};
-use cranelift_codegen::ir::types::{F32X4, I8X16, I32, I32X4, I64};
+use cranelift_codegen::ir::types::{F32X4, I8X16, I16X8, I32, I32X4, I64, I64X2};
 use cranelift_codegen::ir::{AbiParam, Endianness, InstBuilder, MemFlagsData, Type, UserFuncName, Value};
 use cranelift_codegen::isa::OwnedTargetIsa;
 use cranelift_codegen::settings::{self, Configurable};
@@ -138,6 +138,7 @@ impl Emit<'_, '_, '_> {
     fn place(&mut self, value: usize, base: Value, i: Value) -> Value {
         let offset = match self.plan.dtypes[value].bytes() {
             1 => i,
+            2 => self.b.ins().ishl_imm_u(i, 1),
             _ => self.b.ins().ishl_imm_u(i, 2),
         };
         self.b.ins().iadd(base, offset)
@@ -148,10 +149,10 @@ impl Emit<'_, '_, '_> {
         let step = &self.body.steps()[value.checked_sub(self.body.operands())?];
         let Op::Const { value, dtype } = step.op else { return None };
         Some(match dtype {
-            DType::F32 => self.float(value as f32),
+            DType::F32 | DType::Bf16 => self.float(dtype.round(value as f32)),
             DType::I32 => self.integer(value as i32),
             DType::Bool => self.integer(if value != 0.0 { -1 } else { 0 }),
-            DType::Key => panic!("bug: a constant key"),
+            DType::F16 | DType::Key => panic!("bug: a constant {dtype} in code"),
         })
     }
 
@@ -185,8 +186,32 @@ impl Emit<'_, '_, '_> {
                 let zero = self.integer(0);
                 self.b.ins().icmp(IntCC::NotEqual, lanes, zero)
             }
-            DType::Key => panic!("bug: a random key in a region"),
+            DType::Bf16 => {
+                let halves = self.b.ins().load(I64, flags, at, 0);
+                let halves = self.b.ins().scalar_to_vector(I64X2, halves);
+                let halves = self.bits(I16X8, halves);
+                let lanes = self.b.ins().uwiden_low(halves);
+                let lanes = self.b.ins().ishl_imm_u(lanes, 16);
+                self.bits(F32X4, lanes)
+            }
+            DType::F16 | DType::Key => panic!("bug: {dtype} in code"),
         }
+    }
+
+    /// Floats of which bf16 holds each, next to `x`: the formula of the kernel.
+    fn round(&mut self, x: Value) -> Value {
+        let bits = self.bits(I32X4, x);
+        let (half, one) = (self.integer(0x7FFF), self.integer(1));
+        let (quiet, upper) = (self.integer(0x0040_0000), self.integer(0xFFFF_0000_u32 as i32));
+        let lowest = self.b.ins().ushr_imm_u(bits, 16);
+        let odd = self.b.ins().band(lowest, one);
+        let more = self.b.ins().iadd(half, odd);
+        let rounded = self.b.ins().iadd(bits, more);
+        let nan = self.b.ins().bor(bits, quiet);
+        let is_nan = self.b.ins().fcmp(FloatCC::Unordered, x, x);
+        let bits = self.b.ins().bitselect(is_nan, nan, rounded);
+        let bits = self.b.ins().band(bits, upper);
+        self.bits(F32X4, bits)
     }
 
     fn store(&mut self, value: usize, at: Value) {
@@ -199,6 +224,13 @@ impl Emit<'_, '_, '_> {
             let bytes = self.b.ins().unarrow(halves, halves);
             let bytes = self.bits(I32X4, bytes);
             x = self.b.ins().extractlane(bytes, 0);
+        }
+        if self.plan.dtypes[value] == DType::Bf16 {
+            let lanes = self.bits(I32X4, x);
+            let lanes = self.b.ins().sshr_imm_u(lanes, 16);
+            let halves = self.b.ins().snarrow(lanes, lanes);
+            let halves = self.bits(I64X2, halves);
+            x = self.b.ins().extractlane(halves, 0);
         }
         self.b.ins().store(flags, x, at, 0);
     }
@@ -223,13 +255,19 @@ impl Emit<'_, '_, '_> {
     }
 
     fn step(&mut self, value: usize) -> Value {
+        let x = self.exact(value);
+        if self.plan.dtypes[value] == DType::Bf16 { self.round(x) } else { x }
+    }
+
+    /// What a step gives before it is rounded to its type.
+    fn exact(&mut self, value: usize) -> Value {
         let step = &self.body.steps()[value - self.body.operands()];
         let args: Vec<Value> = step.args.iter().map(|&a| self.get(a)).collect();
         let (x, y) = (args[0], *args.get(1).unwrap_or(&args[0]));
         match (&step.op, self.plan.dtypes[step.args[0]]) {
             (Op::Where {}, _) => self.choose(x, y, args[2]),
             (Op::Cast { dtype }, from) => self.cast(x, from, *dtype),
-            (op, DType::F32) => self.floats(op, x, y),
+            (op, DType::F32 | DType::Bf16) => self.floats(op, x, y),
             (op, DType::I32) => self.integers(op, x, y),
             (Op::And {}, _) => self.b.ins().band(x, y),
             (Op::Or {}, _) => self.b.ins().bor(x, y),
@@ -244,7 +282,8 @@ impl Emit<'_, '_, '_> {
     }
 
     fn cast(&mut self, x: Value, from: DType, to: DType) -> Value {
-        match (from, to) {
+        let wide = |dtype| if dtype == DType::Bf16 { DType::F32 } else { dtype };
+        match (wide(from), wide(to)) {
             (DType::F32, DType::I32) => self.b.ins().fcvt_to_sint_sat(I32X4, x),
             (DType::F32, DType::Bool) => {
                 let zero = self.float(0.0);

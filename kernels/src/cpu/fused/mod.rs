@@ -18,6 +18,7 @@ use dsgc_ir::{Body, DType, Dim, Graph, Op, OpData, Type};
 use super::Launch;
 use super::elementwise::{Row, row};
 use super::memory::Ptr;
+use super::narrow::round;
 use super::parallel::GRAIN;
 use super::structure::strides;
 use jit::{Code, LANES};
@@ -363,6 +364,7 @@ unsafe fn stretch(from: Ptr<u8>, to: Ptr<u8>, width: usize, n: usize) {
     unsafe {
         match width {
             1 => to.slice_mut(0, n).fill(*from.0),
+            2 => Ptr(to.0.cast::<u16>()).slice_mut(0, n).fill(*from.0.cast::<u16>()),
             _ => Ptr(to.0.cast::<u32>()).slice_mut(0, n).fill(*from.0.cast::<u32>()),
         }
     }
@@ -377,6 +379,11 @@ unsafe fn fill_constant(to: Ptr<u8>, value: f64, dtype: DType) {
     unsafe {
         match dtype {
             DType::F32 => Ptr(to.0.cast::<f32>()).slice_mut(0, BLOCK).fill(value as f32),
+            DType::Bf16 | DType::F16 => {
+                let mut bits = 0u16;
+                round(dtype, &(value as f32), (&raw mut bits).cast(), 1);
+                Ptr(to.0.cast::<u16>()).slice_mut(0, BLOCK).fill(bits);
+            }
             DType::I32 => Ptr(to.0.cast::<i32>()).slice_mut(0, BLOCK).fill(value as i32),
             DType::Bool => to.slice_mut(0, BLOCK).fill(u8::from(value != 0.0)),
             DType::Key => panic!("bug: a constant key"),

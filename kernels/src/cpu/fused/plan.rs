@@ -64,7 +64,7 @@ impl Plan {
     /// The plan of a body on operands of these types. Without a compiler every step runs the kernel of its op.
     pub(super) fn new(body: &Body, operands: &[DType], compiler: bool) -> Plan {
         let dtypes = body.dtypes(operands).unwrap_or_else(|why| panic!("bug: a region that the verifier saw: {why}"));
-        let stages = stages(body, compiler);
+        let stages = stages(body, &dtypes, compiler);
         let mut plan = Plan { homes: vec![Home::Nowhere; dtypes.len()], dtypes, stages, copies: vec![], buffers: 0 };
         plan.homes[..operands.len()].fill(Home::Operand);
         for (at, stage) in plan.stages.iter().enumerate() {
@@ -126,12 +126,15 @@ fn is_function(op: &Op) -> bool {
     )
 }
 
-fn stages(body: &Body, compiler: bool) -> Vec<Stage> {
+fn stages(body: &Body, dtypes: &[DType], compiler: bool) -> Vec<Stage> {
     // Even levels are arithmetic, odd ones functions; a step stands on the first level where its operands are there.
     let mut levels: Vec<usize> = vec![0; body.operands()];
-    for step in body.steps() {
+    for (i, step) in body.steps().iter().enumerate() {
         let after = step.args.iter().map(|&a| levels[a]).max().unwrap_or(0);
-        let parity = usize::from(is_function(&step.op));
+        // Code knows bf16, whose numbers are the upper halves of others, and leaves f16 to kernels.
+        let half = |v: usize| dtypes[v] == DType::F16 && !matches!(step.op, Op::Const { .. });
+        let half = half(body.operands() + i) || step.args.iter().any(|&a| half(a));
+        let parity = usize::from(is_function(&step.op) || half);
         levels.push(if after % 2 == parity { after } else { after + 1 });
     }
     let mut stages = Vec::new();

@@ -1,0 +1,209 @@
+//! Narrow floats on the CPU beside the interpreter, which computes in f32 and rounds every result to its type.
+
+#[path = "check/mod.rs"]
+#[allow(dead_code)] // The tests of ops use the rest.
+mod check;
+
+use check::program;
+use dsgc_ir::fuzz::Rng;
+use dsgc_ir::verify::Planned;
+use dsgc_ir::{Arena, Bindings, DType, Data, Program, Target, Tensor, Type};
+use dsgc_kernels::Device;
+use dsgc_kernels::cpu::{Cpu, CpuTarget};
+use dsgc_kernels::interp::apart::plan_apart;
+use dsgc_kernels::interp::{Interp, Precision};
+
+/// Every value apart from all others, with the workspaces that the CPU asks for.
+fn plan(program: &Program, threads: usize) -> Planned {
+    let target = CpuTarget { threads };
+    let mut planned = plan_apart(program.clone());
+    let mut scratch = 0;
+    for graph in &mut planned.graphs {
+        let bounds = graph.upper_bounds();
+        let types = |op: &dsgc_ir::OpData| -> Vec<Type> { op.args.iter().map(|&a| graph.ty(a).clone()).collect() };
+        graph.scratch = graph.ops().map(|(_, op)| target.workspace(&op.op, &types(op), &bounds)).collect();
+        scratch = graph.scratch.iter().copied().fold(scratch, usize::max);
+    }
+    planned.arena = Arena { scratch, ..planned.arena };
+    Planned::new(planned).unwrap_or_else(|fault| panic!("{fault} in\n{program}"))
+}
+
+/// Random numbers for the inputs of `@g`; integers are below `range`, and ascend from 1 if they are called `segment`.
+fn inputs(program: &Program, range: i64) -> Vec<(String, Tensor)> {
+    let graph = program.graph("g").expect("it is called g");
+    let tensor = |(i, v)| {
+        let (ty, name): (&Type, &str) = (graph.ty(v), graph.name_of(v));
+        let shape = ty.shape(&Bindings::new()).expect("the dims are numbers");
+        let (n, mut rng) = (shape.iter().product(), Rng::new(91 + i as u64));
+        let data = match ty.dtype {
+            DType::I32 if name == "segment" => {
+                Data::I32((0..n).map(|at: usize| i32::from(!at.is_multiple_of(7))).collect())
+            }
+            DType::I32 => Data::I32((0..n).map(|_| rng.between(0, range - 1) as i32).collect()),
+            DType::Bool => Data::Bool((0..n).map(|_| rng.once_in(2)).collect()),
+            _ => Data::F32((0..n).map(|_| (2.0 * rng.unit() - 1.0) as f32).collect()),
+        };
+        (name.to_string(), Tensor::new(&shape, data))
+    };
+    graph.inputs().enumerate().map(tensor).collect()
+}
+
+/// The distance from a number to the next of a type.
+fn unit(dtype: DType, x: f64) -> f64 {
+    let digits = match dtype {
+        DType::Bf16 => 8,
+        DType::F16 => 11,
+        _ => 24,
+    };
+    let smallest = if dtype == DType::F16 { -14 } else { -126 };
+    let exponent = if x == 0.0 { smallest } else { (x.abs().log2().floor() as i32).max(smallest) };
+    2f64.powi(exponent + 1 - digits)
+}
+
+/// Runs lines that say `NARROW` for the type in both types, on three numbers of threads: bitwise equal, and off by one
+/// unit in the last place at most, as sums in another order round to the next number now and then. `slack` is how far
+/// the f32 before rounding may be off, relative above 1, where units are smaller than that.
+fn compare(params: &str, lines: &str, range: i64, slack: f64) {
+    for dtype in [DType::Bf16, DType::F16] {
+        let [params, lines] = [params, lines].map(|text| text.replace("NARROW", dtype.name()));
+        let program = program(&params, &lines);
+        let given = inputs(&program, range);
+        let named: Vec<(&str, &Tensor)> = given.iter().map(|(n, t)| (n.as_str(), t)).collect();
+        let oracle = Interp::new(program.clone(), Precision::F32).run("g", &named).unwrap_or_else(|e| panic!("{e:?}"));
+        let runs = [1, 2, 3].map(|threads| {
+            Cpu::poisoned(plan(&program, threads), threads).run("g", &named).unwrap_or_else(|e| panic!("{e:?}"))
+        });
+        assert!(
+            runs[1..].iter().all(|r| format!("{r:?}") == format!("{:?}", runs[0])),
+            "threads change bits of {lines}"
+        );
+        let graph = program.graph("g").expect("it is called g");
+        for (((name, found), (_, expected)), (_, value)) in runs[0].iter().zip(&oracle).zip(&graph.outputs) {
+            let own = graph.ty(*value).dtype;
+            for (a, b) in found.to_f64().into_iter().zip(expected.to_f64()) {
+                let near = a == b
+                    || (a - b).abs() <= if own.is_narrow() { unit(own, b) } else { 0.0 } + slack * b.abs().max(1.0);
+                assert!(near, "%{name} is {a}, expected {b} of {own} in\n{lines}");
+            }
+        }
+    }
+}
+
+#[test]
+fn products_of_narrow_floats() {
+    // With the number of terms of a sum, whose root says how far its f32 strays on its way.
+    for (a, b, spec, terms) in [
+        ("5, 7, 33", "21, 33", "btd,vd->btv", 33),
+        ("5, 70, 21", "5, 70, 33", "btv,btd->vd", 350),
+        ("3, 5, 7, 2", "3, 2, 9", "abcd,ade->ebca", 2),
+        // Sums over two dims that do not lie one behind the other: the result is rounded once.
+        ("40, 5, 60", "60, 40, 3", "abc,cad->bd", 2400),
+        ("1003", "1003", "a,a->", 1003),
+        ("0, 3", "3, 2", "ab,bc->ac", 3),
+        ("2, 0", "0, 3", "ab,bc->ac", 0),
+        // Few rows and a large matrix, as in decoding.
+        ("4, 1, 333", "303, 333", "btd,vd->btv", 333),
+        ("16, 1024", "66, 1024", "md,nd->mn", 1024),
+        ("2, 90, 128", "200, 128", "btd,vd->btv", 128),
+    ] {
+        for wide in ["", ":f32"] {
+            let params = format!("%a: NARROW[{a}], %b: NARROW[{b}]");
+            let line = format!("%y = contract %a, %b spec={spec}{wide}");
+            compare(&params, &line, 1, 1e-6 * f64::from(terms).sqrt());
+        }
+    }
+}
+
+#[test]
+fn composites_of_narrow_floats() {
+    let heads = "%q: NARROW[2, 9, 4, 8], %k: NARROW[2, 9, 2, 8], %v: NARROW[2, 9, 2, 8], %segment: i32[2, 9]";
+    compare(heads, "%y, %z = attention %q, %k, %v, %segment causal=true scale=0.5", 1, 1e-5);
+    let grads = "%y, %z = attention %q, %k, %v, %segment causal=true scale=0.5
+%a, %b, %c = attention_grad %q, %k, %v, %segment, %y, %z, %dy causal=true scale=0.5";
+    compare(&format!("{heads}, %dy: NARROW[2, 9, 4, 8]"), grads, 1, 1e-4);
+    for new in [1, 3] {
+        let q = format!(
+            "%q: NARROW[2, {new}, 4, 8], %k: NARROW[2, 9, 2, 8], %v: NARROW[2, 9, 2, 8], %segment: i32[2, 9], %p: i32[]"
+        );
+        compare(&q, "%y = cached_attention %q, %k, %v, %segment, %p scale=0.5", 6, 1e-5);
+    }
+    let rows = "%x: NARROW[3, 5, 333], %t: i32[3, 5]";
+    compare(rows, "%y = token_logp %x, %t", 333, 1e-5);
+    compare(&format!("{rows}, %g: f32[3, 5]"), "%y = token_logp_grad %x, %t, %g", 333, 1e-6);
+    compare("%x: NARROW[20, 33], %t: i32[3, 5]", "%y = embed %x, %t", 20, 0.0);
+    compare("%g: NARROW[3, 5, 33], %t: i32[3, 5]", "%y = embed_grad %t, %g rows=20", 20, 1e-6);
+    compare("%x: NARROW[2, 5, 3, 8], %p: i32[2, 5], %f: f32[4]", "%y = rope %x, %p, %f inverse=false", 5, 1e-6);
+    for axes in ["[0, 1]", "[2]", "[0, 1, 2]"] {
+        compare("%x: NARROW[7, 9, 33]", &format!("%y = reduce_sum %x axes={axes}"), 1, 1e-4);
+        compare("%x: NARROW[7, 9, 33]", &format!("%y = reduce_max %x axes={axes}"), 1, 0.0);
+    }
+}
+
+#[test]
+fn moves_of_narrow_floats() {
+    for line in [
+        "%y = broadcast %x shape=[3, 20, 30, 7]",
+        "%y = transpose %x order=[2, 0, 1]",
+        "%y = slice %x axis=1 start=3 end=11",
+        "%y = pad %x axis=1 before=3 after=1",
+        "%y = concat %x, %x axis=1",
+        "%y = slice_at %x, %p axis=1 len=4",
+        "%y = write_at %x, %n, %p axis=1",
+        "%y = reshape %x shape=[4200]",
+    ] {
+        compare("%x: NARROW[20, 30, 7], %n: NARROW[20, 4, 7], %p: i32[]", line, 5, 0.0);
+    }
+}
+
+/// Every step of a region, twice so that arithmetic is compiled, beside the op alone and the interpreter: the same bits
+/// for all pairs of awkward numbers, and for functions that a library computes within a unit.
+#[test]
+fn elementwise_ops_round_once_and_alike() {
+    let awkward =
+        [f64::NAN, -0.0, 0.0, 1.0, -1.0, f64::INFINITY, f64::NEG_INFINITY, 1e30, -0.1, 3e9, 1e-41, 2.5, 65504.0, 257.0];
+    let unary = "neg; abs; relu; cast dtype=f32; cast dtype=i32; cast dtype=bool; cast dtype=bf16; cast dtype=f16";
+    let unary = unary.split("; ").map(|op| (op, "A", "B")).chain([("gelu", "A", "B"), ("tanh", "A", "B")]);
+    let binary = "add sub mul div max min eq ne lt le".split(' ').map(|op| (op, "A, B", "B, A"));
+    for dtype in ["bf16", "f16", "f32"] {
+        for (op, x, y) in unary.clone().chain(binary.clone()).chain([("where", "C, A, B", "C, B, A")]) {
+            let (name, attribute) = op.split_once(' ').unwrap_or((op, ""));
+            let n = awkward.len() * awkward.len();
+            let with = |text: &str, names: [&str; 3]| {
+                text.replace('A', names[0]).replace('B', names[1]).replace('C', names[2])
+            };
+            let [p, q] = [x, y].map(|o| with(o, ["%a", "%b", "%c"]));
+            let [r, s] = [x, y].map(|o| with(o, ["$0", "$1", "$2"]));
+            let (args, first) = if name == "where" { ("%a, %b, %c", 3) } else { ("%a, %b", 2) };
+            let text = format!(
+                "graph @g(%a: {dtype}[{n}], %b: {dtype}[{n}], %c: bool[{n}]) {{
+                   %p = {name} {p} {attribute}
+                   %q = {name} {q} {attribute}
+                   %r, %s = fused {args} shape=[{n}] body={{${first} = {name} {r} {attribute}; ${} = {name} {s} {attribute}; return ${first}, ${}}}
+                   return p=%p, q=%q, r=%r, s=%s
+                 }}",
+                first + 1,
+                first + 1,
+            );
+            let program = dsgc_ir::parse(&text).unwrap_or_else(|e| panic!("{e} in\n{text}"));
+            let all = |pick: &dyn Fn(usize) -> f64| (0..n).map(pick).collect::<Vec<f64>>();
+            let [a, b] = [all(&|i| awkward[i / awkward.len()]), all(&|i| awkward[i % awkward.len()])]
+                .map(|v| Tensor::f64(&[n], v));
+            let c = Tensor::bool(&[n], (0..n).map(|i| i % 3 == 0).collect());
+            let named = [("a", &a.single()), ("b", &b.single()), ("c", &c)];
+            let found = Cpu::new(plan(&program, 1), 1).run("g", &named).unwrap_or_else(|e| panic!("{e:?}"));
+            let expected =
+                Interp::new(program.clone(), Precision::F32).run("g", &named).unwrap_or_else(|e| panic!("{e:?}"));
+            let bits = |outputs: &[(String, Tensor)], i: usize| -> Vec<u64> {
+                outputs[i].1.to_f64().iter().map(|x| if x.is_nan() { u64::MAX } else { x.to_bits() }).collect()
+            };
+            assert_eq!((bits(&found, 0), bits(&found, 1)), (bits(&found, 2), bits(&found, 3)), "{op} of {dtype}");
+            if !["gelu", "tanh"].contains(&name) {
+                assert_eq!(
+                    (bits(&found, 0), bits(&found, 1)),
+                    (bits(&expected, 0), bits(&expected, 1)),
+                    "{op} of {dtype}"
+                );
+            }
+        }
+    }
+}
