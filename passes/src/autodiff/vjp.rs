@@ -156,7 +156,7 @@ pub fn vjp(
         Op::Neg {} => grads[0] = Some(b.one(Op::Neg {}, &[dy])),
         Op::Abs {} => {
             let zero = zeros_like(b, dy);
-            let (minus, above) = (b.one(Op::Neg {}, &[dy]), b.one(Op::Lt {}, &[zero, results[0]]));
+            let (minus, above) = (b.one(Op::Neg {}, &[dy]), b.one(Op::Lt {}, &[zero, args[0]]));
             let below = b.one(Op::Lt {}, &[args[0], zero]);
             let rest = b.one(Op::Where {}, &[below, minus, zero]);
             grads[0] = Some(b.one(Op::Where {}, &[above, dy, rest]));
