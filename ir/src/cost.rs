@@ -103,7 +103,10 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
     let bytes = match (op, op.class()) {
         (_, Class::View | Class::State) => 0,
         // The rows that are added, and those that they are added to, read and written.
-        (Op::AddRows {}, _) => (args[1].bytes(bindings)? as u64).saturating_add(3 * args[2].bytes(bindings)? as u64),
+        (Op::AddRows {}, _) => {
+            let rows = args[2].bytes(bindings)? as u64;
+            (args[1].bytes(bindings)? as u64).saturating_add(rows.saturating_mul(3))
+        }
         _ => bytes,
     };
     Ok(Cost { flops, bytes })
