@@ -108,7 +108,10 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
         (Op::Embed {}, _) => bytes.min(moved(results[0])?.saturating_add(args[1].bytes(bindings)? as u64)),
         (Op::Slice { .. } | Op::SliceAt { .. }, _) => moved(results[0])?,
         // The rows that are added, and those that they are added to, read and written.
-        (Op::AddRows {}, _) => (args[1].bytes(bindings)? as u64).saturating_add(3 * args[2].bytes(bindings)? as u64),
+        (Op::AddRows {}, _) => {
+            let rows = args[2].bytes(bindings)? as u64;
+            (args[1].bytes(bindings)? as u64).saturating_add(rows.saturating_mul(3))
+        }
         _ => bytes,
     };
     Ok(Cost { flops, bytes })

@@ -6,10 +6,10 @@
 //! ```
 //!
 //! Products with one operand in common are such: queries, keys and values; gate and up; the gradients of their weights. So
-//! are the optimizer's updates of one layer with equal settings ([`together`]). Sums of squares, which make up the
+//! are the optimizer's updates of one layer with equal settings (`together`). Sums of squares, which make up the
 //! gradient's norm, become one op, and the rows that an embedding's gradient has are added to the gradient that the table
-//! has already, with no table of zeros in between ([`chains`]). The log-probabilities of a head are made with its logits,
-//! which are then never stored whole, and where the loss lets them, with their gradients ([`head`]).
+//! has already, with no table of zeros in between (`chains`). The log-probabilities of a head are made with its logits,
+//! which are then never stored whole, and where the loss lets them, with their gradients (`head`).
 //!
 //! An op over many operands is exactly those ops: the weights stay where they are, and nothing is copied together or cut
 //! apart again. Layers stay equal, because ops of different layers are never merged but for the norm, which has none. The
