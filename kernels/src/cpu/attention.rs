@@ -179,7 +179,7 @@ impl Heads {
         if (low, high) == (0, 0) || least > 0 && (high < least || low > most) {
             return None;
         }
-        let same_text = low == high && (least, most) == (low, low) || low == high && (least, most) == (0, 0);
+        let same_text = low == high && least == most && (least == low || least == 0);
         let mut sight = Sight { keys: Default::default(), masked: Default::default() };
         for (g, (range, masked)) in sight.keys.iter_mut().zip(&mut sight.masked).enumerate() {
             if g * LANES >= queries.count {
