@@ -228,3 +228,12 @@ fn a_folder_that_is_not_the_models_is_refused() {
     assert_eq!(ended.code, Some(1));
     has(&ended.err, &["error: found no tensor for parameter", "layers.2.", "expected one of shape"]);
 }
+
+#[test]
+fn a_profile_says_where_time_went() {
+    let place = Workplace::new();
+    let told = place.out(&["run", "pipeline.yaml", "--stage", "sft", "--profile"]);
+    has(&told, &["profile of sft", "launches", "model.loss.step", "attention_grad f32[", " %", "GB/s", "together"]);
+    let why = place.refused(&["run", "pipeline.yaml", "--stage", "sft", "--profile", "--device", "interp"]);
+    has(&why, &["the device `interp` does not measure its launches", "--device cpu"]);
+}

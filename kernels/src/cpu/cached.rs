@@ -180,9 +180,8 @@ fn mix(p: &[f32], seen: usize, values: &[f32], (stride, width, shared): (usize, 
                     out[d] = (((out[d] + p[0] * v[0][d]) + p[1] * v[1][d]) + p[2] * v[2][d]) + p[3] * v[3][d];
                 }
             } else {
-                for i in 0..values.len().div_ceil(stride) {
-                    let v = value(i);
-                    (0..width).for_each(|d| out[d] += p[i] * v[d]);
+                for (i, p) in p.iter().enumerate().take(values.len().div_ceil(stride)) {
+                    out.iter_mut().zip(value(i)).for_each(|(out, v)| *out += p * v);
                 }
             }
         }

@@ -2,6 +2,7 @@
 //! fourth-order differences).
 
 #[path = "../check/mod.rs"]
+#[allow(dead_code)] // The tests of the CPU use the rest.
 mod check;
 
 use check::{modes, near, numbers, program, run};
