@@ -36,7 +36,9 @@ fn inputs(program: &Program, range: i64) -> Vec<(String, Tensor)> {
         let shape = ty.shape(&Bindings::new()).expect("the dims are numbers");
         let (n, mut rng) = (shape.iter().product(), Rng::new(91 + i as u64));
         let data = match ty.dtype {
-            DType::I32 if name == "segment" => Data::I32((0..n).map(|at: usize| i32::from(!at.is_multiple_of(7))).collect()),
+            DType::I32 if name == "segment" => {
+                Data::I32((0..n).map(|at: usize| i32::from(!at.is_multiple_of(7))).collect())
+            }
             DType::I32 => Data::I32((0..n).map(|_| rng.between(0, range - 1) as i32).collect()),
             DType::Bool => Data::Bool((0..n).map(|_| rng.once_in(2)).collect()),
             _ => Data::F32((0..n).map(|_| (2.0 * rng.unit() - 1.0) as f32).collect()),
