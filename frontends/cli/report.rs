@@ -186,10 +186,13 @@ impl StageReport {
             .roles
             .iter()
             .map(|r| {
-                json!({
-                    "role": r.name, "trained": r.trained, "frozen": r.frozen, "shared": r.shared,
-                    "precision": r.precision.unwrap_or(DType::F32).name(), "copies_bytes": r.copies, "saved_bytes": r.saved,
-                })
+                let mut role = json!({"role": r.name, "trained": r.trained, "frozen": r.frozen, "shared": r.shared});
+                if let Some(dtype) = r.precision {
+                    role["precision"] = json!(dtype.name());
+                    role["copies_bytes"] = json!(r.copies);
+                    role["saved_bytes"] = json!(r.saved);
+                }
+                role
             })
             .collect();
         let [persistent, values, scratch] = self.memory;
