@@ -15,7 +15,7 @@ const LANES: usize = 16;
 pub(super) fn workspace(shape: &[usize]) -> usize {
     let (width, lead) = shape.split_last().map_or((0, &[] as &[usize]), |(w, lead)| (*w, lead));
     let rows: usize = lead.iter().product();
-    rows.div_ceil(ROWS) * 2 * width * size_of::<f32>()
+    rows.div_ceil(ROWS) * width * (size_of::<f64>() + size_of::<f32>())
 }
 
 #[inline(always)]
@@ -51,9 +51,10 @@ fn forward_row(x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32], eps: f3
 }
 
 /// With `n = (x - mean) * inverse` and `h = grad * weight`:
-/// `dx = inverse * (h - mean(h) - n * mean(h * n))`; adds `grad * n` to `dw` and `grad` to `db`.
+/// `dx = inverse * (h - mean(h) - n * mean(h * n))`; adds `grad * n` to `dw` and `grad` to `db`. The latter in doubles: where
+/// a loss takes differences of two texts, their gradients cancel, and an optimizer would magnify what roundings leave.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn backward_row(x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mut [f32], db: &mut [f32], eps: f32) {
+fn backward_row(x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mut [f32], db: &mut [f64], eps: f32) {
     let n = dx.len();
     let (x, weight, grad, dw, db) = (&x[..n], &weight[..n], &grad[..n], &mut dw[..n], &mut db[..n]);
     let (mean, inverse) = moments(x, eps);
@@ -63,7 +64,7 @@ fn backward_row(x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mu
         let normal = (x[i] - mean) * inverse;
         dx[i] = inverse * (grad[i] * weight[i] - mean_h - normal * mean_hn);
         dw[i] += grad[i] * normal;
-        db[i] += grad[i];
+        db[i] += f64::from(grad[i]);
     }
 }
 
@@ -163,15 +164,17 @@ pub(super) fn backward(l: &mut Launch, eps: f64) {
     let (rows, width) = l.rows(l.op.args[0]);
     let (x, weight, grad): (Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.arg(2));
     let (dx, dw, db): (Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.out(0), l.out(1), l.out(2));
-    let partial: Ptr<f32> = l.workspace();
     let blocks = rows.div_ceil(ROWS);
+    let partial_db: Ptr<f64> = l.workspace();
+    // SAFETY: the workspace has a row of doubles per block, and behind them one of floats.
+    let partial_dw: Ptr<f32> = Ptr(unsafe { partial_db.add(blocks * width) }.0.cast());
     l.threads.run(blocks, 8 * ROWS * width, |r| {
         for block in r {
             // SAFETY: the workspace has two rows per block; rows of operands and results are apart.
             unsafe {
-                let sums = partial.slice_mut(block * 2 * width, 2 * width);
-                sums.fill(0.0);
-                let (dw, db) = sums.split_at_mut(width);
+                let (dw, db) = (partial_dw.slice_mut(block * width, width), partial_db.slice_mut(block * width, width));
+                dw.fill(0.0);
+                db.fill(0.0);
                 for row in block * ROWS..rows.min((block + 1) * ROWS) {
                     let dx = dx.slice_mut(row * width, width);
                     let (x, grad) = (x.slice(row * width, width), grad.slice(row * width, width));
@@ -184,11 +187,15 @@ pub(super) fn backward(l: &mut Launch, eps: f64) {
     unsafe {
         let (dw, db) = (dw.slice_mut(0, width), db.slice_mut(0, width));
         dw.fill(0.0);
-        db.fill(0.0);
         for block in 0..blocks {
-            let sums = partial.slice(block * 2 * width, 2 * width);
-            dw.iter_mut().zip(&sums[..width]).for_each(|(a, b)| *a += b);
-            db.iter_mut().zip(&sums[width..]).for_each(|(a, b)| *a += b);
+            dw.iter_mut().zip(partial_dw.slice(block * width, width)).for_each(|(a, b)| *a += b);
         }
+        let sums = partial_db.slice_mut(0, blocks * width);
+        for block in 1..blocks {
+            let (all, of_block) = sums.split_at_mut(block * width);
+            all[..width].iter_mut().zip(&of_block[..width]).for_each(|(a, b)| *a += b);
+        }
+        db.fill(0.0);
+        db.iter_mut().zip(&*sums).for_each(|(a, &b)| *a = b as f32);
     }
 }
