@@ -2,7 +2,7 @@
 //!
 //! Both operands are packed into panels: of the lanes of a register tile, the numbers of one `k` lie side by side. A
 //! number in a panel is a *unit* of 32 bits: an f32, or two bf16 that follow each other along `k`. So packing absorbs all
-//! strides, and all that knows the machine is a register tile and its panels ([`micro::Micro`]).
+//! strides, and all that knows the machine is a register tile and its panels (`micro`).
 //!
 //! The operand with fewer panels is packed whole, once, by all threads; the panels of the other are cut among the
 //! threads, and each packs its own into its second-level cache, block by block of `k`, and runs the shared panels past it.
