@@ -8,7 +8,7 @@
 //!                                              %du = mul %dh, %s.1       phase=backward_input
 //! ```
 //!
-//! Inside of a layer a minimum cut says what is kept ([`cut`]): bytes against the time of running again, where an
+//! Inside of a layer a minimum cut says what is kept: bytes against the time of running again, where an
 //! elementwise op takes none if it becomes part of a region with what uses it. Layers with equal ops have equal cuts. What
 //! other layers or the loss need is kept always, so what runs again lives for one layer's gradients only.
 //!
