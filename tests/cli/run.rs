@@ -233,7 +233,7 @@ fn a_folder_that_is_not_the_models_is_refused() {
 fn a_profile_says_where_time_went() {
     let place = Workplace::new();
     let told = place.out(&["run", "pipeline.yaml", "--stage", "sft", "--profile"]);
-    has(&told, &["profile of sft", "launches", "model.loss.step", "attention_grad f32[", " %", "GB/s", "together"]);
+    has(&told, &["profile of sft", "launches", "model.loss.grad", "attention_grad f32[", " %", "GB/s", "together"]);
     let why = place.refused(&["run", "pipeline.yaml", "--stage", "sft", "--profile", "--device", "interp"]);
     has(&why, &["the device `interp` does not measure its launches", "--device cpu"]);
 }
