@@ -91,8 +91,12 @@ fn planned(program: Program) -> Planned {
 fn backward_work(program: &Program) -> usize {
     let ops = program.graphs.iter().flat_map(|g| g.ops());
     ops.filter(|(_, op)| op.site.phase != Phase::Forward)
-        .filter(|(_, op)| matches!(op.op, Op::Contract { .. } | Op::RowUniform { .. } | Op::LayerNorm { .. }))
-        .count()
+        .map(|(_, op)| match op.op {
+            Op::Contract { .. } | Op::RowUniform { .. } | Op::LayerNorm { .. } | Op::RmsNorm { .. } => 1,
+            Op::ContractEach { .. } => op.results().len(),
+            _ => 0,
+        })
+        .sum()
 }
 
 /// All parameters and states after the stage has run on a device.

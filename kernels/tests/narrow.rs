@@ -117,15 +117,15 @@ fn products_of_narrow_floats() {
 #[test]
 fn composites_of_narrow_floats() {
     let heads = "%q: NARROW[2, 9, 4, 8], %k: NARROW[2, 9, 2, 8], %v: NARROW[2, 9, 2, 8], %segment: i32[2, 9]";
-    compare(heads, "%y, %z = attention %q, %k, %v, %segment causal=true scale=0.5", 1, 1e-5);
-    let grads = "%y, %z = attention %q, %k, %v, %segment causal=true scale=0.5
-%a, %b, %c = attention_grad %q, %k, %v, %segment, %y, %z, %dy causal=true scale=0.5";
+    compare(heads, "%y, %z = attention %q, %k, %v, %segment causal=true scale=0.5 window=0", 1, 1e-5);
+    let grads = "%y, %z = attention %q, %k, %v, %segment causal=true scale=0.5 window=0
+%a, %b, %c = attention_grad %q, %k, %v, %segment, %y, %z, %dy causal=true scale=0.5 window=0";
     compare(&format!("{heads}, %dy: NARROW[2, 9, 4, 8]"), grads, 1, 1e-4);
     for new in [1, 3] {
         let q = format!(
             "%q: NARROW[2, {new}, 4, 8], %k: NARROW[2, 9, 2, 8], %v: NARROW[2, 9, 2, 8], %segment: i32[2, 9], %p: i32[]"
         );
-        compare(&q, "%y = cached_attention %q, %k, %v, %segment, %p scale=0.5", 6, 1e-5);
+        compare(&q, "%y = cached_attention %q, %k, %v, %segment, %p scale=0.5 window=0", 6, 1e-5);
     }
     let rows = "%x: NARROW[3, 5, 333], %t: i32[3, 5]";
     compare(rows, "%y = token_logp %x, %t", 333, 1e-5);

@@ -35,16 +35,15 @@ pub type Values = Named;
 
 impl Golden {
     /// Opens a stage of `stages.yaml`: roles of language models with the family's weights, `ref` with those of the
-    /// perturbed reference where there is one, heads with the references' first values.
+    /// perturbed reference, heads with the references' first values.
     pub fn stage(&self, on: On, name: &str, settings: &[&str]) -> Result<Stage, String> {
         let padding = self.scalars["about"]["num_padding_at_beginning"].as_i64().expect("it is a number");
         let mut sets = vec![format!("stages.reward.num_padding_at_beginning={padding}")];
         sets.extend(settings.iter().map(|s| format!("stages.{name}.{s}")));
         let program = self.load("stages.yaml", Some(name), sets)?;
         let (program, mut device) = on.open(program);
-        let reference = self.model.with_extension("ref.safetensors");
-        let reference = reference.is_file().then(|| std::fs::read(reference)).transpose().map_err(|e| e.to_string())?;
-        let reference = reference.as_deref().map(SafeTensors::deserialize).transpose().map_err(|e| e.to_string())?;
+        let reference = std::fs::read(self.model.with_extension("ref.safetensors")).map_err(|e| e.to_string())?;
+        let reference = SafeTensors::deserialize(&reference).map_err(|e| e.to_string())?;
         let folder = Folder::open(&self.model).map_err(|e| e.to_string())?;
         for role in &program.stage.roles {
             let shape = |id| program.state(id).ty.shape(&Bindings::new()).expect("parameters have constant dims");
@@ -53,8 +52,7 @@ impl Golden {
             let read = dsgc_hf::read_params(&folder, &role.model.tensors, &wanted);
             let read = read.map_err(|e| e.iter().map(ToString::to_string).collect::<String>())?;
             for ((id, (param, _)), tensor) in ids.into_iter().zip(&wanted).zip(read) {
-                let perturbed = reference.as_ref().filter(|_| role.name == "ref");
-                let tensor = if let Some(reference) = perturbed {
+                let tensor = if role.name == "ref" {
                     let view = reference.tensor(param).map_err(|e| format!("{param}: {e}"))?;
                     let words = view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes")));
                     Tensor::f32(view.shape(), words.collect())
@@ -126,26 +124,15 @@ impl Golden {
         };
         let each = |what: &str, found: Vec<f64>, reference: Vec<f64>| each("rm", what, &found, &reference);
         // A mean of scores of both signs may be near 0: the scores themselves say how much an error is.
-        let largest = ["chosen", "rejected"].iter().flat_map(|key| self.numbers("rm", key));
-        let largest = largest.fold(0.0, |most: f64, x| most.max(x.abs()));
-        // The loss sees differences of scores only. What moves all of them, such as the bias of the last norm, has the
-        // gradient 0, and in single precision rounding noise that AdamW makes into steps of full size. So there, after the
-        // first step, scores are compared by their distance from those of the other answers.
-        let scores = |what: &str, key: &str, other: &str| {
-            let score = |key: &str| (found(&format!("{key}_score")), means(key));
-            let ((mut ours, mut theirs), (beside, theirs_beside)) = (score(key), score(other));
-            let free = if matches!(on, On::Doubles) { ours.len() } else { 1 };
-            for i in free..ours.len() {
-                ours[i] -= beside[i];
-                theirs[i] -= theirs_beside[i];
-            }
-            Compared { what: format!("rm: {what}"), error: relative_error(&ours, &theirs, largest) }
+        let scores = |what: &str, metric: &str, key: &str| {
+            let largest = self.numbers("rm", key).iter().fold(0.0, |most: f64, x| most.max(x.abs()));
+            Compared { what: format!("rm: {what}"), error: relative_error(&found(metric), &means(key), largest) }
         };
         let mut all = vec![
             each("losses", found("loss"), losses),
             each("norms", found("grad_norm"), norms),
-            scores("chosen end scores", "chosen", "rejected"),
-            scores("rejected end scores", "rejected", "chosen"),
+            scores("chosen end scores", "chosen_score", "chosen"),
+            scores("rejected end scores", "rejected_score", "rejected"),
             each("accuracies", found("accuracy"), self.numbers("rm", "accuracy")),
         ];
         let mut parts = self.stage(on, "reward", &["micro_batch_size=2"])?;
@@ -285,8 +272,7 @@ impl Golden {
         self.stage(on, "ppo", &["micro_batch_size=4"])?.decode(&tokens, &segment)
     }
 
-    /// Tokens of the greedy answers that differ.
-    pub fn generated(&self, on: On) -> Result<Compared, String> {
+    fn generated(&self, on: On) -> Result<Compared, String> {
         let (tokens, _) = self.decoded(on)?;
         let found: Vec<f64> = tokens.into_iter().flatten().map(f64::from).collect();
         let wrong = found.iter().zip(self.numbers("generate", "tokens")).filter(|(a, b)| **a != *b).count();

@@ -342,7 +342,7 @@ fn attention(m: &Model) -> Vec<Case> {
         operands(new("attention"))
             .result("out", m.float, &whole)
             .result("divisor", "f32", &divisor)
-            .line(&format!("%o, %d = attention %q, %k, %v, %segment causal=true scale={scale:?}"))
+            .line(&format!("%o, %d = attention %q, %k, %v, %segment causal=true scale={scale:?} window=0"))
             .writes(&[("out", "%o"), ("divisor", "%d")]),
         operands(new("attention_grad"))
             .floats("out", &whole)
@@ -352,7 +352,7 @@ fn attention(m: &Model) -> Vec<Case> {
             .result("dk", m.float, &whole)
             .result("dv", m.float, &whole)
             .line(&format!(
-                "%a, %b, %c = attention_grad %q, %k, %v, %segment, %out, %divisor, %g causal=true scale={scale:?}"
+                "%a, %b, %c = attention_grad %q, %k, %v, %segment, %out, %divisor, %g causal=true scale={scale:?} window=0"
             ))
             .writes(&[("dq", "%a"), ("dk", "%b"), ("dv", "%c")]),
         Case::new(m, "decoding", "cached_attention", &whole)
@@ -361,7 +361,7 @@ fn attention(m: &Model) -> Vec<Case> {
             .floats("v", &whole)
             .operand("segment", "i32", &[batch, length], Fill::All(1))
             .operand("place", "i32", &[], Fill::All(length as i32 - 1))
-            .gives(&one, &format!("cached_attention %q, %k, %v, %segment, %place scale={scale:?}")),
+            .gives(&one, &format!("cached_attention %q, %k, %v, %segment, %place scale={scale:?} window=0")),
     ];
     if m.llama {
         all.push(
