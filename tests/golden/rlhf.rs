@@ -35,15 +35,16 @@ pub type Values = Named;
 
 impl Golden {
     /// Opens a stage of `stages.yaml`: roles of language models with the family's weights, `ref` with those of the
-    /// perturbed reference, heads with the references' first values.
+    /// perturbed reference where there is one, heads with the references' first values.
     pub fn stage(&self, on: On, name: &str, settings: &[&str]) -> Result<Stage, String> {
         let padding = self.scalars["about"]["num_padding_at_beginning"].as_i64().expect("it is a number");
         let mut sets = vec![format!("stages.reward.num_padding_at_beginning={padding}")];
         sets.extend(settings.iter().map(|s| format!("stages.{name}.{s}")));
         let program = self.load("stages.yaml", Some(name), sets)?;
         let (program, mut device) = on.open(program);
-        let reference = std::fs::read(self.model.with_extension("ref.safetensors")).map_err(|e| e.to_string())?;
-        let reference = SafeTensors::deserialize(&reference).map_err(|e| e.to_string())?;
+        let reference = self.model.with_extension("ref.safetensors");
+        let reference = reference.is_file().then(|| std::fs::read(reference)).transpose().map_err(|e| e.to_string())?;
+        let reference = reference.as_deref().map(SafeTensors::deserialize).transpose().map_err(|e| e.to_string())?;
         let folder = Folder::open(&self.model).map_err(|e| e.to_string())?;
         for role in &program.stage.roles {
             let shape = |id| program.state(id).ty.shape(&Bindings::new()).expect("parameters have constant dims");
@@ -52,7 +53,8 @@ impl Golden {
             let read = dsgc_hf::read_params(&folder, &role.model.tensors, &wanted);
             let read = read.map_err(|e| e.iter().map(ToString::to_string).collect::<String>())?;
             for ((id, (param, _)), tensor) in ids.into_iter().zip(&wanted).zip(read) {
-                let tensor = if role.name == "ref" {
+                let perturbed = reference.as_ref().filter(|_| role.name == "ref");
+                let tensor = if let Some(reference) = perturbed {
                     let view = reference.tensor(param).map_err(|e| format!("{param}: {e}"))?;
                     let words = view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes")));
                     Tensor::f32(view.shape(), words.collect())
@@ -272,7 +274,8 @@ impl Golden {
         self.stage(on, "ppo", &["micro_batch_size=4"])?.decode(&tokens, &segment)
     }
 
-    fn generated(&self, on: On) -> Result<Compared, String> {
+    /// Tokens of the greedy answers that differ.
+    pub fn generated(&self, on: On) -> Result<Compared, String> {
         let (tokens, _) = self.decoded(on)?;
         let found: Vec<f64> = tokens.into_iter().flatten().map(f64::from).collect();
         let wrong = found.iter().zip(self.numbers("generate", "tokens")).filter(|(a, b)| **a != *b).count();

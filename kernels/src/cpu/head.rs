@@ -10,7 +10,7 @@ use super::{Launch, parallel::Threads};
 
 /// Rows of a block. The head's gradient is read and written once for each, so per byte of it there are half as many
 /// operations as rows: enough that memory does not bind.
-const ROWS: usize = 256;
+const ROWS: usize = 1024;
 
 /// Bytes for the logits of a block, and for products with them.
 pub(super) fn workspace(rows: usize, head: &[usize], threads: usize) -> usize {

@@ -1,6 +1,9 @@
 //! The arena of the device, and typed pointers into it.
 
+use std::alloc::Layout;
+
 use dsgc_ir::{Arena, Buffer, DType, Data, Region, Tensor};
+use memmap2::MmapMut;
 
 use super::narrow;
 
@@ -12,22 +15,24 @@ const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
 
 /// A part of the arena: zeros that the system need not provide before they are written to.
 struct Zeros {
-    /// Up to a cache line more than asked for.
-    bytes: Vec<u8>,
-    /// Where the first whole cache line begins.
-    start: usize,
+    /// Whole pages, so any alignment.
+    bytes: MmapMut,
+    len: usize,
 }
 
 impl Zeros {
     fn new(len: usize) -> Zeros {
-        // Zeros of bytes come fresh from the system; those of an aligned type would be written one by one.
-        let bytes = vec![0; len.next_multiple_of(ALIGNMENT) + ALIGNMENT];
-        let start = bytes.as_ptr().align_offset(ALIGNMENT);
-        Zeros { bytes, start }
+        let none = |_| std::alloc::handle_alloc_error(Layout::from_size_align(len, ALIGNMENT).expect("a plan fits"));
+        // A mapping cannot be empty.
+        let bytes = MmapMut::map_anon(len.max(1)).unwrap_or_else(none);
+        // Large pages are found faster, and provided many at a time. A system that has none goes without.
+        #[cfg(target_os = "linux")]
+        let _ = bytes.advise(memmap2::Advice::HugePage);
+        Zeros { bytes, len }
     }
 
     fn len(&self) -> usize {
-        self.bytes.len() - ALIGNMENT
+        self.len
     }
 }
 
@@ -53,7 +58,7 @@ impl Memory {
         let region = &self.regions[buffer.region as usize];
         assert!(buffer.offset + buffer.bytes <= region.len(), "bug: a buffer leaves the arena");
         // SAFETY: the offset is inside of the allocation.
-        Ptr(unsafe { region.bytes.as_ptr().add(region.start + buffer.offset) }.cast_mut().cast())
+        Ptr(unsafe { region.bytes.as_ptr().add(buffer.offset) }.cast_mut().cast())
     }
 
     /// The first element of a buffer. Its bytes may be read and written as the plan says, by which no two values that
@@ -62,7 +67,7 @@ impl Memory {
         let region = &mut self.regions[buffer.region as usize];
         assert!(buffer.offset + buffer.bytes <= region.len(), "bug: a buffer leaves the arena");
         // SAFETY: the offset is inside of the allocation.
-        Ptr(unsafe { region.bytes.as_mut_ptr().add(region.start + buffer.offset) }.cast())
+        Ptr(unsafe { region.bytes.as_mut_ptr().add(buffer.offset) }.cast())
     }
 
     /// The workspace of the running kernel.
