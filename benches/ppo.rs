@@ -2,7 +2,8 @@
 //! tokens and greedy answers of 128, one optimizer step of the actor and one of the critic.
 //!
 //! `cargo bench --bench ppo` prints best and median of 4 iterations, and what of the time goes where. The work is that of
-//! one experience and one training call of DeepSpeed-Chat's `DeepSpeedPPOTrainer`.
+//! one experience and one training call of DeepSpeed-Chat's `DeepSpeedPPOTrainer`. Scoring runs with the first update, and
+//! counts as training.
 
 mod common;
 
