@@ -260,7 +260,7 @@ fn products_of_every_layout() {
         ("7, 515", "401, 515", "md,nd->mn"),
         ("16, 1024", "66, 1024", "md,nd->mn"),
         ("17, 1024", "66, 1024", "md,nd->mn"),
-        // Large enough for the GEMM library to use threads.
+        // Large enough for several threads.
         ("2, 90, 128", "200, 128", "btd,vd->btv"),
         ("2, 90, 200", "2, 90, 128", "btv,btd->vd"),
         ("300, 40", "40", "ab,b->a"),
