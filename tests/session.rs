@@ -328,3 +328,34 @@ fn a_missing_tensor_is_named() {
     assert!(refused.contains("[32, 16]"), "{refused}");
     assert!(!place.path("other").exists());
 }
+
+/// The same texts in fewer rows: the loss is the mean over the same targets, and padding is left out.
+#[test]
+fn packed_texts_give_the_numbers_of_rows_apart() {
+    let place = Place::new();
+    let all = ["sft.batch_size=18", "sft.max_length=64", "sft.max_steps=1"];
+    let apart = place.run(&all);
+    let packed = place.run(&[&all[..], &["sft.packing=true"]].concat());
+    let report = |ran: &Ran| {
+        let data = ran.events.iter().find_map(|event| match event {
+            Event::Data { train, .. } => Some(*train),
+            _ => None,
+        });
+        data.expect("the data is told of")
+    };
+    let (rows, fewer) = (report(&apart), report(&packed));
+    assert_eq!((rows.rows, rows.tokens, rows.packed), (fewer.rows, fewer.tokens, None));
+    assert!(fewer.packed.is_some_and(|packed| packed < 18), "{fewer:?}");
+    let numbers = |ran: &Ran| {
+        let metrics = ran.evaluations().into_iter().map(|(_, metrics)| metrics.clone());
+        metrics.chain(ran.steps().into_iter().map(|step| step.3.clone())).collect::<Vec<Metrics>>()
+    };
+    let (apart, packed) = (numbers(&apart), numbers(&packed));
+    assert_eq!((apart.len(), packed.len()), (3, 3));
+    for (apart, packed) in apart.iter().zip(&packed) {
+        for (name, &number) in apart {
+            let other = packed[name];
+            assert!((number - other).abs() <= 1e-10 * number.abs(), "{name}: {number} apart, {other} packed");
+        }
+    }
+}

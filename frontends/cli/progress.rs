@@ -135,6 +135,9 @@ fn rows(report: &DataReport) -> String {
             text += &format!("; {count} rows {what}");
         }
     }
+    if let Some(packed) = report.packed {
+        text += &format!("; packed into {packed} rows");
+    }
     text
 }
 

@@ -196,6 +196,10 @@ pub struct Source {
     pub max_length: usize,
     /// What happens to longer ones.
     pub longer: Longer,
+    /// Several texts in a row, as many as `max_length` takes: segments 1, 2, ... The first token of each is no training
+    /// target, as nothing in its text comes before it. Of sources with one sequence, padded on the right.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub packing: bool,
     /// Pad every batch to `max_length` instead of its longest row (DeepSpeed-Chat's way).
     pub pad_to_max: bool,
     /// All sequences of a row are padded to one length.

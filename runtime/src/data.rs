@@ -16,6 +16,7 @@
 
 mod batch;
 pub(crate) mod order;
+mod pack;
 mod rows;
 
 pub use batch::Batch;
@@ -50,6 +51,8 @@ pub struct DataReport {
     pub trained_tokens: usize,
     /// Rows of which a sequence has no training target, because what was to be learnt is cut off or empty.
     pub rows_without_trained: usize,
+    /// Rows that the texts were packed into, if they were.
+    pub packed: Option<usize>,
 }
 
 impl Dataset {

@@ -128,7 +128,7 @@ const KEYS: &[Foreign] = &[
     f("train_files",                     VERL,    "`path` of an entry of `data`"),
     f("val_files",                       VERL,    "`eval` of an entry of `data`"),
     f("data_split",                      DSC,     "`split` of an entry of `data`, such as `split: {sft: 2, reward: 4, ppo: 4}`"),
-    f("sample_packing",                  AXOLOTL, "`packing`"),
+    f("sample_packing",                  AXOLOTL, "`packing` of a stage"),
     f("template",                        FACTORY, "`chat_template`"),
     f("val_set_size",                    AXOLOTL, "`eval` of an entry of `data`"),
     // Devices and memory

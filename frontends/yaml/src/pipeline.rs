@@ -170,6 +170,7 @@ pub const RUN: Table = Table {
         key("batch_size", Form::Int, "rows per optimizer step, over all devices"),
         key("micro_batch_size", Form::Int, "rows per graph call on a device; changes speed and memory, never numbers"),
         key("gradient_accumulation_steps", Form::Int, "instead of `batch_size`: micro-batches per optimizer step"),
+        key("packing", Form::Bool, "several texts in a row, as many as `max_length` takes; `batch_size` counts rows"),
         key("loss_normalization", Form::Choice(&["batch", "micro_batch"]), "what a mean in a loss is taken over"),
         key("num_epochs", Form::Float, "passes over the data"),
         key("max_steps", COUNT_OR_NONE, "optimizer steps after which the stage ends"),

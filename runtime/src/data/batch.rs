@@ -11,6 +11,7 @@ use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Longer, Part, Sequence, Side, Source};
 
 use super::DataReport;
+use super::pack::pack;
 
 /// Rows that are tokenised at a time: enough for all cores, and few enough that their texts are no second data set.
 const CHUNK: usize = 4096;
@@ -36,6 +37,37 @@ pub(super) struct Tokenised {
 pub(super) struct Tokens {
     ids: Vec<i32>,
     trained: Vec<bool>,
+    /// The text of its row that each belongs to, from 1.
+    segment: Vec<i32>,
+}
+
+impl Tokens {
+    fn new(ids: Vec<i32>, trained: Vec<bool>) -> Tokens {
+        let segment = vec![1; ids.len()];
+        Tokens { ids, trained, segment }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// As the first text of a row with others. Of none of them the first token is a target: before it stands another text,
+    /// or nothing.
+    pub(super) fn first(mut self) -> Tokens {
+        if let Some(first) = self.trained.first_mut() {
+            *first = false;
+        }
+        self
+    }
+
+    /// Puts a text behind those that are there.
+    pub(super) fn append(&mut self, text: Tokens) {
+        let number = self.segment.last().map_or(1, |last| last + 1);
+        let text = text.first();
+        self.segment.extend(vec![number; text.ids.len()]);
+        self.ids.extend(text.ids);
+        self.trained.extend(text.trained);
+    }
 }
 
 /// The columns that the sequences of a source need, each once. Says if the sequences cannot be made.
@@ -106,7 +138,7 @@ pub(super) fn tokenise(
                     ids.push(source.eoc_id);
                     trained.push(true);
                 }
-                tokens.push(Tokens { ids, trained });
+                tokens.push(Tokens::new(ids, trained));
             }
         }
         for row in rows {
@@ -114,6 +146,11 @@ pub(super) fn tokenise(
         }
     }
     done.check(source).map_err(|e| vec![e.label(source.span, "")])?;
+    if source.packing {
+        let texts = done.rows.into_iter().flatten().collect();
+        done.rows = pack(texts, source.max_length).into_iter().map(|row| vec![row]).collect();
+        done.report.packed = Some(done.rows.len());
+    }
     Ok(done)
 }
 
@@ -131,6 +168,7 @@ impl Tokenised {
         for sequence in &mut row {
             sequence.ids.truncate(source.max_length);
             sequence.trained.truncate(source.max_length);
+            sequence.segment.truncate(source.max_length);
             self.report.tokens += sequence.ids.len();
             self.report.trained_tokens += sequence.trained.iter().filter(|&&t| t).count();
         }
@@ -185,7 +223,7 @@ pub(super) fn batch(source: &Source, data: &Tokenised, rows: &[usize]) -> Batch 
             let place = i * width + before..i * width + before + row.ids.len();
             tokens[place.clone()].copy_from_slice(&row.ids);
             trained[place.clone()].copy_from_slice(&row.trained);
-            segment[place].fill(1);
+            segment[place].copy_from_slice(&row.segment);
         }
         let shape = [rows.len(), width];
         tensors.insert(format!("{}.tokens", sequence.name), Tensor::i32(&shape, tokens));

@@ -106,13 +106,27 @@ fn long_rows_are_cut_or_dropped_and_counted() {
     let short = Source { max_length: 3, ..source() };
     let data = open(short.clone(), PAIRS).unwrap();
     assert_eq!(ints(&data.batch(&[0]), "chosen.tokens"), [[1, 10, 11]]);
-    let expect =
-        DataReport { rows: 2, dropped: 0, truncated: 2, tokens: 12, trained_tokens: 2, rows_without_trained: 1 };
+    let expect = DataReport {
+        rows: 2,
+        dropped: 0,
+        truncated: 2,
+        tokens: 12,
+        trained_tokens: 2,
+        rows_without_trained: 1,
+        packed: None,
+    };
     assert_eq!(*data.report(), expect);
 
     let data = open(Source { longer: Longer::Drop, max_length: 5, ..source() }, PAIRS).unwrap();
-    let expect =
-        DataReport { rows: 2, dropped: 1, truncated: 0, tokens: 9, trained_tokens: 5, rows_without_trained: 0 };
+    let expect = DataReport {
+        rows: 2,
+        dropped: 1,
+        truncated: 0,
+        tokens: 9,
+        trained_tokens: 5,
+        rows_without_trained: 0,
+        packed: None,
+    };
     assert_eq!((data.len(), *data.report()), (1, expect));
 
     let none = open(Source { max_length: 2, ..source() }, PAIRS).err().unwrap();
@@ -201,4 +215,29 @@ fn columns_are_those_of_the_first_row() {
     assert!(columns_of("empty.jsonl", "\n").unwrap_err().contains("there are no rows"));
     assert!(columns_of("list.jsonl", "[1]\n").unwrap_err().contains("expected an object"));
     assert!(columns_of("a.parquet", "").unwrap_err().contains("`.jsonl` or `.json`"));
+}
+
+#[test]
+fn texts_are_packed_into_few_rows() {
+    let text: String = ["x y z x", "x", "x y", "x y z", "y"].map(|t| format!("{{\"question\": \"{t}\"}}\n")).concat();
+    // With a start and an end: 6, 3, 4, 5 and 3 tokens.
+    let one = Source { sequences: vec![sequence("text", &["prompt"])], packing: true, ..source() };
+    let data = open(one.clone(), &text).unwrap();
+    assert_eq!((data.len(), data.report().packed, data.report().tokens), (3, Some(3), 21));
+    let batch = data.batch(&[0, 1, 2]);
+    assert_eq!(
+        ints(&batch, "text.tokens"),
+        [[1, 10, 11, 12, 10, 2, 0, 0], [1, 10, 11, 12, 2, 1, 10, 2], [1, 10, 11, 2, 1, 11, 2, 0]]
+    );
+    assert_eq!(
+        ints(&batch, "text.segment"),
+        [[1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 2, 2, 2, 0]]
+    );
+    // All but first tokens and padding.
+    assert_eq!(
+        ints(&batch, "text.trained"),
+        [[0, 1, 1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0, 1, 1], [0, 1, 1, 1, 0, 1, 1, 0]]
+    );
+    // Texts that fill their rows stay alone.
+    assert_eq!(open(Source { max_length: 6, ..one }, &text).unwrap().len(), 4);
 }

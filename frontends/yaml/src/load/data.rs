@@ -45,6 +45,8 @@ pub(super) struct Frame<'a> {
     pub fixed_width: bool,
     pub batch_size: usize,
     pub micro_batch_size: usize,
+    /// Where the stage asks for several texts in a row, if it does.
+    pub packing: Option<Span>,
     pub tokenizer: &'a FoundTokenizer,
 }
 
@@ -126,6 +128,15 @@ pub(super) fn bind(
             return None;
         }
     };
+    if let Some(span) = frame.packing
+        && (form.sequences.len() != 1 || decl.pad == Some(Side::Left))
+    {
+        let many = form.sequences.len() != 1;
+        let why = if many { "has several sequences in a row already" } else { "is padded on the left" };
+        let diag = Diag::error(format!("`packing` puts texts into one row, and `{}` {why}", decl.name.text));
+        documents
+            .error(diag.label(span, "").label(decl.name.span, "the source of the recipe").help("leave `packing` out"));
+    }
     let held = held(documents, find("eval"), places);
     let split = split(documents, set, frame);
     let source = Source {
@@ -146,6 +157,7 @@ pub(super) fn bind(
         eoc_id: facts.eos.unwrap_or(pad_id),
         max_length: frame.max_length,
         longer: if find("longer").text() == "drop" { Longer::Drop } else { Longer::Truncate },
+        packing: frame.packing.is_some(),
         pad_to_max: frame.fixed_width || find("pad_to_max").constant() == Constant::Bool(true),
         same_length: decl.same_length,
         split: split?,

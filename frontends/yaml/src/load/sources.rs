@@ -27,6 +27,8 @@ pub(super) struct Asked<'a> {
     pub micro_batch_size: u64,
     /// Where `max_length` was set, if it was.
     pub length: Span,
+    /// Where several texts in a row are asked for, if they are.
+    pub packing: Option<Span>,
 }
 
 /// Binds all sources of a stage; `None` if one of them is wrong.
@@ -49,6 +51,7 @@ pub(super) fn sources(
             fixed_width,
             batch_size: asked.batch_size as usize,
             micro_batch_size: asked.micro_batch_size as usize,
+            packing: asked.packing,
             tokenizer: &tokenizer,
         };
         bound.extend(bind(documents, decl, rows, &frame, around.places));

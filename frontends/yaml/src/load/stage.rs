@@ -104,6 +104,7 @@ pub(super) fn prepare(
         batch_size,
         micro_batch_size,
         length: options.iter().find(|d| d.key == "max_length").map_or(Span::NONE, |d| d.node.span),
+        packing: run.iter().find(|d| d.key == "packing" && d.constant() == Constant::Bool(true)).map(|d| d.node.span),
     };
     let mut sources = sources::sources(documents, around, &named, &asked)?;
     let save = save(documents, stage, &recipe, &roles)?;
