@@ -22,31 +22,38 @@ use dsgc_passes::PassContext;
 
 use cases::{Case, Model, graph};
 
-/// The shapes that are measured: OPT-125m and a Llama of 15 million parameters, in the batches of the README's table.
-const MODELS: [Model; 2] = [
-    Model {
-        name: "opt-125m",
-        float: "f32",
-        batch: 4,
-        length: 256,
-        hidden: 768,
-        ffn: 3072,
-        vocab: 50272,
-        heads: 12,
-        llama: false,
-    },
-    Model {
-        name: "llama-15m",
-        float: "f32",
-        batch: 8,
-        length: 256,
-        hidden: 288,
-        ffn: 768,
-        vocab: 32000,
-        heads: 6,
-        llama: true,
-    },
+/// The shapes that are measured: OPT-125m and a Llama of 15 million parameters, in the batches of the README's table; in
+/// bf16 their products.
+const MODELS: [Model; 4] = [
+    OPT,
+    LLAMA,
+    Model { name: "opt-125m bf16", float: "bf16", ..OPT },
+    Model { name: "llama-15m bf16", float: "bf16", ..LLAMA },
 ];
+
+const OPT: Model = Model {
+    name: "opt-125m",
+    float: "f32",
+    batch: 4,
+    length: 256,
+    hidden: 768,
+    ffn: 3072,
+    vocab: 50272,
+    heads: 12,
+    llama: false,
+};
+
+const LLAMA: Model = Model {
+    name: "llama-15m",
+    float: "f32",
+    batch: 8,
+    length: 256,
+    hidden: 288,
+    ffn: 768,
+    vocab: 32000,
+    heads: 6,
+    llama: true,
+};
 
 /// Fewest timed runs of a kernel.
 const RUNS: usize = 3;

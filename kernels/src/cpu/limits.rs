@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use multiversion::multiversion;
 
+use super::memory::Zeros;
+
 /// Multiply-adds in a row of the loops below, per accumulator: about 100 microseconds.
 const ROUNDS: usize = 20_000;
 
@@ -181,43 +183,52 @@ fn portable() {
     black_box(sums);
 }
 
-/// Two arrays that are several times larger than the last-level cache.
+/// Two arrays that are several times larger than the last-level cache, in memory such as the arena's.
 pub struct Arrays {
-    from: Vec<u64>,
-    to: Vec<u64>,
+    from: Zeros,
+    to: Zeros,
 }
 
 impl Default for Arrays {
     fn default() -> Arrays {
-        let bytes = last_level_cache().map_or(ARRAY, |cache| (4 * cache).min(LARGEST_ARRAY));
-        let array = |value| vec![value; bytes / size_of::<u64>()];
-        // Other than zero, since zeroed memory is one page of the system's until it is written.
-        Arrays { from: array(1), to: array(2) }
+        Arrays::new(last_level_cache().map_or(ARRAY, |cache| (4 * cache).min(LARGEST_ARRAY)))
     }
 }
 
 impl Arrays {
+    fn new(bytes: usize) -> Arrays {
+        let [mut from, mut to] = [bytes, bytes].map(Zeros::new);
+        // Other than zero, since zeroed memory is one page of the system's until it is written.
+        from.bytes.fill(1);
+        to.bytes.fill(2);
+        Arrays { from, to }
+    }
+
     /// Bytes of one of them.
     pub fn bytes(&self) -> usize {
-        self.from.len() * size_of::<u64>()
+        self.from.bytes.len()
     }
 
     /// Bytes read and written per second while so many threads copy one to the other, in so much time, at least once.
     pub fn copy(&mut self, threads: usize, time: Duration) -> f64 {
         let bytes = 2 * self.bytes();
-        let part = self.from.len().div_ceil(threads.max(1));
-        let parts = self.to.chunks_mut(part).zip(self.from.chunks(part)).collect();
-        bytes as f64 / fastest_pass(parts, time, |(to, from): &mut (&mut [u64], &[u64])| to.copy_from_slice(from))
+        let part = self.part(threads);
+        let parts = self.to.bytes.chunks_mut(part).zip(self.from.bytes.chunks(part)).collect();
+        bytes as f64 / fastest_pass(parts, time, |(to, from): &mut (&mut [u8], &[u8])| to.copy_from_slice(from))
     }
 
     /// Bytes read per second while so many threads add up an array, in so much time, at least once.
     pub fn read(&self, threads: usize, time: Duration) -> f64 {
-        let part = self.from.len().div_ceil(threads.max(1));
-        let parts = self.from.chunks(part).collect();
-        let work = |from: &mut &[u64]| {
-            black_box(sum(from));
+        let parts = self.from.bytes.chunks(self.part(threads)).collect();
+        let work = |from: &mut &[u8]| {
+            black_box(sum(from.as_chunks().0));
         };
         self.bytes() as f64 / fastest_pass(parts, time, work)
+    }
+
+    /// Bytes of a thread's part, in whole pages.
+    fn part(&self, threads: usize) -> usize {
+        self.bytes().div_ceil(threads.max(1)).next_multiple_of(4096)
     }
 }
 
@@ -251,8 +262,8 @@ fn fastest_pass<T: Send>(parts: Vec<T>, time: Duration, work: impl Fn(&mut T) + 
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn sum(from: &[u64]) -> u64 {
-    from.iter().fold(0, |sum, x| sum.wrapping_add(*x))
+fn sum(from: &[[u8; 8]]) -> u64 {
+    from.iter().fold(0, |sum, x| sum.wrapping_add(u64::from_ne_bytes(*x)))
 }
 
 #[cfg(test)]
@@ -267,11 +278,11 @@ mod tests {
             let rate = adds.rate(threads, Duration::ZERO);
             assert!(rate.is_finite() && rate > 1e8, "{}: {rate}", adds.how);
         }
-        let mut arrays = Arrays { from: vec![1; 1 << 20], to: vec![0; 1 << 20] };
+        let mut arrays = Arrays::new(1 << 20);
         for rate in [arrays.copy(threads, Duration::ZERO), arrays.read(threads, Duration::ZERO)] {
             assert!(rate.is_finite() && rate > 1e7, "{rate}");
         }
-        assert_eq!(arrays.to, arrays.from, "every part was copied");
-        assert_eq!(sum(&arrays.from), 1 << 20);
+        assert_eq!(arrays.to.bytes[..], arrays.from.bytes[..], "every part was copied");
+        assert_eq!(sum(arrays.from.bytes.as_chunks().0), 0x0101_0101_0101_0101 << 17);
     }
 }

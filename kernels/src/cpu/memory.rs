@@ -14,14 +14,14 @@ pub(super) const ALIGNMENT: usize = 64;
 const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
 
 /// A part of the arena: zeros that the system need not provide before they are written to.
-struct Zeros {
+pub(super) struct Zeros {
     /// Whole pages, so any alignment.
-    bytes: MmapMut,
+    pub(super) bytes: MmapMut,
     len: usize,
 }
 
 impl Zeros {
-    fn new(len: usize) -> Zeros {
+    pub(super) fn new(len: usize) -> Zeros {
         let none = |_| std::alloc::handle_alloc_error(Layout::from_size_align(len, ALIGNMENT).expect("a plan fits"));
         // A mapping cannot be empty.
         let bytes = MmapMut::map_anon(len.max(1)).unwrap_or_else(none);
