@@ -3,13 +3,15 @@
 
 #[path = "golden/compare.rs"]
 mod compare;
+#[path = "common/text.rs"]
+mod text;
 #[path = "golden/tiny.rs"]
 mod tiny;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use compare::{Golden, On, ZERO_GRADIENT, relative_error};
+use compare::{Compared, Golden, On, ZERO_GRADIENT, relative_error};
 use dsgc_ir::Tensor;
 
 fn references() -> Golden {
@@ -23,7 +25,15 @@ fn of(family: &str) -> Golden {
 
 /// Reward model, PPO, DPO and generation of a family.
 fn check_stages(family: &str, on: On) {
-    let compared = of(family).compare_stages(on).unwrap_or_else(|e| panic!("{e}"));
+    let compare = |on| of(family).compare_stages(on).unwrap_or_else(|e| panic!("{e}"));
+    let compared = compare(on);
+    if let On::Cpu(2) = on {
+        // Not only good, but the same to the bit.
+        let errors = |all: &[Compared]| all.iter().map(|c| c.error.to_bits()).collect::<Vec<_>>();
+        for threads in [1, 3] {
+            assert_eq!(errors(&compare(On::Cpu(threads))), errors(&compared), "{family} with {threads} threads");
+        }
+    }
     assert_eq!(compared.len(), 6 + 2 * 14 + 4 + 2, "everything that the references hold");
     let worse: Vec<String> =
         compared.iter().filter(|c| c.error > on.tolerance()).map(|c| format!("{}: {:.1e}", c.what, c.error)).collect();

@@ -1,18 +1,22 @@
 //! From YAML to numbers: the tiny OPT of DeepSpeed-Chat's golden runs, its loss before and after one optimizer step, as
 //! one call and cut into micro-batches (D1).
 
-use std::collections::BTreeMap;
-use std::io;
 use std::path::Path;
 
-use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Statement, UpdateSteps};
 use dsgc_ir::{Program, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_passes::{PassContext, run_passes};
-use dsgc_yaml::load::{Host, Options, TokenizerFacts, load};
-use serde_json::{Map, Value};
+use dsgc_yaml::load::{Options, load};
+
+#[path = "common/sines.rs"]
+mod sines;
+#[path = "common/text.rs"]
+mod text;
+
+use sines::{Named, fill, rows};
+use text::Text;
 
 const PIPELINE: &str = "\
 dsgc: 1
@@ -32,55 +36,15 @@ stages:
     max_grad_norm: 1.0
 ";
 
-/// The files of the pipeline.
-struct Files;
-
-impl Host for Files {
-    fn text(&self, _: &Path) -> io::Result<String> {
-        Ok(PIPELINE.into())
-    }
-    fn hf_config(&self, folder: &Path) -> Result<Map<String, Value>, Diag> {
-        Err(Diag::error(format!("there is no {}", folder.display())))
-    }
-    fn tokenizer(&self, _: &Path) -> Result<TokenizerFacts, Diag> {
-        Ok(TokenizerFacts { vocab: 24, pad: Some(2), eos: Some(2), bos: Some(2) })
-    }
-    fn columns(&self, _: &Path) -> Result<Vec<String>, Diag> {
-        Ok(vec!["text".into()])
-    }
-}
-
 /// The stage with its gradients, for calls of so many rows.
 fn program(rows: usize) -> Program {
     let options = Options { sets: vec![format!("stages.sft.micro_batch_size={rows}")], ..Options::default() };
-    let loaded = load(Path::new("p.yaml"), &options, &Files).unwrap_or_else(|e| panic!("{:#?}", e.diags));
+    let files = Text { pipeline: PIPELINE.into(), columns: &["text"] };
+    let loaded = load(Path::new("p.yaml"), &options, &files).unwrap_or_else(|e| panic!("{:#?}", e.diags));
     let [stage] = loaded.stages.try_into().unwrap_or_else(|_| panic!("the pipeline has one stage"));
     let context = PassContext::new(&InterpTarget);
     run_passes(stage, &["infer", "adapt", "canonicalize", "autodiff", "canonicalize"], &context)
         .unwrap_or_else(|e| panic!("{e:#?}"))
-}
-
-/// The k-th element of the p-th parameter is a sine, plus 1 in norms.
-fn fill(interp: &mut Interp, program: &Program) {
-    for (p, (id, _)) in program.params_of("model").enumerate() {
-        let state = program.state(id);
-        let shape = state.ty.shape(&BTreeMap::new()).expect("parameters have constant dims");
-        let one = if state.name.ends_with("norm.weight") { 1.0 } else { 0.0 };
-        let value = |k: usize| 0.1 * (0.7 * k as f64 + 1.9 * p as f64 + 0.3).sin() + one;
-        interp.set_state(id, &Tensor::f64(&shape, (0..shape.iter().product()).map(value).collect()));
-    }
-}
-
-type Named = Vec<(String, Tensor)>;
-
-/// Two rows; the last place of the first one is padding.
-fn rows() -> Named {
-    let tokens = Tensor::i32(&[2, 8], vec![2, 5, 6, 7, 8, 9, 2, 2, 2, 11, 12, 13, 14, 15, 16, 17]);
-    let segment = Tensor::i32(&[2, 8], (0..16).map(|at| i32::from(at != 7)).collect());
-    let trained = Tensor::bool(&[2, 8], (0..16).map(|at| at != 7).collect());
-    [("text.tokens", tokens), ("text.segment", segment), ("text.trained", trained)]
-        .map(|(name, tensor)| (name.to_string(), tensor))
-        .into()
 }
 
 fn call(interp: &mut Interp, graph: &str, values: &Named) -> Named {

@@ -1,9 +1,11 @@
 //! The CPU against the interpreter: random programs, every composite at awkward sizes, threads, poison.
 
+mod alone;
 #[path = "check/mod.rs"]
 #[allow(dead_code)] // The tests of ops use the rest.
 mod check;
 
+use alone::same_bits;
 use check::{plan, program, try_plan};
 use dsgc_ir::fuzz::{Rng, random_bindings, random_inputs, random_program};
 use dsgc_ir::{Bindings, DType, Data, Program, StateId, Tensor, Type};
@@ -195,45 +197,6 @@ fn every_step_has_the_bits_of_its_op() {
         }
         same_bits(dtype, numbers, ["where", ""], ["C, A, B", "C, B, A"]);
     }
-}
-
-/// Runs an op on two lists of operands alone and in a region, on all pairs of some numbers for `A` and `B`.
-fn same_bits(dtype: &str, numbers: &[f64], [name, attribute]: [&str; 2], operands: [&str; 2]) {
-    let n = numbers.len() * numbers.len();
-    let named =
-        |text: &str, names: [&str; 3]| text.replace('A', names[0]).replace('B', names[1]).replace('C', names[2]);
-    let [x, y] = operands.map(|o| named(o, ["%a", "%b", "%c"]));
-    // The region uses all its operands.
-    let [in_x, in_y] = operands.map(|o| named(o, ["$0", "$1", "$2"]));
-    let (args, first) = if x.contains("%c") { ("%a, %b, %c", 3) } else { ("%a, %b", 2) };
-    let text = format!(
-        "graph @g(%a: {dtype}[{n}], %b: {dtype}[{n}], %c: bool[{n}]) {{
-           %p = {name} {x} {attribute}
-           %q = {name} {y} {attribute}
-           %r, %s = fused {args} shape=[{n}] body={{${first} = {name} {in_x} {attribute}; ${} = {name} {in_y} {attribute}; return ${first}, ${}}}
-           return p=%p, q=%q, r=%r, s=%s
-         }}",
-        first + 1,
-        first + 1,
-    );
-    let program = dsgc_ir::parse(&text).unwrap_or_else(|e| panic!("{e} in\n{text}"));
-    let all = |pick: &dyn Fn(usize) -> f64| (0..n).map(pick).collect::<Vec<f64>>();
-    let inputs = [
-        all(&|i| numbers[i / numbers.len()]),
-        all(&|i| numbers[i % numbers.len()]),
-        all(&|i| f64::from(u8::from(i % 3 == 0))),
-    ];
-    let inputs: Vec<Tensor> = program.graphs[0]
-        .inputs()
-        .zip(&inputs)
-        .map(|(v, numbers)| check::tensor(program.graphs[0].ty(v), numbers).single())
-        .collect();
-    let named = [("a", &inputs[0]), ("b", &inputs[1]), ("c", &inputs[2])];
-    let outputs = Cpu::new(plan(&program, 1), 1).run("g", &named).unwrap_or_else(|e| panic!("{e:?}"));
-    let bits = |i: usize| -> Vec<u64> {
-        outputs[i].1.to_f64().iter().map(|x| if x.is_nan() { u64::MAX } else { x.to_bits() }).collect()
-    };
-    assert_eq!((bits(0), bits(1)), (bits(2), bits(3)), "{name} {attribute} of {dtype}");
 }
 
 #[test]

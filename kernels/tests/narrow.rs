@@ -1,32 +1,17 @@
 //! Narrow floats on the CPU beside the interpreter, which computes in f32 and rounds every result to its type.
 
+mod alone;
 #[path = "check/mod.rs"]
 #[allow(dead_code)] // The tests of ops use the rest.
 mod check;
 
-use check::program;
+use alone::{bits, by_name, same_bits};
+use check::{plan, program};
 use dsgc_ir::fuzz::Rng;
-use dsgc_ir::verify::Planned;
-use dsgc_ir::{Arena, Bindings, DType, Data, Program, Target, Tensor, Type};
+use dsgc_ir::{Bindings, DType, Data, Program, Tensor, Type};
 use dsgc_kernels::Device;
-use dsgc_kernels::cpu::{Cpu, CpuTarget};
-use dsgc_kernels::interp::apart::plan_apart;
+use dsgc_kernels::cpu::Cpu;
 use dsgc_kernels::interp::{Interp, Precision};
-
-/// Every value apart from all others, with the workspaces that the CPU asks for.
-fn plan(program: &Program, threads: usize) -> Planned {
-    let target = CpuTarget { threads };
-    let mut planned = plan_apart(program.clone());
-    let mut scratch = 0;
-    for graph in &mut planned.graphs {
-        let bounds = graph.upper_bounds();
-        let types = |op: &dsgc_ir::OpData| -> Vec<Type> { op.args.iter().map(|&a| graph.ty(a).clone()).collect() };
-        graph.scratch = graph.ops().map(|(_, op)| target.workspace(&op.op, &types(op), &bounds)).collect();
-        scratch = graph.scratch.iter().copied().fold(scratch, usize::max);
-    }
-    planned.arena = Arena { scratch, ..planned.arena };
-    Planned::new(planned).unwrap_or_else(|fault| panic!("{fault} in\n{program}"))
-}
 
 /// Random numbers for the inputs of `@g`; integers are below `range`, and ascend from 1 if they are called `segment`.
 fn inputs(program: &Program, range: i64) -> Vec<(String, Tensor)> {
@@ -167,42 +152,11 @@ fn elementwise_ops_round_once_and_alike() {
     for dtype in ["bf16", "f16", "f32"] {
         for (op, x, y) in unary.clone().chain(binary.clone()).chain([("where", "C, A, B", "C, B, A")]) {
             let (name, attribute) = op.split_once(' ').unwrap_or((op, ""));
-            let n = awkward.len() * awkward.len();
-            let with = |text: &str, names: [&str; 3]| {
-                text.replace('A', names[0]).replace('B', names[1]).replace('C', names[2])
-            };
-            let [p, q] = [x, y].map(|o| with(o, ["%a", "%b", "%c"]));
-            let [r, s] = [x, y].map(|o| with(o, ["$0", "$1", "$2"]));
-            let (args, first) = if name == "where" { ("%a, %b, %c", 3) } else { ("%a, %b", 2) };
-            let text = format!(
-                "graph @g(%a: {dtype}[{n}], %b: {dtype}[{n}], %c: bool[{n}]) {{
-                   %p = {name} {p} {attribute}
-                   %q = {name} {q} {attribute}
-                   %r, %s = fused {args} shape=[{n}] body={{${first} = {name} {r} {attribute}; ${} = {name} {s} {attribute}; return ${first}, ${}}}
-                   return p=%p, q=%q, r=%r, s=%s
-                 }}",
-                first + 1,
-                first + 1,
-            );
-            let program = dsgc_ir::parse(&text).unwrap_or_else(|e| panic!("{e} in\n{text}"));
-            let all = |pick: &dyn Fn(usize) -> f64| (0..n).map(pick).collect::<Vec<f64>>();
-            let [a, b] = [all(&|i| awkward[i / awkward.len()]), all(&|i| awkward[i % awkward.len()])]
-                .map(|v| Tensor::f64(&[n], v));
-            let c = Tensor::bool(&[n], (0..n).map(|i| i % 3 == 0).collect());
-            let named = [("a", &a.single()), ("b", &b.single()), ("c", &c)];
-            let found = Cpu::new(plan(&program, 1), 1).run("g", &named).unwrap_or_else(|e| panic!("{e:?}"));
-            let expected =
-                Interp::new(program.clone(), Precision::F32).run("g", &named).unwrap_or_else(|e| panic!("{e:?}"));
-            let bits = |outputs: &[(String, Tensor)], i: usize| -> Vec<u64> {
-                outputs[i].1.to_f64().iter().map(|x| if x.is_nan() { u64::MAX } else { x.to_bits() }).collect()
-            };
-            assert_eq!((bits(&found, 0), bits(&found, 1)), (bits(&found, 2), bits(&found, 3)), "{op} of {dtype}");
+            let ran = same_bits(dtype, &awkward, [name, attribute], [x, y]);
             if !["gelu", "tanh"].contains(&name) {
-                assert_eq!(
-                    (bits(&found, 0), bits(&found, 1)),
-                    (bits(&expected, 0), bits(&expected, 1)),
-                    "{op} of {dtype}"
-                );
+                let expected = Interp::new(ran.program, Precision::F32).run("g", &by_name(&ran.inputs));
+                let expected = expected.unwrap_or_else(|e| panic!("{e:?}"));
+                assert_eq!(ran.bits, [0, 1].map(|i| bits(&expected[i].1)), "{op} of {dtype}");
             }
         }
     }

@@ -72,7 +72,7 @@ fn lora_trains_factors_only_and_leaves_a_merged_model() {
 
     // An adapter is a model like any other.
     fs::write(place.path("texts.jsonl"), "{\"text\": \"Is it 3? Yes.\"}\n").expect("a new file");
-    let score = |model: &str| place.out(&["score", model, "--input", "texts.jsonl"]);
+    let score = |model: &str| place.out(&["score", model, "--input", "texts.jsonl"], &[]);
     assert_eq!(score("runs/dpo"), score("runs/dpo/adapter"));
     assert_ne!(score("runs/dpo"), score("runs/sft"));
     // Micro-batches change no number, with fewer roundings in common.
@@ -112,7 +112,7 @@ fn a_stage_goes_on_from_an_adapter_alone() {
     fs::remove_file(place.path("runs/dpo/config.json")).expect("it was there");
     let all: Vec<String> = LORA.iter().chain(&["lora_save=adapter"]).map(|set| format!("stages.dpo.{set}")).collect();
     let sets = || all.iter().flat_map(|set| ["--set", set.as_str()]);
-    place.out(&["run", "pipeline.yaml"].into_iter().chain(sets()).collect::<Vec<_>>());
+    place.out(&["run", "pipeline.yaml"].into_iter().chain(sets()).collect::<Vec<_>>(), &[]);
     assert!(!place.path("runs/dpo/model.safetensors").exists());
     let metrics = fs::read_to_string(place.path("runs/more/metrics.jsonl")).expect("metrics");
     let mut step = metrics.lines().map(|line| serde_json::from_str::<Value>(line).expect("an object"));
@@ -147,13 +147,13 @@ fn ppo_trains_factors_of_two_models_and_averages_one() {
     lora_r: 2
 ";
     fs::write(place.path("pipeline.yaml"), text + more).expect("a file");
-    place.out(&["run", "pipeline.yaml", "--stage", "reward"]);
+    place.out(&["run", "pipeline.yaml", "--stage", "reward"], &[]);
     // The head is new: it is trained as a whole, beside the factors.
     let adapter = place.tensors("runs/reward/adapter/adapter_model.safetensors");
     assert!(adapter.contains_key("base_model.model.score.weight"), "{:?}", adapter.keys());
     assert_eq!(adapter.len(), 2 * 2 * 6 + 1);
 
-    place.out(&["run", "pipeline.yaml", "--stage", "ppo"]);
+    place.out(&["run", "pipeline.yaml", "--stage", "ppo"], &[]);
     let [before, actor, ema] =
         ["sft", "ppo/actor", "ppo/ema"].map(|f| place.tensors(&format!("runs/{f}/model.safetensors")));
     let [q, embed] = ["layers.0.self_attn.q_proj.weight", "embed_tokens.weight"].map(|n| format!("model.decoder.{n}"));
@@ -165,7 +165,7 @@ fn ppo_trains_factors_of_two_models_and_averages_one() {
     assert!(far(&before[&q], &ema[&q]) < far(&before[&q], &actor[&q]));
     assert!(place.path("runs/ppo/critic/adapter/adapter_config.json").exists());
     assert!(!place.path("runs/ppo/ema/adapter").exists());
-    let report = place.out(&["compile", "pipeline.yaml", "--stage", "ppo"]);
+    let report = place.out(&["compile", "pipeline.yaml", "--stage", "ppo"], &[]);
     let model: usize = before.values().map(Tensor::len).sum();
     let line = |role: &str| {
         let line = report.lines().find(|line| line.trim_start().starts_with(role));
@@ -179,7 +179,7 @@ fn ppo_trains_factors_of_two_models_and_averages_one() {
 #[test]
 fn dropout_of_a_users_model_is_live_in_updates_only() {
     let place = Place::new();
-    let plain = place.out(&["std", "show", "opt"]);
+    let plain = place.out(&["std", "show", "opt"], &[]);
     let line = "y: mid + linear(activation(linear(g, fc1)), fc2)";
     assert!(plain.contains(line), "{plain}");
     let with = plain.replace(line, "y: mid + dropout(linear(activation(linear(g, fc1)), fc2), 0.5)");

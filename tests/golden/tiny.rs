@@ -2,16 +2,14 @@
 //! an optimizer step, end scores, greedy answers and experience are those of DeepSpeed-Chat's functions on PyTorch (single
 //! precision, so the numbers are good to seven digits).
 
-use std::io;
 use std::path::Path;
 
-use dsgc_ir::diag::Diag;
 use dsgc_ir::{Bindings, Program, Tensor};
-use dsgc_yaml::load::{Host, Options, TokenizerFacts, load};
-use serde_json::{Map, Value};
+use dsgc_yaml::load::{Options, load};
 
 use super::compare::On;
 use super::compare::rlhf::{Stage, Values};
+use super::text::Text;
 
 const PIPELINE: &str = "
 dsgc: 1
@@ -40,28 +38,11 @@ stages:
     greedy: true
 ";
 
-/// The file of the pipeline; its rows are never read.
-struct Files;
-
-impl Host for Files {
-    fn text(&self, _: &Path) -> io::Result<String> {
-        Ok(PIPELINE.into())
-    }
-    fn hf_config(&self, folder: &Path) -> Result<Map<String, Value>, Diag> {
-        Err(Diag::error(format!("there is no {}", folder.display())))
-    }
-    fn tokenizer(&self, _: &Path) -> Result<TokenizerFacts, Diag> {
-        Ok(TokenizerFacts { vocab: 24, pad: Some(2), eos: Some(2), bos: Some(2) })
-    }
-    fn columns(&self, _: &Path) -> Result<Vec<String>, Diag> {
-        Ok(["prompt", "chosen", "rejected"].map(String::from).into())
-    }
-}
-
 /// A stage whose parameters are sines; `offset` of a role's phase.
 fn stage(name: &str, offset: impl Fn(&str) -> f64) -> Stage {
     let options = Options { stage: Some(name.into()), ..Options::default() };
-    let loaded = load(Path::new("p.yaml"), &options, &Files).unwrap_or_else(|e| panic!("{:#?}", e.diags));
+    let files = Text { pipeline: PIPELINE.into(), columns: &["prompt", "chosen", "rejected"] };
+    let loaded = load(Path::new("p.yaml"), &options, &files).unwrap_or_else(|e| panic!("{:#?}", e.diags));
     let [program] = <[Program; 1]>::try_from(loaded.stages).expect("one stage is asked for");
     let (program, mut device) = On::Doubles.open(program);
     for role in &program.stage.roles {

@@ -1,20 +1,25 @@
 //! Mixed precision as a user asks for it: what is computed narrow, that devices agree on it, and how far it is from f32.
 
 mod fp16;
+#[path = "../common/place.rs"]
+mod place;
 mod runs;
+#[path = "../common/sines.rs"]
+mod sines;
+#[path = "../common/text.rs"]
+mod text;
 mod training;
 
-use std::collections::BTreeMap;
-use std::io;
 use std::path::Path;
 
-use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Statement, UpdateSteps};
 use dsgc_ir::{Planned, Program, Target, Tensor};
 use dsgc_kernels::Device;
 use dsgc_passes::{PassContext, compile};
-use dsgc_yaml::load::{Host, Options, TokenizerFacts, load};
-use serde_json::{Map, Value};
+use dsgc_yaml::load::{Options, load};
+
+use sines::{Named, fill, rows};
+use text::Text;
 
 /// A tiny model of either family, trained on rows of 8 tokens.
 const SFT: &str = "\
@@ -39,58 +44,17 @@ const OPT: [&str; 2] = ["opt", "{vocab: 24, hidden: 16, layers: 2, heads: 2, ffn
 const LLAMA: [&str; 2] =
     ["llama", "{vocab: 24, hidden: 16, layers: 2, heads: 4, kv_heads: 2, ffn: 32, max_positions: 32}"];
 
-/// The files of a pipeline.
-struct Files(String);
-
-impl Host for Files {
-    fn text(&self, _: &Path) -> io::Result<String> {
-        Ok(self.0.clone())
-    }
-    fn hf_config(&self, folder: &Path) -> Result<Map<String, Value>, Diag> {
-        Err(Diag::error(format!("there is no {}", folder.display())))
-    }
-    fn tokenizer(&self, _: &Path) -> Result<TokenizerFacts, Diag> {
-        Ok(TokenizerFacts { vocab: 24, pad: Some(2), eos: Some(2), bos: Some(2) })
-    }
-    fn columns(&self, _: &Path) -> Result<Vec<String>, Diag> {
-        Ok(vec!["text".into()])
-    }
-}
-
 /// The stage of [`SFT`] for a family, with more lines in the stage.
 fn stage([model, config]: [&str; 2], more: &str) -> Program {
-    let text = format!("{}{more}", SFT.replace("MODEL", model).replace("CONFIG", config));
-    let loaded =
-        load(Path::new("p.yaml"), &Options::default(), &Files(text)).unwrap_or_else(|e| panic!("{:#?}", e.diags));
+    let pipeline = format!("{}{more}", SFT.replace("MODEL", model).replace("CONFIG", config));
+    let text = Text { pipeline, columns: &["text"] };
+    let loaded = load(Path::new("p.yaml"), &Options::default(), &text).unwrap_or_else(|e| panic!("{:#?}", e.diags));
     let [stage] = loaded.stages.try_into().unwrap_or_else(|_| panic!("the pipeline has one stage"));
     stage
 }
 
 fn planned(program: Program, target: &dyn Target) -> Planned {
     compile(program, &PassContext::new(target), &mut |_| {}).unwrap_or_else(|e| panic!("{e:#?}"))
-}
-
-/// The k-th element of the p-th parameter is a sine, plus 1 in norms.
-fn fill(device: &mut dyn Device, program: &Program) {
-    for (p, (id, _)) in program.params_of("model").enumerate() {
-        let state = program.state(id);
-        let shape = state.ty.shape(&BTreeMap::new()).expect("parameters have constant dims");
-        let one = if state.name.ends_with("norm.weight") { 1.0 } else { 0.0 };
-        let value = |k: usize| 0.1 * (0.7 * k as f64 + 1.9 * p as f64 + 0.3).sin() + one;
-        device.set_state(id, &Tensor::f64(&shape, (0..shape.iter().product()).map(value).collect()));
-    }
-}
-
-type Named = Vec<(String, Tensor)>;
-
-/// Two rows; the last place of the first one is padding.
-fn rows() -> Named {
-    let tokens = Tensor::i32(&[2, 8], vec![2, 5, 6, 7, 8, 9, 2, 2, 2, 11, 12, 13, 14, 15, 16, 17]);
-    let segment = Tensor::i32(&[2, 8], (0..16).map(|at| i32::from(at != 7)).collect());
-    let trained = Tensor::bool(&[2, 8], (0..16).map(|at| at != 7).collect());
-    [("text.tokens", tokens), ("text.segment", segment), ("text.trained", trained)]
-        .map(|(name, tensor)| (name.to_string(), tensor))
-        .into()
 }
 
 /// The graph that is a whole optimizer step of the stage.

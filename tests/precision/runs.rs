@@ -1,13 +1,10 @@
 //! Whole pipelines in mixed precision: generation, PPO with roles of several precisions, and what is written.
 
 use std::fs;
-use std::path::PathBuf;
-use std::process::Command;
 
 use dsgc_ir::Tensor;
-use safetensors::SafeTensors;
-use serde_json::Value;
-use tempfile::TempDir;
+
+use super::place::Place;
 
 const PIPELINE: &str = "
 dsgc: 1
@@ -35,55 +32,10 @@ stages:
     logging_steps: 1
 ";
 
-/// A folder with the pipeline.
-struct Place(TempDir);
-
-impl Place {
-    fn new() -> Place {
-        let place = Place(tempfile::tempdir().expect("a temporary folder"));
-        let tokenizer = format!("{}/examples/rlhf/tokenizer", env!("CARGO_MANIFEST_DIR"));
-        let rows =
-            (0..8).map(|i| format!("{{\"prompt\": \"Is it {i}?\", \"chosen\": \" Yes.\", \"rejected\": \" {i}\"}}\n"));
-        fs::write(place.path("pipeline.yaml"), PIPELINE.replace("TOKENIZER", &tokenizer)).expect("a new file");
-        fs::write(place.path("rows.jsonl"), rows.collect::<String>()).expect("a new file");
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn out(&self, args: &[&str], sets: &[&str]) -> String {
-        let sets = sets.iter().flat_map(|set| ["--set", set]);
-        let args: Vec<&str> = args.iter().copied().chain(sets).collect();
-        let ran =
-            Command::new(env!("CARGO_BIN_EXE_dsgc")).current_dir(&self.0).args(&args).output().expect("dsgc runs");
-        assert!(ran.status.success(), "{args:?}: {}", String::from_utf8_lossy(&ran.stderr));
-        String::from_utf8_lossy(&ran.stdout).into_owned()
-    }
-
-    /// The steps of a stage that has run.
-    fn steps(&self, stage: &str) -> Vec<Value> {
-        let metrics = fs::read_to_string(self.path(&format!("runs/{stage}/metrics.jsonl"))).expect("metrics");
-        let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).expect("an object"));
-        lines.filter(|line| line.get("epoch").is_some()).collect()
-    }
-
-    fn tensors(&self, folder: &str) -> Vec<(String, Tensor)> {
-        let bytes = fs::read(self.path(&format!("{folder}/model.safetensors"))).expect("a file");
-        let read = SafeTensors::deserialize(&bytes).expect("safetensors");
-        let floats = |bytes: &[u8]| bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        let mut all: Vec<(String, Tensor)> =
-            read.tensors().into_iter().map(|(name, t)| (name, Tensor::f32(t.shape(), floats(t.data())))).collect();
-        all.sort_by(|a, b| a.0.cmp(&b.0));
-        all
-    }
-}
-
 #[test]
 fn all_stages_run_in_either_precision() {
     for precision in ["defaults.bf16=true", "defaults.fp16=true"] {
-        let place = Place::new();
+        let place = Place::with(PIPELINE);
         place.out(&["run", "pipeline.yaml"], &[precision]);
         for step in place.steps("ppo") {
             let loss = step["actor/loss"].as_f64().expect("a loss");
@@ -91,7 +43,7 @@ fn all_stages_run_in_either_precision() {
             assert_eq!(step.get("actor/loss_scale").is_some(), precision == "defaults.fp16=true", "{step}");
         }
         // What is trained is written in full precision.
-        let weights = place.tensors("runs/sft");
+        let weights = place.tensors("runs/sft/model.safetensors");
         let narrow = |t: &Tensor| t.clone().rounded(dsgc_ir::DType::Bf16) == *t;
         assert!(weights.iter().any(|(_, t)| !narrow(t)));
         // The actor and its reference are equal at first, whatever is trained.
@@ -102,7 +54,7 @@ fn all_stages_run_in_either_precision() {
 
 #[test]
 fn frozen_roles_are_narrow_alone() {
-    let place = Place::new();
+    let place = Place::with(PIPELINE);
     place.out(&["run", "pipeline.yaml", "--stage", "sft"], &[]);
     place.out(&["run", "pipeline.yaml", "--stage", "reward"], &[]);
     let frozen = ["stages.ppo.ref={bf16: true}", "stages.ppo.reward={bf16: true}"];
@@ -125,9 +77,9 @@ fn frozen_roles_are_narrow_alone() {
 /// What a stage does not change is written as it was read, though it computes with rounded numbers.
 #[test]
 fn folders_keep_every_digit_of_what_does_not_change() {
-    let place = Place::new();
+    let place = Place::with(PIPELINE);
     place.out(&["run", "pipeline.yaml", "--stage", "sft"], &[]);
-    let before = place.tensors("runs/sft");
+    let before = place.tensors("runs/sft/model.safetensors");
     fs::rename(place.path("runs/sft"), place.path("start")).expect("it moves");
     let text = fs::read_to_string(place.path("pipeline.yaml")).expect("a file");
     let text =
@@ -137,7 +89,7 @@ fn folders_keep_every_digit_of_what_does_not_change() {
         &["run", "pipeline.yaml", "--stage", "sft"],
         &["stages.sft.bf16=true", "stages.sft.freeze=['*fc1*', '*embed*']"],
     );
-    let after = place.tensors("runs/sft");
+    let after = place.tensors("runs/sft/model.safetensors");
     assert_eq!(before.len(), after.len());
     for ((name, before), (_, after)) in before.iter().zip(&after) {
         let frozen = name.contains("fc1") || name.contains("embed");
