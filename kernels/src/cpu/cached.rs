@@ -6,22 +6,31 @@
 
 use std::ops::Range;
 
-use dsgc_ir::segment;
+use dsgc_ir::{DType, segment};
 use multiversion::multiversion;
 
 use super::Launch;
 use super::attention::{self, Heads};
 use super::elementwise::{exp, larger};
 use super::memory::Ptr;
+use super::narrow;
 use super::small::LANES;
 use super::structure::place;
 
 /// Values that are added to a result at once.
 const TOGETHER: usize = 4;
 
+/// Columns of narrow numbers that are widened at once; whole blocks of [`TOGETHER`].
+const COLUMNS: usize = 2 * TOGETHER;
+
+/// Elements that a thread needs for one new column: a score per head and column, and some columns in f32.
+fn per_thread(heads: usize, columns: usize, groups: usize, width: usize) -> usize {
+    heads * columns + COLUMNS * groups * width
+}
+
 /// Bytes that all threads need at once.
 pub(super) fn workspace(q: &[usize], k: &[usize], threads: usize) -> usize {
-    let one = threads.max(1) * q[2] * k[1] * size_of::<f32>();
+    let one = threads.max(1) * per_thread(q[2], k[1], k[2], k[3]) * size_of::<f32>();
     if q[1] > 1 { one.max(attention::workspace(q[3], false, threads)) } else { one }
 }
 
@@ -42,6 +51,9 @@ pub(super) fn run(l: &mut Launch, scale: f64, window: usize) -> Result<(), Strin
 
 /// One new column: each thread some heads of keys, of one row after the other.
 fn step(l: &mut Launch, h: &Heads) {
+    let keys = l.op.args[1];
+    let narrow = narrow::is_kept(&l.op.op, 1, l.dtype(keys), l.graph.ty(l.op.args[0]));
+    let share = per_thread(h.heads, h.columns, h.groups, h.width);
     let (out, scratch): (Ptr<f32>, Ptr<f32>) = (l.out(0), l.workspace());
     let tasks = h.rows * h.groups;
     let parts = l.threads.count().min(tasks);
@@ -54,7 +66,7 @@ fn step(l: &mut Launch, h: &Heads) {
                 let groups = at % h.groups..h.groups.min(at % h.groups + end - at);
                 at += groups.len();
                 // SAFETY: a thread writes the results of its own rows and heads, and uses a workspace of its own.
-                unsafe { attend(h, row, groups, out, scratch.add(part * h.heads * h.columns)) }
+                unsafe { attend(h, narrow, row, groups, out, scratch.add(part * share)) }
             }
         }
     });
@@ -74,10 +86,11 @@ fn runs(segments: &[i32], own: i32, from: usize) -> impl Iterator<Item = Range<u
 /// The result of some heads of a row.
 ///
 /// # Safety
-/// Nobody else uses these results or the workspace, of a score per head and column.
-unsafe fn attend(h: &Heads, row: usize, groups: Range<usize>, out: Ptr<f32>, scores: Ptr<f32>) {
+/// Nobody else uses these results or the workspace of a thread. Keys and values are bf16 if `narrow`.
+unsafe fn attend(h: &Heads, narrow: bool, row: usize, groups: Range<usize>, out: Ptr<f32>, scratch: Ptr<f32>) {
     let (width, stride, shared) = (h.width, h.k_stride(), h.heads / h.groups);
     let (heads, at) = (groups.len() * shared, row * h.heads + groups.start * shared);
+    let own_width = groups.len() * width;
     // SAFETY: the caller's, and offsets come from the shapes of the operands.
     unsafe {
         let segments = &h.segments_of(row)[..=h.first];
@@ -85,17 +98,32 @@ unsafe fn attend(h: &Heads, row: usize, groups: Range<usize>, out: Ptr<f32>, sco
         let own = segments[h.first];
         let seen: usize = runs(segments, own, from).map(|run| run.len()).sum();
         let (q, out) = (h.q.slice(at * width, heads * width), out.slice_mut(at * width, heads * width));
-        let scores = scores.slice_mut(0, heads * seen);
-        // From the first element that these heads use of a run of columns to the last.
-        let lines = |x: Ptr<f32>, run: &Range<usize>| {
-            let begin = (row * h.columns + run.start) * stride + groups.start * width;
-            x.slice(begin, (run.len() - 1) * stride + groups.len() * width)
+        let scores = scratch.slice_mut(0, heads * seen);
+        let wide = scratch.add(h.heads * h.columns).slice_mut(0, COLUMNS * own_width);
+        // Runs of columns as these heads use them: elements from the first to the last, and from one column to the next.
+        let mut columns = |x: Ptr<f32>, work: &mut dyn FnMut(usize, &[f32], usize)| {
+            let mut done = 0;
+            for run in runs(segments, own, from) {
+                let begin = |s: usize| (row * h.columns + s) * stride + groups.start * width;
+                if !narrow {
+                    work(done, x.slice(begin(run.start), (run.len() - 1) * stride + own_width), stride);
+                    done += run.len();
+                    continue;
+                }
+                for first in run.clone().step_by(COLUMNS) {
+                    let count = COLUMNS.min(run.end - first);
+                    for (s, line) in (first..first + count).zip(wide.chunks_exact_mut(own_width)) {
+                        let from = x.0.cast::<u16>().add(begin(s)).cast();
+                        narrow::widen(DType::Bf16, from, line.as_mut_ptr(), own_width);
+                    }
+                    work(done, &wide[..count * own_width], own_width);
+                    done += count;
+                }
+            }
         };
-        let mut done = 0;
-        for run in runs(segments, own, from) {
-            score(q, lines(h.k, &run), (stride, width, shared), h.scale, &mut scores[done..], seen);
-            done += run.len();
-        }
+        columns(h.k, &mut |done, keys, stride| {
+            score(q, keys, (stride, width, shared), h.scale, &mut scores[done..], seen);
+        });
         for (head, line) in scores.chunks_exact_mut(seen.max(1)).enumerate() {
             let slope = h.slope(groups.start * shared + head);
             if slope != 0.0 {
@@ -105,11 +133,9 @@ unsafe fn attend(h: &Heads, row: usize, groups: Range<usize>, out: Ptr<f32>, sco
             soften(line);
         }
         out.fill(0.0);
-        let mut done = 0;
-        for run in runs(segments, own, from) {
-            mix(&scores[done..], seen, lines(h.v, &run), (stride, width, shared), out);
-            done += run.len();
-        }
+        columns(h.v, &mut |done, values, stride| {
+            mix(&scores[done..], seen, values, (stride, width, shared), out);
+        });
     }
 }
 

@@ -308,7 +308,7 @@ impl Launch<'_> {
             }
         }
         let types: Vec<DType> = self.op.args.iter().copied().chain(self.op.results()).map(|v| self.dtype(v)).collect();
-        if narrow::is_widened(&self.op.op, &types) {
+        if self.moved.is_empty() && narrow::is_widened(&self.op.op, &types) {
             return narrow::run(self, program);
         }
         match &self.op.op {
