@@ -103,7 +103,8 @@ impl PassReport {
     /// Reads the report off a pass that has run after another one, which left it what it says.
     pub fn new(step: &Step, last: Option<&PassReport>, target: &dyn Target) -> PassReport {
         let before = last.map_or_else(|| Extent::of(step.before, target), |last| last.after);
-        let after = Extent::of(step.after, target);
+        // Many passes find nothing to do, and to see that is cheaper than to count.
+        let after = if step.before.graphs == step.after.graphs { before } else { Extent::of(step.after, target) };
         PassReport { name: step.pass.name, before, after, matched: step.notes.matched.clone() }
     }
 }

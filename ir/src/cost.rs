@@ -37,7 +37,9 @@ impl std::ops::Add for Cost {
 
 /// The cost of an op from the types of its operands and results; an unbound symbol otherwise.
 pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> Result<Cost, Symbol> {
-    let len = |ty: &Type| ty.len().eval(bindings).map(|n| n.max(0) as u64);
+    let len = |ty: &Type| -> Result<u64, Symbol> {
+        Ok(ty.shape(bindings)?.into_iter().fold(1u64, |n, extent| n.saturating_mul(extent as u64)))
+    };
     let mut bytes = 0u64;
     for ty in args.iter().chain(results) {
         bytes = bytes.saturating_add(ty.bytes(bindings)? as u64);

@@ -19,18 +19,19 @@ pub type Bindings = BTreeMap<Symbol, i64>;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Dim {
     /// Product of symbols (sorted, the empty one is the constant) -> coefficient, never zero. Sorted by product.
-    terms: Vec<(Vec<Symbol>, i64)>,
+    /// Shared by copies, of which passes make many.
+    terms: Arc<[(Vec<Symbol>, i64)]>,
 }
 
 impl Dim {
     /// A symbol by name.
     pub fn symbol(name: &str) -> Dim {
-        Dim { terms: vec![(vec![Symbol::from(name)], 1)] }
+        Dim { terms: [(vec![Symbol::from(name)], 1)].into() }
     }
 
     /// The value, if no symbol is left.
     pub fn constant(&self) -> Option<i64> {
-        match self.terms.as_slice() {
+        match &self.terms[..] {
             [] => Some(0),
             [(product, c)] if product.is_empty() => Some(*c),
             _ => None,
@@ -39,7 +40,7 @@ impl Dim {
 
     /// The symbol, if the dim is exactly one.
     pub fn as_symbol(&self) -> Option<&Symbol> {
-        match self.terms.as_slice() {
+        match &self.terms[..] {
             [(product, 1)] if product.len() == 1 => Some(&product[0]),
             _ => None,
         }
@@ -47,7 +48,7 @@ impl Dim {
 
     /// The coefficient and symbol, if the dim is a number times one symbol.
     pub fn as_scaled_symbol(&self) -> Option<(i64, &Symbol)> {
-        match self.terms.as_slice() {
+        match &self.terms[..] {
             [(product, c)] if product.len() == 1 => Some((*c, &product[0])),
             _ => None,
         }
@@ -75,7 +76,7 @@ impl Dim {
     /// The value under bindings, held at the ends of `i64` where it lies beyond; the unbound symbol otherwise.
     pub fn eval(&self, bindings: &Bindings) -> Result<i64, Symbol> {
         let mut sum = 0i64;
-        for (product, c) in &self.terms {
+        for (product, c) in self.terms.iter() {
             let mut term = *c;
             for symbol in product {
                 term = term.saturating_mul(*bindings.get(symbol).ok_or_else(|| symbol.clone())?);
@@ -88,7 +89,7 @@ impl Dim {
     /// Replaces symbols by dims; symbols without an entry stay.
     pub fn substitute(&self, with: &BTreeMap<Symbol, Dim>) -> Dim {
         let mut sum = Dim::default();
-        for (product, c) in &self.terms {
+        for (product, c) in self.terms.iter() {
             let mut term = Dim::from(*c);
             for symbol in product {
                 let factor = with.get(symbol).cloned().unwrap_or_else(|| Dim::symbol(symbol));
@@ -147,7 +148,7 @@ impl Dim {
 
 impl From<i64> for Dim {
     fn from(value: i64) -> Dim {
-        Dim { terms: if value == 0 { vec![] } else { vec![(vec![], value)] } }
+        if value == 0 { Dim::default() } else { Dim { terms: [(vec![], value)].into() } }
     }
 }
 
@@ -160,8 +161,11 @@ impl From<usize> for Dim {
 impl Add for &Dim {
     type Output = Dim;
     fn add(self, other: &Dim) -> Dim {
+        if let (Some(a), Some(b)) = (self.constant(), other.constant()) {
+            return Dim::from(a + b);
+        }
         let mut terms: BTreeMap<Vec<Symbol>, i64> = self.terms.iter().cloned().collect();
-        for (product, c) in &other.terms {
+        for (product, c) in other.terms.iter() {
             *terms.entry(product.clone()).or_default() += c;
         }
         Dim::from_terms(terms)
@@ -185,9 +189,15 @@ impl Sub for &Dim {
 impl Mul for &Dim {
     type Output = Dim;
     fn mul(self, other: &Dim) -> Dim {
+        match (self.constant(), other.constant()) {
+            (Some(a), Some(b)) => return Dim::from(a * b),
+            (Some(1), None) => return other.clone(),
+            (None, Some(1)) => return self.clone(),
+            _ => {}
+        }
         let mut terms: BTreeMap<Vec<Symbol>, i64> = BTreeMap::new();
-        for (p, a) in &self.terms {
-            for (q, b) in &other.terms {
+        for (p, a) in self.terms.iter() {
+            for (q, b) in other.terms.iter() {
                 let mut product = [p.as_slice(), q.as_slice()].concat();
                 product.sort();
                 *terms.entry(product).or_default() += a * b;

@@ -337,10 +337,10 @@ impl<'a> Builder<'a> {
     /// # Panics
     /// If the operands do not fit: a bug of the pass that calls it. The message names op and graph.
     pub fn push(&mut self, op: Op, args: &[Value]) -> Vec<Value> {
-        let shown = op.to_string();
+        let name = op.name();
         match self.graph.try_push(op, args, None, self.site.clone()) {
             Ok(id) => self.graph.op(id).results().collect(),
-            Err(why) => panic!("bug: `{shown}` in graph @{}: {why}", self.graph.name),
+            Err(why) => panic!("bug: `{name}` in graph @{}: {why}", self.graph.name),
         }
     }
 

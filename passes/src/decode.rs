@@ -291,9 +291,9 @@ fn cache(program: &mut Program, role: &str, name: &str, ty: &Type, site: &Site) 
 
 /// Pushes an op with one result.
 fn one(graph: &mut Graph, op: Op, args: &[Value], state: Option<&Type>, site: &Site) -> Value {
-    let shown = op.to_string();
+    let name = op.name();
     match graph.try_push(op, args, state, site.clone()) {
         Ok(id) => graph.op(id).result(),
-        Err(why) => panic!("bug: `{shown}` in a graph that generates: {why}"),
+        Err(why) => panic!("bug: `{name}` in a graph that generates: {why}"),
     }
 }

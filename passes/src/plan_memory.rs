@@ -12,6 +12,7 @@
 //! orders, of which the smallest plan is kept. Sizes are those at the upper bounds of all dims. The peak is exact, as
 //! the device has no other memory.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use dsgc_ir::diag::{Diag, Span};
@@ -50,7 +51,7 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         state.buffer = Some(Buffer { region: Region::Persistent, offset: arena.persistent, bytes });
         arena.persistent += bytes.next_multiple_of(target.alignment());
     }
-    let mut graphs: Vec<Graph> = program.graphs.iter().map(|g| with_copies(g, &program)).collect();
+    let mut graphs: Vec<Graph> = program.graphs.iter().map(|g| with_copies(g, &program).into_owned()).collect();
     let limit = limit(&program, target);
     let mut missed = Vec::new();
     for graph in &mut graphs {
@@ -144,7 +145,7 @@ fn missing_kernels(graph: &Graph, target: &dyn Target) -> Vec<Diag> {
 }
 
 /// The graph with copies of old values of states that are used after their state is written.
-fn with_copies(graph: &Graph, program: &Program) -> Graph {
+fn with_copies<'a>(graph: &'a Graph, program: &Program) -> Cow<'a, Graph> {
     let mut direct: Vec<u32> = vec![0; graph.values().len()];
     for (id, op) in graph.ops() {
         for arg in &op.args {
@@ -163,10 +164,21 @@ fn with_copies(graph: &Graph, program: &Program) -> Graph {
             old.entry(state).or_default().push(value);
         }
     }
+    let used_after = |state: StateId, write: OpId| {
+        let direct = &direct;
+        old.get(&state).into_iter().flatten().filter(move |v| direct[v.0 as usize] > write.0)
+    };
+    let needed = |(id, op): (OpId, &OpData)| match op.op {
+        Op::Write { state } => used_after(state, id).next().is_some(),
+        _ => false,
+    };
+    if !graph.ops().any(needed) {
+        return Cow::Borrowed(graph);
+    }
     let mut rebuild = Rebuild::same(graph);
     for (id, op) in graph.ops() {
         if let Op::Write { state } = op.op {
-            for &old in old.get(&state).into_iter().flatten().filter(|v| direct[v.0 as usize] > id.0) {
+            for &old in used_after(state, id) {
                 let Some(now) = rebuild.find(old) else { continue };
                 let mut b = Builder::new(&mut rebuild.new, op.site.clone());
                 let shape = b.ty(now).dims;
@@ -176,7 +188,7 @@ fn with_copies(graph: &Graph, program: &Program) -> Graph {
         }
         rebuild.copy(op, program);
     }
-    rebuild.finish()
+    Cow::Owned(rebuild.finish())
 }
 
 /// Bytes that one or more values share, from the first one's definition to the last one's last use.

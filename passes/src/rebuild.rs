@@ -80,7 +80,7 @@ impl<'a> Rebuild<'a> {
             Op::Read { state } | Op::Write { state } => Some(&program.state(state).ty),
             _ => None,
         };
-        let shown = op.to_string();
+        let name = op.name();
         match self.new.try_push(op, args, state, places[0].site.clone()) {
             Ok(id) => {
                 let results: Vec<Value> = self.new.op(id).results().collect();
@@ -89,7 +89,7 @@ impl<'a> Rebuild<'a> {
                     self.set(old, new);
                 }
             }
-            Err(why) => panic!("bug: `{shown}` in graph @{}: {why}", self.old.name),
+            Err(why) => panic!("bug: `{name}` in graph @{}: {why}", self.old.name),
         }
     }
 
