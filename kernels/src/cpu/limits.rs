@@ -81,10 +81,11 @@ impl MultiplyAdds {
         MultiplyAdds { how: "portable loop", work: PORTABLE_WORK, window: portable }
     }
 
-    /// Products of bf16 that are added in f32; nothing where the CPU has no instruction for it.
+    /// Products of bf16 that are added in f32; nothing where the CPU has no instruction for it, or where its f32 is
+    /// faster.
     pub fn bf16() -> Option<MultiplyAdds> {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
+        if super::machine::has_fast_bf16_pairs() {
             // SAFETY: the machine has these instructions.
             let window = || unsafe { x86::bf16_512() };
             return Some(MultiplyAdds { how: "vdpbf16ps", work: 2 * x86::WORK_512, window });

@@ -16,6 +16,7 @@ mod fused;
 pub mod gemm;
 mod head;
 pub mod limits;
+mod machine;
 mod memory;
 mod narrow;
 mod norm;
@@ -107,7 +108,7 @@ fn own_workspace(op: &Op, args: &[Type], bounds: &Bindings, threads: usize) -> u
 pub struct Cpu {
     program: Arc<Planned>,
     memory: Memory,
-    threads: Threads,
+    threads: Arc<Threads>,
     /// Per graph and op, what a fused region needs to run.
     regions: Vec<Vec<Option<Arc<fused::Region>>>>,
     /// Per graph and op, buffers that hold nothing any more afterwards; only where dead values are poisoned.
@@ -138,7 +139,8 @@ impl Cpu {
         }
         let memory = Memory::new(program.arena);
         let regions = fused::load(&program.graphs);
-        Cpu { memory, threads: Threads::new(threads), regions, dead: None, profile: None, program: Arc::new(program) }
+        let (threads, program) = (Arc::new(Threads::new(threads)), Arc::new(program));
+        Cpu { memory, threads, regions, dead: None, profile: None, program }
     }
 
     /// The same, with all memory that holds nothing filled with NaN: a wrong plan shows in the results.
@@ -196,7 +198,8 @@ impl Device for Cpu {
     }
 
     fn run(&mut self, name: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag> {
-        self.run_graph(name, inputs, None)
+        let threads = Arc::clone(&self.threads);
+        threads.enter(|| self.run_graph(name, inputs, None))
     }
 
     fn run_for(
@@ -205,7 +208,8 @@ impl Device for Cpu {
         inputs: &[(&str, &Tensor)],
         wanted: &[&str],
     ) -> Result<Vec<(String, Tensor)>, Diag> {
-        self.run_graph(name, inputs, Some(wanted))
+        let threads = Arc::clone(&self.threads);
+        threads.enter(|| self.run_graph(name, inputs, Some(wanted)))
     }
 
     fn measure(&mut self) -> bool {

@@ -29,6 +29,12 @@ impl Threads {
         self.count
     }
 
+    /// Runs `work` on one of the threads. What it hands over is then a matter of two threads that are awake; from outside,
+    /// every kernel would wait until the system wakes one of them, and then itself.
+    pub(super) fn enter<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(work)
+    }
+
     /// Runs `work` on `0..items`, cut into one range per thread; on this thread alone if the whole weighs less than
     /// [`GRAIN`], where an item weighs `weight`. Kernels give the same results for every cut.
     pub(super) fn run(&self, items: usize, weight: usize, work: impl Fn(Range<usize>) + Sync) {

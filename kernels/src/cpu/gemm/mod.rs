@@ -24,6 +24,7 @@ use std::ops::Range;
 use half::bf16;
 use multiversion::multiversion;
 
+use super::machine::has_fast_bf16_pairs;
 use super::memory::Ptr;
 use super::parallel::Threads;
 use micro::Micro;
@@ -90,7 +91,9 @@ impl Element for bf16 {
         bf16::from_f32(number)
     }
     fn tiles() -> Vec<Micro<bf16>> {
-        micro::pairs().into_iter().chain(micro::wide()).collect()
+        let (pairs, wide) = (micro::pairs(), micro::wide());
+        let (first, then) = if has_fast_bf16_pairs() { (pairs, wide) } else { (wide, pairs) };
+        first.into_iter().chain(then).collect()
     }
 }
 
