@@ -20,6 +20,7 @@ models:
     config: {hidden: 16, layers: 2, heads: 2, ffn: 32, max_positions: 64}
 data:
   prompts: {path: rows.jsonl}
+  texts: {path: rows.jsonl, fields: {text: prompt}}
 stages:
   ppo:
     actor: {model: base, learning_rate: 1e-2}
@@ -94,6 +95,17 @@ fn what_is_cut_or_differs_stays_apart() {
         let expected = usize::from(sets[0].starts_with("critic"));
         assert_eq!(updates, expected, "{sets:?}");
     }
+}
+
+/// A sum of losses is no single call: the actor learns from other text too, in blocks of a rollout's width.
+#[test]
+fn other_text_beside_the_rollout_keeps_them_apart() {
+    let (updates, steps) = both(&["data={prompts: prompts, ptx: texts}", "unsup_coef=1", "num_epochs=3"]);
+    assert_eq!(updates, 0);
+    let of_text = |metrics: &Metrics| metrics["actor/ptx_loss/loss"];
+    assert!(of_text(&steps[2]) < of_text(&steps[0]), "{steps:?}");
+    let sum = steps[1]["actor/actor_loss/loss"] + of_text(&steps[1]);
+    assert!((steps[1]["actor/loss"] - sum).abs() < 1e-12, "{steps:?}");
 }
 
 #[test]

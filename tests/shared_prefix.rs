@@ -1,9 +1,12 @@
 //! The common beginning of a chosen and a rejected answer computed once: the numbers of both rows apart.
 
+use std::fs;
 use std::path::Path;
 
 use dsgc_ir::stage::Prefix;
 use dsgc_ir::{Program, Tensor};
+use dsgc_kernels::interp::InterpTarget;
+use dsgc_passes::PassContext;
 
 mod stages;
 
@@ -17,7 +20,7 @@ fn program(folder: &Path, recipe: &str, model: &str, sets: &[&str]) -> Program {
         "opt" => "{hidden: 64, layers: 2, heads: 4, ffn: 128, max_positions: 64}",
         _ => "{hidden: 64, layers: 2, heads: 4, kv_heads: 2, ffn: 128, max_positions: 64}",
     };
-    let role = if recipe == "dpo" { "policy" } else { "reward" };
+    let role = if recipe == "reward" { "reward" } else { "policy" };
     let text = format!(
         "dsgc: 1
 seed: 7
@@ -80,7 +83,7 @@ fn answers_to_one_question_are_scored_as_two_rows() {
                 let ((with, shared), (without, apart)) = (interp(&program, None), interp(&program, Some(PASS)));
                 let sequences = vec!["chosen".to_string(), "rejected".to_string()];
                 let input = "ends.chosen.rejected".to_string();
-                assert_eq!(with.stage.prefixes, [Prefix { sequences, input }], "{recipe} of {model}");
+                assert_eq!(with.stage.prefixes, [Prefix { sequences, samples: 1, input }], "{recipe} of {model}");
                 assert!(without.stage.prefixes.is_empty());
                 let error = distance(&shared, &apart);
                 assert!(error < 1e-9, "{recipe} of {model} {sets:?}: {error:e}");
@@ -115,4 +118,76 @@ fn dropout_keeps_rows_apart() {
     let program = program(folder.path(), "reward", "opt", &["reward.lora_r=2", "reward.lora_dropout=0.5"]);
     let (with, _) = interp(&program, None);
     assert!(with.stage.prefixes.is_empty());
+}
+
+/// Several answers to each prompt, compared with each other: the scoring graph gets them as rows that stand together.
+const GROUPS: &str = "
+recipe: groups
+models:
+  policy: {type: causal_lm, trained: true}
+  ref: {snapshot: policy}
+data:
+  prompts: {fields: {prompt: text}, sequences: {prompt: [prompt]}, pad: left, width: max_length, longer: drop}
+options:
+  max_length: 48
+graphs:
+  score:
+    in: {seq: 'sequence[B, L]', answer: 'bool[B, A]'}
+    let:
+      - old: next_logp(policy(seq), seq.tokens)[:, L - A - 1:]
+      - gap: old - next_logp(ref(seq), seq.tokens)[:, L - A - 1:]
+      - low: f32(seq.tokens[:, L - A:] < 200)
+    out:
+      rows: {old_logp: old, reward: 'sum(low - 0.1 * gap, axis=1, where=answer)'}
+      kl: mean(gap, where=answer)
+  compare:
+    in: {reward: 'f32[N * 4]'}
+    let:
+      - r: reshape(reward, [N, 4])
+    out: {advantage: 'reshape(r - mean(r, axis=1, keep=true), [N * 4])', mean_reward: mean(r)}
+  surrogate:
+    in: {seq: 'sequence[B, L]', answer: 'bool[B, A]', old_logp: 'f32[B, A]', advantage: 'f32[B]'}
+    let:
+      - ratio: exp(where(answer, next_logp(policy(seq), seq.tokens)[:, L - A - 1:] - old_logp, 0))
+    out: {loss: 'mean(-ratio * advantage[:, None], where=answer)', ratio: 'mean(ratio, where=answer)'}
+plan:
+  - for: batch
+    in: batches(prompts, 8)
+    do:
+      - rollout: generate(policy, batch.prompt, samples=4, max_new_tokens=6)
+      - old: score(rollout)
+      - compared: compare(old.rows.reward)
+      - for: mini
+        in: minibatches(join(rollout, old.rows, compared.advantage), 8)
+        do:
+          - update(policy, surrogate(mini))
+";
+
+fn in_groups(folder: &Path, model: &str, sets: &[&str]) -> Program {
+    fs::write(folder.join("groups.yaml"), GROUPS).expect("a new file");
+    let sets: Vec<&str> = ["recipe=./groups.yaml"].iter().chain(sets).copied().collect();
+    program(folder, "groups", model, &sets)
+}
+
+#[test]
+fn answers_to_one_prompt_are_scored_as_rows_apart() {
+    let prefix = Prefix { sequences: vec!["seq".into()], samples: 4, input: "ends.seq".into() };
+    // Two groups in a call, and one.
+    for (model, micro) in [("opt", 8), ("llama", 4)] {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let sets = ["batch_size=8", "max_steps=2", &format!("micro_batch_size={micro}")];
+        let program = in_groups(folder.path(), model, &sets);
+        let ((with, together), (_, apart)) = (interp(&program, None), interp(&program, Some(PASS)));
+        assert_eq!(with.stage.prefixes, [prefix.clone()], "{model}");
+        let error = distance(&together, &apart);
+        assert!(error < 1e-9, "{model}: {error:e}");
+        assert!(together.0.last().is_some_and(|step| step["kl"] > 0.0), "{:?}", together.0);
+    }
+}
+
+#[test]
+fn groups_larger_than_a_micro_batch_stay_apart() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = in_groups(folder.path(), "opt", &["batch_size=8", "micro_batch_size=2"]);
+    assert!(stages::compile(&program, &PassContext::new(&InterpTarget), None).stage.prefixes.is_empty());
 }

@@ -85,7 +85,7 @@ fn losses(rows_per_call: usize) -> [f64; 2] {
             vec![("lr".into(), Tensor::f64(&[], vec![1e-2])), ("t".into(), Tensor::i32(&[], vec![step]))];
         let outputs = match update.steps.as_ref().expect("autodiff fills it in") {
             UpdateSteps::Whole { step } => call(&mut interp, step, &[rows(), settings].concat()),
-            UpdateSteps::Split { terms, apply } => {
+            UpdateSteps::Split { terms, apply, .. } => {
                 let [steps] = &terms[..] else { panic!("the update has one term") };
                 let mut all = Named::new();
                 for graph in steps.count.iter().chain([&steps.grad]) {

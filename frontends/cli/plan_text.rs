@@ -98,12 +98,14 @@ fn statements(plan: &[Statement], depth: usize, lines: &mut Vec<String>) {
                 lines.push(format!("{indent}update {} on {}", update.role, terms.join(" + ")));
                 match update.steps.as_ref().expect("the passes filled it in") {
                     UpdateSteps::Whole { step } => lines.push(format!("{indent}  call {step}")),
-                    UpdateSteps::Split { terms, apply } => {
+                    UpdateSteps::Split { terms, squares, apply } => {
                         for term in terms {
                             parts(term.count.iter().chain([&term.grad]), &indent, lines);
                             lines.push(format!("{indent}  call {}", term.finish));
                         }
-                        lines.push(format!("{indent}  call {apply}"));
+                        lines.extend(squares.iter().map(|squares| format!("{indent}  call {squares}")));
+                        let when = if squares.is_some() { " after the updates beside it are so far" } else { "" };
+                        lines.push(format!("{indent}  call {apply}{when}"));
                     }
                 }
             }

@@ -292,11 +292,12 @@ impl Work {
                     let graphs: Vec<&str> = update.terms.iter().map(|t| t.graph.as_str()).collect();
                     let total = match update.steps.as_ref().expect("the passes filled it in") {
                         UpdateSteps::Whole { step } => flops(step),
-                        UpdateSteps::Split { terms, apply } => {
+                        UpdateSteps::Split { terms, squares, apply } => {
                             let term = |t: &TermSteps| {
                                 parts.saturating_mul(all(&t.count) + flops(&t.grad)).saturating_add(flops(&t.finish))
                             };
-                            terms.iter().map(term).sum::<u64>().saturating_add(flops(apply))
+                            let last = flops(apply) + squares.as_ref().map_or(0, flops);
+                            terms.iter().map(term).sum::<u64>().saturating_add(last)
                         }
                     };
                     self.updates.push((update.role.clone(), graphs.join(" + "), total));

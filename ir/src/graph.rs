@@ -312,6 +312,15 @@ impl Graph {
         self.dims.iter().map(|d| (d.symbol.clone(), d.max)).collect()
     }
 
+    /// Rows of the inputs for each of the batch: 1, or where rows come in groups, those of a group.
+    pub fn rows_of_batch(&self) -> usize {
+        let rows = self.inputs().filter_map(|input| {
+            let (factor, symbol) = self.ty(input).dims.first()?.as_scaled_symbol()?;
+            usize::try_from(factor).ok().filter(|_| Some(symbol) == self.batch.as_ref())
+        });
+        rows.max().unwrap_or(1)
+    }
+
     /// The range of a symbol.
     pub fn dim_range(&self, symbol: &str) -> Option<&DimRange> {
         self.dims.iter().find(|d| &*d.symbol == symbol)

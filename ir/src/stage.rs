@@ -57,6 +57,10 @@ pub struct Stage {
     /// What may be computed twice to need less memory.
     #[serde(skip_serializing_if = "Memory::is_default")]
     pub memory: Memory,
+    /// Whether roles in fp16 whose updates follow each other step together: where the gradients of one overflow, no role
+    /// takes its step.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub align_overflow: bool,
 }
 
 /// The columns with which some sequences of a batch begin alike.
@@ -64,9 +68,20 @@ pub struct Stage {
 pub struct Prefix {
     /// The sequences, inputs `<name>.tokens` and `<name>.segment` of one shape `[N, T]`.
     pub sequences: Vec<String>,
-    /// A graph's input `i32[S]` that says how many columns follow, `0 < S <= T`: in every row of the call, the first `T - S`
-    /// columns of these sequences are equal. What stands in it does not matter.
+    /// Rows that stand together and begin alike: the answers to a prompt. 1 where it is the sequences that do, row by row.
+    #[serde(skip_serializing_if = "is_one", default = "one")]
+    pub samples: usize,
+    /// A graph's input `i32[S]` that says how many columns follow, `0 < S <= T`: in every row of the call, or in all rows of
+    /// a group, the first `T - S` columns of these sequences are equal. What stands in it does not matter.
     pub input: String,
+}
+
+fn one() -> usize {
+    1
+}
+
+fn is_one(samples: &usize) -> bool {
+    *samples == 1
 }
 
 /// How much memory a stage may take, and what it may compute twice to need no more.
@@ -196,10 +211,10 @@ pub struct Source {
     pub max_length: usize,
     /// What happens to longer ones.
     pub longer: Longer,
-    /// Several texts in a row, as many as `max_length` takes: segments 1, 2, ... The first token of each is no training
-    /// target, as nothing in its text comes before it. Of sources with one sequence, padded on the right.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub packing: bool,
+    /// Whether several texts share a row: segments 1, 2, ... The first token of each is no training target, as nothing in its
+    /// text comes before it. Of sources with one sequence, padded on the right.
+    #[serde(skip_serializing_if = "Packing::is_none")]
+    pub packing: Packing,
     /// Pad every batch to `max_length` instead of its longest row (DeepSpeed-Chat's way).
     pub pad_to_max: bool,
     /// All sequences of a row are padded to one length.
@@ -269,6 +284,26 @@ pub enum Longer {
     Truncate,
     /// The row is left out, and counted in the report.
     Drop,
+}
+
+/// How texts share rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Packing {
+    /// One text in a row.
+    #[default]
+    None,
+    /// Whole texts, as many as `max_length` takes.
+    Texts,
+    /// Texts one after the other, cut into rows of `max_length` tokens.
+    Blocks,
+}
+
+impl Packing {
+    /// Whether every text has a row for itself.
+    pub fn is_none(&self) -> bool {
+        *self == Packing::None
+    }
 }
 
 /// A stage's part of a file that several stages share (DeepSpeed-Chat's `--data_split 2,4,4`).
@@ -634,6 +669,35 @@ pub struct Update {
     pub steps: Option<UpdateSteps>,
 }
 
+impl Update {
+    /// The graph that gives the squares of its gradients, if it steps together with the updates beside it.
+    pub fn squares(&self) -> Option<&str> {
+        match &self.steps {
+            Some(UpdateSteps::Split { squares, .. }) => squares.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// Updates that step together: those at the head of `body` that say so, one per role. One where the first does not.
+    pub fn together(body: &[Statement]) -> Vec<&Update> {
+        let mut group: Vec<&Update> = Vec::new();
+        for statement in body {
+            match statement {
+                Statement::Update(update)
+                    if group.is_empty()
+                        || group[0].squares().is_some()
+                            && update.squares().is_some()
+                            && group.iter().all(|other| other.role != update.role) =>
+                {
+                    group.push(update);
+                }
+                _ => break,
+            }
+        }
+        group
+    }
+}
+
 /// A loss in a sum of losses.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Term {
@@ -654,10 +718,15 @@ pub enum UpdateSteps {
         /// That graph.
         step: String,
     },
-    /// Several micro-batches or terms: sums over the batch are accumulated and finished once (D1).
+    /// Several micro-batches or terms: sums over the batch are accumulated and finished once (D1). Also a step that waits
+    /// for others.
     Split {
         /// One per term.
         terms: Vec<TermSteps>,
+        /// Where the update steps together with those beside it: the graph that gives `squares: f32[]`, not finite where
+        /// the role's gradients are not; `apply` takes the sum of the others' as `squares`.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        squares: Option<String>,
         /// Clipping, optimizer, accumulators back to zero.
         apply: String,
     },

@@ -5,6 +5,7 @@
 //! update(model, loss(batch))
 //!   =>  @model.loss.step                                   the whole batch in one call: loss, gradient, optimizer
 //!   or  @model.loss.count.0, .grad, .finish and @model.apply  several micro-batches, or a sum of losses
+//!       and @model.squares                                    in fp16, beside the update of another role
 //! a call of a graph on more rows than a micro-batch has
 //!   =>  @graph.count.0, .rows, .finish
 //! ```
@@ -76,6 +77,8 @@ struct Derive {
     updates: BTreeMap<(String, String, u64, bool), Derived>,
     /// Graph, and whether its outputs with rows are wanted -> how it is called in parts.
     calls: BTreeMap<(String, bool), CallSteps>,
+    /// Roles that step together with others.
+    aligned: BTreeSet<String>,
     /// Role -> parameters that its `apply` graph updates.
     applied: BTreeMap<String, Layers>,
 }
@@ -106,6 +109,7 @@ impl Derive {
     }
 
     fn statements(&mut self, program: &mut Program, plan: &mut [Statement], outer: Option<Rows>) {
+        let aligned = aligned_roles(program, plan);
         for statement in plan {
             match statement {
                 Statement::For { batch, rows, body } => {
@@ -147,7 +151,7 @@ impl Derive {
                     }
                 }
                 Statement::Update(update) => {
-                    let made = self.update(program, update);
+                    let made = self.update(program, update, aligned.contains(&update.role));
                     update.steps = self.note(made);
                 }
             }
@@ -205,12 +209,13 @@ impl Derive {
         Ok(steps)
     }
 
-    fn update(&mut self, program: &mut Program, update: &Update) -> Result<UpdateSteps, Diag> {
+    fn update(&mut self, program: &mut Program, update: &Update, aligned: bool) -> Result<UpdateSteps, Diag> {
         let rows: Vec<Rows> =
             update.terms.iter().map(|t| self.rows_in(&t.args).unwrap_or(Rows { micro: 1, batch: 1 })).collect();
         if let ([term], [rows]) = (&update.terms[..], &rows[..])
             && term.weight == 1.0
             && rows.fit()
+            && !aligned
         {
             let Derived::Whole(step) = self.term(program, &update.role, term, *rows, false)? else {
                 unreachable!("bug: a whole step of `{}` was cut", term.graph)
@@ -219,12 +224,20 @@ impl Derive {
         }
         let mut terms = Vec::new();
         for (term, rows) in update.terms.iter().zip(rows) {
-            match self.term(program, &update.role, term, rows, true)? {
-                Derived::Term(steps) => terms.push(steps),
-                Derived::Whole(_) => unreachable!("bug: a part of `{}` was not cut", term.graph),
+            if aligned {
+                self.aligned.insert(update.role.clone());
+            }
+            match self.term(program, &update.role, term, rows, true) {
+                Ok(Derived::Term(steps)) => terms.push(steps),
+                Ok(Derived::Whole(_)) => unreachable!("bug: a part of `{}` was not cut", term.graph),
+                Err(diag) if aligned && rows.fit() => {
+                    return Err(diag.help("with `align_overflow: false`, the batch is one call and needs no sums"));
+                }
+                Err(diag) => return Err(diag),
             }
         }
-        Ok(UpdateSteps::Split { terms, apply: format!("{}.apply", update.role) })
+        let squares = aligned.then(|| format!("{}.squares", update.role));
+        Ok(UpdateSteps::Split { terms, squares, apply: format!("{}.apply", update.role) })
     }
 
     /// The graphs of one loss.
@@ -263,22 +276,26 @@ impl Derive {
         Ok(derived)
     }
 
-    /// The role's `apply` graph, for all parameters that any loss so far gives a gradient.
+    /// The role's `apply` graph, for all parameters that any loss so far gives a gradient; and where the role steps together
+    /// with others, its `squares` graph.
     fn apply(&mut self, program: &mut Program, training: &Training, params: Layers) {
-        let name = format!("{}.apply", training.role);
+        let (name, squares) = (format!("{}.apply", training.role), format!("{}.squares", training.role));
         let all = self.applied.entry(training.role.clone()).or_default();
         all.extend(params);
         let all = &*all;
-        program.graphs.retain(|g| g.name != name);
+        program.graphs.retain(|g| g.name != name && g.name != squares);
         let mut graph = Graph::new(&name);
         let settings = update::inputs(&mut graph);
-        let mut gradients = BTreeMap::new();
-        for &param in all.keys() {
-            let accumulator = update::companion(program, param, "grad");
-            let mut b = Builder::new(&mut graph, update::site(program, param, all));
-            gradients.insert(param, b.read(accumulator, &program.state(param).ty));
+        let others = self.aligned.contains(&training.role).then(|| update::squares_of_others(&mut graph));
+        let gradients = gradients_in_states(&mut graph, program, all);
+        if others.is_some() {
+            let mut own = Graph::new(&squares);
+            let gradients = gradients_in_states(&mut own, program, all);
+            let sum = update::squares(&mut own, program, &gradients, all);
+            own.outputs.push((update::SQUARES.into(), sum));
+            program.graphs.push(own);
         }
-        update::append(&mut graph, program, training, settings, &gradients, all);
+        update::append(&mut graph, program, training, settings, others, &gradients, all);
         for &param in all.keys() {
             let accumulator = update::companion(program, param, "grad");
             let state = program.state(param);
@@ -288,6 +305,31 @@ impl Derive {
         }
         program.graphs.push(graph);
     }
+}
+
+/// Reads the accumulators of parameters.
+fn gradients_in_states(graph: &mut Graph, program: &mut Program, params: &Layers) -> BTreeMap<StateId, Value> {
+    let read = |&param: &StateId| {
+        let accumulator = update::companion(program, param, "grad");
+        let mut b = Builder::new(graph, update::site(program, param, params));
+        (param, b.read(accumulator, &program.state(param).ty))
+    };
+    params.keys().map(read).collect()
+}
+
+/// Roles in fp16 whose updates in this body stand beside each other, and step together.
+fn aligned_roles(program: &Program, body: &[Statement]) -> BTreeSet<String> {
+    let in_fp16 = |role: &str| Scale::belongs_to(program, role);
+    let role = |statement: &Statement| match statement {
+        Statement::Update(update) if program.stage.align_overflow && in_fp16(&update.role) => Some(update.role.clone()),
+        _ => None,
+    };
+    let roles: Vec<Option<String>> = body.iter().map(role).collect();
+    let beside = roles.windows(2).filter_map(|pair| match pair {
+        [Some(a), Some(b)] if a != b => Some([a.clone(), b.clone()]),
+        _ => None,
+    });
+    beside.flatten().collect()
 }
 
 /// Loss, gradient and optimizer in one graph.
@@ -305,7 +347,7 @@ fn whole(program: &mut Program, graph: &Graph, training: &Training, loss: Value)
     let one = scale::seed(&mut Builder::new(&mut step, Site::default()), scale, 1.0);
     let layers = update::layers(graph);
     let gradients = gradients_of_params(&mut step, program, &training.role, &[(loss, one)], &layers)?;
-    update::append(&mut step, program, training, settings, &gradients, &layers);
+    update::append(&mut step, program, training, settings, None, &gradients, &layers);
     Ok(without_dead_ops(&step, program))
 }
 
@@ -368,9 +410,9 @@ fn rows_of(program: &Program, source: &str) -> Option<Rows> {
 
 /// Plans for this many rows per call, or for more where another call has more.
 fn limit_rows(graph: &mut Graph, rows: usize) {
-    let batch = graph.batch.clone();
+    let (batch, factor) = (graph.batch.clone(), graph.rows_of_batch());
     if let Some(range) = graph.dims.iter_mut().find(|d| Some(&d.symbol) == batch.as_ref()) {
-        (range.min, range.max) = (0, rows as i64);
+        (range.min, range.max) = (0, rows.div_ceil(factor) as i64);
     }
 }
 

@@ -32,17 +32,23 @@ fn infer(graph: &Graph, program: &Program) -> Graph {
         .filter(|d| d.min == d.max && graph.batch.as_ref() != Some(&d.symbol))
         .map(|d| (d.symbol.clone(), Dim::from(d.min)))
         .collect();
+    let mut new = substituted(graph, &fixed, program);
+    new.dims.retain(|d| !fixed.contains_key(&d.symbol));
+    new
+}
+
+/// The graph with symbols replaced; the ranges of symbols are as they were.
+pub(crate) fn substituted(graph: &Graph, with: &BTreeMap<Symbol, Dim>, program: &Program) -> Graph {
     let mut rebuild = Rebuild::new(graph, graph.name.clone());
-    rebuild.new.dims.retain(|d| !fixed.contains_key(&d.symbol));
     for input in graph.inputs() {
         let ty = graph.ty(input);
-        let dims: Vec<Dim> = ty.dims.iter().map(|d| d.substitute(&fixed)).collect();
+        let dims: Vec<Dim> = ty.dims.iter().map(|d| d.substitute(with)).collect();
         let new = rebuild.new.input(graph.name_of(input), Type::new(ty.dtype, dims));
         rebuild.set(input, new);
     }
     for (_, op) in graph.ops() {
         let args: Vec<_> = op.args.iter().map(|&a| rebuild.get(a)).collect();
-        rebuild.push(op, with_dims(&op.op, &fixed), &args, program);
+        rebuild.push(op, with_dims(&op.op, with), &args, program);
     }
     rebuild.finish()
 }

@@ -97,7 +97,9 @@ fn join(program: &mut Program, call: &Call, next: &Statement, context: &PassCont
     let rows = Minibatches::first(next, call.name.as_deref()?)?;
     let graph = program.graph(&call.graph)?.clone();
     let most = graph.dim_range(graph.batch.as_ref()?)?.max;
-    if usize::try_from(most).ok()? > rows.size || graph.ops().any(|(_, op)| matches!(op.op, Op::Write { .. })) {
+    if usize::try_from(most).ok()?.saturating_mul(graph.rows_of_batch()) > rows.size
+        || graph.ops().any(|(_, op)| matches!(op.op, Op::Write { .. }))
+    {
         return None;
     }
     let keep = match rows.keep {

@@ -9,7 +9,8 @@
 //! A chosen and a rejected answer to one question are rows that begin alike, and a causal model gives equal numbers for
 //! what is equal up to there. So both stand in one row, the question once, the answers as branches of it
 //! ([`dsgc_ir::segment`]). That is possible from the concatenation to where the columns of a sequence meet; there the
-//! two rows are put together again. `S`, the columns of an end, is a dim: the host counts how many are alike in a call,
+//! two rows are put together again. So it is with the answers to a prompt that a graph gets as rows that stand together: its
+//! `B` rows become `samples * B`, and each `B` is a prompt. `S`, the columns of an end, is a dim: the host counts how many are alike in a call,
 //! which may be none. Values are those of before but for the order of sums in attention and in gradients of the beginning.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,11 +19,12 @@ use dsgc_ir::cost::graph_time;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::infer::Contraction;
 use dsgc_ir::segment::BRANCH;
-use dsgc_ir::stage::Prefix;
+use dsgc_ir::stage::{Call, Generate, Operand, Prefix, Source, Statement};
 use dsgc_ir::{
     Bindings, Builder, Class, DType, Dim, DimRange, Graph, Op, OpData, OpId, Program, Site, Symbol, Type, Value,
 };
 
+use crate::infer::substituted;
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::rebuild::{Rebuild, without_dead_ops};
 
@@ -40,9 +42,16 @@ const WORTH: f64 = 0.05;
 
 /// Runs the pass.
 pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
+    let groups = groups(&program);
     for at in 0..program.graphs.len() {
         let graph = &program.graphs[at];
-        let Some(rows) = Rows::find(graph) else { continue };
+        let group = groups.get(&graph.name);
+        let grouped = group.and_then(|group| in_groups(graph, group.samples, &program));
+        let found = match (&grouped, group) {
+            (Some(grouped), Some(group)) => Rows::of_group(grouped, group).map(|rows| (grouped, rows)),
+            _ => Rows::find(graph).map(|rows| (graph, rows)),
+        };
+        let Some((graph, rows)) = found else { continue };
         let region = region(graph, &rows);
         let (new, symbol) = rewrite(graph, &rows, &region, &program);
         let half = |g: &Graph| {
@@ -54,15 +63,18 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         if left > 1.0 - WORTH {
             continue;
         }
-        let prefix = Prefix { sequences: rows.names.clone(), input: input_name(&rows) };
+        let prefix = Prefix { sequences: rows.names.clone(), samples: rows.samples, input: input_name(&rows) };
         if !program.stage.prefixes.contains(&prefix) {
             program.stage.prefixes.push(prefix);
         }
-        context.matched("sequences with a common beginning", rows.names.len());
+        context.matched("sequences with a common beginning", rows.count());
+        let whose = match rows.samples {
+            1 => rows.names.join(" and "),
+            samples => format!("{samples} rows of {}", rows.names[0]),
+        };
         context.changed(format!(
-            "@{}: the common beginning of {} once; {:.0} % of the time by the cost model where it is half of a row",
+            "@{}: the common beginning of {whose} once; {:.0} % of the time by the cost model where it is half of a row",
             graph.name,
-            rows.names.join(" and "),
             100.0 * left
         ));
         program.graphs[at] = new;
@@ -70,21 +82,107 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     Ok(program)
 }
 
-/// Sequences that a graph puts one behind the other.
+/// A sequence of which a graph gets several answers to each prompt.
+#[derive(PartialEq)]
+struct Group {
+    /// Its name among the graph's inputs.
+    sequence: String,
+    /// Answers to a prompt.
+    samples: usize,
+}
+
+/// Graphs that the plan calls on what a model has written, several answers to a prompt, and on nothing else.
+fn groups(program: &Program) -> BTreeMap<String, Group> {
+    let mut found: BTreeMap<String, Option<Group>> = BTreeMap::new();
+    let mut generated = Vec::new();
+    let stage = &program.stage;
+    collect(&stage.plan, &mut generated, &mut found);
+    stage.evaluate.iter().for_each(|evaluation| collect(&evaluation.body, &mut generated, &mut found));
+    // Micro-batches must fall between groups.
+    let fits = |samples: usize| {
+        let one = |s: &Source| s.micro_batch_size % samples == 0 || s.batch_size * samples <= s.micro_batch_size;
+        stage.sources.iter().all(one)
+    };
+    let groups = found.into_iter().filter_map(|(graph, group)| Some((graph, group?)));
+    groups.filter(|(_, group)| fits(group.samples)).collect()
+}
+
+fn collect<'a>(body: &'a [Statement], generated: &mut Vec<&'a Generate>, found: &mut BTreeMap<String, Option<Group>>) {
+    for statement in body {
+        match statement {
+            Statement::For { body, .. } | Statement::Repeat { body, .. } => collect(body, generated, found),
+            Statement::Generate(generate) => generated.push(generate),
+            Statement::Call(call) => {
+                let group = group_of(call, generated);
+                let same = found.get(&call.graph).is_none_or(|other| *other == group);
+                found.insert(call.graph.clone(), group.filter(|_| same));
+            }
+            // Minibatches are drawn row by row.
+            Statement::Update(update) => {
+                found.extend(update.terms.iter().map(|term| (term.graph.clone(), None)));
+            }
+            Statement::Next { .. } | Statement::Join { .. } | Statement::Recent { .. } => {}
+        }
+    }
+}
+
+/// The group of a call's only sequence, if several answers to each prompt are all that has rows.
+fn group_of(call: &Call, generated: &[&Generate]) -> Option<Group> {
+    let mut from: Option<&Generate> = None;
+    for (_, operand) in &call.args {
+        let Operand::Path(path) = operand else { continue };
+        let of = |g: &&&Generate| path.strip_prefix(&g.name).is_some_and(|rest| rest.starts_with('.'));
+        let generate = generated.iter().rev().find(of)?;
+        if from.get_or_insert(generate).name != generate.name {
+            return None;
+        }
+    }
+    let samples = from?.samples;
+    let mut sequences = call.args.iter().filter_map(|(input, _)| input.strip_suffix(".tokens"));
+    match (sequences.next(), sequences.next()) {
+        (Some(sequence), None) if samples > 1 => Some(Group { sequence: sequence.to_string(), samples }),
+        _ => None,
+    }
+}
+
+/// The graph with `samples` rows where it had one; `None` if its rows are in groups already.
+fn in_groups(graph: &Graph, samples: usize, program: &Program) -> Option<Graph> {
+    let batch = graph.batch.as_ref()?;
+    if graph.rows_of_batch() != 1 {
+        return None;
+    }
+    let with = BTreeMap::from([(batch.clone(), &Dim::from(samples as i64) * &Dim::symbol(batch))]);
+    Some(substituted(graph, &with, program))
+}
+
+/// Sequences that stand one behind the other in a graph's rows.
 struct Rows {
     /// Their names.
     names: Vec<String>,
+    /// Rows of a group that stand together; 1 where each row of one sequence belongs to one of every other.
+    samples: usize,
     /// Tokens of all, `[n*N, T]`.
     tokens: Value,
     /// Segments of all.
     segment: Value,
-    /// Tokens and segment of each.
+    /// Tokens and segment of each; of a group there are none.
     each: Vec<(Value, Value)>,
     /// `N` and `T`.
     dims: [Dim; 2],
 }
 
 impl Rows {
+    fn of_group(graph: &Graph, group: &Group) -> Option<Rows> {
+        let input = |what: &str| graph.input_named(&format!("{}.{what}", group.sequence));
+        let (tokens, segment) = (input("tokens")?, input("segment")?);
+        let [_, columns] = <[Dim; 2]>::try_from(graph.ty(tokens).dims.clone()).ok()?;
+        let dims = [Dim::symbol(graph.batch.as_ref()?), columns];
+        let names = vec![group.sequence.clone()];
+        let rows = Rows { names, samples: group.samples, tokens, segment, each: Vec::new(), dims };
+        let fits = |v: Value| graph.ty(v).dims == rows.stacked() && graph.ty(v).dtype == DType::I32;
+        [tokens, segment].into_iter().all(fits).then_some(rows)
+    }
+
     fn find(graph: &Graph) -> Option<Rows> {
         graph.ops().find_map(|(_, op)| {
             let each = inputs_of(graph, op, ".tokens")?;
@@ -97,13 +195,18 @@ impl Rows {
             let (segment, segments) = graph.ops().find_map(same)?;
             let [rows, columns] = <[Dim; 2]>::try_from(graph.ty(each[0].1).dims.clone()).ok()?;
             let each = each.iter().zip(&segments).map(|(t, s)| (t.1, s.1)).collect();
-            Some(Rows { names, tokens: op.result(), segment, each, dims: [rows, columns] })
+            Some(Rows { names, samples: 1, tokens: op.result(), segment, each, dims: [rows, columns] })
         })
+    }
+
+    /// How many share a beginning.
+    fn count(&self) -> usize {
+        self.names.len() * self.samples
     }
 
     /// The dims of a value with columns of all sequences, `[n*N, T]`.
     fn stacked(&self) -> [Dim; 2] {
-        [&Dim::from(self.names.len() as i64) * &self.dims[0], self.dims[1].clone()]
+        [&Dim::from(self.count() as i64) * &self.dims[0], self.dims[1].clone()]
     }
 }
 
@@ -232,6 +335,9 @@ fn rewrite(graph: &Graph, rows: &Rows, region: &BTreeSet<OpId>, program: &Progra
     let end = Dim::symbol(&symbol);
     rebuild.new.input(input_name(rows), Type::new(DType::I32, vec![end.clone()]));
     let mut packed = Packed { rows, end, values: BTreeMap::new(), branched: None };
+    if rows.samples > 1 {
+        [rows.tokens, rows.segment].into_iter().for_each(|v| packed.begin(&mut rebuild, v, &Site::default()));
+    }
     for (id, op) in graph.ops() {
         if region.contains(&id) {
             packed.push(&mut rebuild, op);
@@ -241,7 +347,9 @@ fn rewrite(graph: &Graph, rows: &Rows, region: &BTreeSet<OpId>, program: &Progra
             packed.restore(&mut rebuild, arg, &op.site);
         }
         rebuild.copy(op, program);
-        packed.begin(&mut rebuild, op);
+        if let Some(source) = op.results().find(|r| [rows.tokens, rows.segment].contains(r)) {
+            packed.begin(&mut rebuild, source, &op.site);
+        }
     }
     for (_, value) in &graph.outputs {
         packed.restore(&mut rebuild, *value, &Site::default());
@@ -271,13 +379,23 @@ impl Packed<'_> {
         b.one(Op::Size { dim: &self.rows.dims[1] - &self.end, dtype: DType::I32 }, &[])
     }
 
-    /// After the op that puts tokens or segments one behind the other: the same in rows.
-    fn begin(&mut self, rebuild: &mut Rebuild, op: &OpData) {
-        let Some(source) = op.results().find(|r| [self.rows.tokens, self.rows.segment].contains(r)) else { return };
+    /// After tokens or segments stand one behind the other: the same in rows.
+    fn begin(&mut self, rebuild: &mut Rebuild, source: Value, site: &Site) {
         let is_tokens = source == self.rows.tokens;
         let each: Vec<Value> = self.rows.each.iter().map(|(t, s)| if is_tokens { *t } else { *s }).collect();
-        let each: Vec<Value> = each.into_iter().map(|v| rebuild.get(v)).collect();
-        let mut b = Builder::new(&mut rebuild.new, op.site.clone());
+        let mut each: Vec<Value> = each.into_iter().map(|v| rebuild.get(v)).collect();
+        let whole = rebuild.get(source);
+        let mut b = Builder::new(&mut rebuild.new, site.clone());
+        if self.rows.samples > 1 {
+            let [n, t] = self.rows.dims.clone();
+            let samples = self.rows.samples as i64;
+            let groups = b.one(Op::Reshape { shape: vec![n.clone(), Dim::from(samples), t.clone()] }, &[whole]);
+            let mut one = |k: i64| {
+                let row = b.one(Op::Slice { axis: 1, start: Dim::from(k), end: Dim::from(k + 1) }, &[groups]);
+                b.one(Op::Reshape { shape: vec![n.clone(), t.clone()] }, &[row])
+            };
+            each = (0..samples).map(&mut one).collect();
+        }
         let columns = &self.rows.dims[1];
         let slice = Op::Slice { axis: 1, start: columns - &self.end, end: columns.clone() };
         let mut ends: Vec<Value> = each.iter().map(|&v| b.one(slice.clone(), &[v])).collect();
@@ -308,7 +426,7 @@ impl Packed<'_> {
         let args: Vec<Value> = op.args.iter().map(arg).collect();
         let mut new = op.op.clone();
         if let Op::Broadcast { shape } | Op::Reshape { shape } = &mut new {
-            (shape[0], shape[1]) = (self.rows.dims[0].clone(), self.columns(self.rows.names.len() - 1));
+            (shape[0], shape[1]) = (self.rows.dims[0].clone(), self.columns(self.rows.count() - 1));
         }
         let results = Builder::new(&mut rebuild.new, op.site.clone()).push(new, &args);
         for (old, new) in op.results().zip(results) {
@@ -325,11 +443,20 @@ impl Packed<'_> {
         let first = b.one(slice(Dim::from(0i64), self.columns(0)), &[packed]);
         let place = self.place(&mut b);
         let mut each = vec![first];
-        for k in 1..self.rows.names.len() {
+        for k in 1..self.rows.count() {
             let end = b.one(slice(self.columns(k - 1), self.columns(k)), &[packed]);
             each.push(b.one(Op::WriteAt { axis: 1 }, &[first, end, place]));
         }
-        let back = b.one(Op::Concat { axis: 0 }, &each);
+        let back = if self.rows.samples > 1 {
+            let dims = b.ty(first).dims;
+            let shape = |lead: &[Dim]| [lead, &dims[1..]].concat();
+            let alone = Op::Reshape { shape: shape(&[self.rows.dims[0].clone(), Dim::from(1i64)]) };
+            let each: Vec<Value> = each.into_iter().map(|row| b.one(alone.clone(), &[row])).collect();
+            let groups = b.one(Op::Concat { axis: 1 }, &each);
+            b.one(Op::Reshape { shape: shape(&self.rows.stacked()[..1]) }, &[groups])
+        } else {
+            b.one(Op::Concat { axis: 0 }, &each)
+        };
         rebuild.set(old, back);
     }
 }

@@ -155,7 +155,7 @@ fn train(micro: usize) -> (Vec<Outputs>, States, Program) {
         let settings: Named = vec![("lr".into(), scalar(0.1)), ("t".into(), Tensor::new(&[], Data::I32(vec![step])))];
         let outputs = match &steps {
             UpdateSteps::Whole { step } => call(&mut interp, step, &[inputs.clone(), settings].concat()),
-            UpdateSteps::Split { terms, apply } => {
+            UpdateSteps::Split { terms, apply, .. } => {
                 let [steps] = &terms[..] else { panic!("the update has one term") };
                 let parts: Vec<Named> = (0..4).step_by(micro).map(|i| rows(&inputs, i, (i + micro).min(4))).collect();
                 let mut totals = Named::new();

@@ -56,7 +56,11 @@ fn prefixes(program: &Program, graph: &Graph, given: &[&Named]) -> Result<Named,
         };
         let (tokens, segments) = (tensors("tokens")?, tensors("segment")?);
         let columns = tokens[0].shape.get(1).copied().unwrap_or_default();
-        let common = common_columns(&tokens).min(common_columns(&segments)).min(columns.saturating_sub(1));
+        let common = |all: &[&Tensor]| match prefix.samples {
+            1 => common_columns(all),
+            samples => common_columns_of_groups(all[0], samples),
+        };
+        let common = common(&tokens).min(common(&segments)).min(columns.saturating_sub(1));
         let rest = columns - common;
         found.insert(prefix.input.clone(), Tensor::i32(&[rest], vec![0; rest]));
     }
@@ -76,6 +80,17 @@ fn common_columns(tensors: &[&Tensor]) -> usize {
         }
     }
     columns
+}
+
+/// How many first columns of a tensor `[N, T]` are equal in all rows of a group.
+fn common_columns_of_groups(rows: &Tensor, samples: usize) -> usize {
+    let ([_, width], Data::I32(all)) = (&rows.shape[..], &rows.data) else { return 0 };
+    let equal = |first: &[i32], other: &[i32]| first.iter().zip(other).take_while(|(a, b)| a == b).count();
+    let of_group = |group: &[i32]| {
+        let (first, others) = group.split_at((*width).min(group.len()));
+        others.chunks((*width).max(1)).map(|other| equal(first, other)).min().unwrap_or(*width)
+    };
+    all.chunks((samples * width).max(1)).map(of_group).min().unwrap_or(*width)
 }
 
 /// The graph of this name.

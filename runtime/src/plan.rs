@@ -59,7 +59,9 @@ impl Session {
         steps: u64,
         told: &mut Told,
     ) -> Result<(), Diag> {
-        for statement in body {
+        let mut done = 0;
+        while let Some(statement) = body.get(done) {
+            let mut next = done + 1;
             match statement {
                 Statement::For { rows: Rows::Source(source), .. } => {
                     panic!("bug: `open` let a `for` over `{source}` inside a `for` pass")
@@ -96,11 +98,13 @@ impl Session {
                     let record = self.recent(name, table, *rows, values)?;
                     values.bind(name, record);
                 }
-                Statement::Update(update) => {
-                    let of_role = updates_of(&self.program.stage, &update.role);
-                    self.update(update, values, steps * of_role, told)?;
+                Statement::Update(_) => {
+                    let group = Update::together(&body[done..]);
+                    next = done + group.len();
+                    self.updates(&group, values, steps, told)?;
                 }
             }
+            done = next;
         }
         Ok(())
     }
@@ -313,45 +317,60 @@ impl Session {
         Ok(outputs)
     }
 
-    /// One optimizer step; `total` is how many the role takes in all.
-    fn update(&mut self, update: &Update, values: &Values, total: u64, told: &mut Told) -> Result<(), Diag> {
-        let (lr, t) = self.settings(update, total);
-        let rate = lr.scalar();
-        let taken = self.taken.entry(update.role.clone()).or_default();
-        *taken += 1;
-        let taken = *taken;
-        let outputs = match self.ahead.pop_front() {
-            Some((of, outputs)) if of == *update => outputs,
-            Some((of, _)) => panic!("bug: `{}` was computed ahead, and `{}` comes first", of.role, update.role),
-            None => self.run_update(update, values, taken, Named::from([("lr".into(), lr), ("t".into(), t)]))?,
-        };
-        // A step that the loss scale skipped is none: the optimizer and the learning rate stand where they were.
-        if outputs.get("overflow").is_some_and(|overflow| overflow.scalar() != 0.0) {
-            self.taken.entry(update.role.clone()).and_modify(|taken| *taken -= 1);
+    /// Optimizer steps of updates that are taken together; `steps` is the number of the outermost source's batches in all.
+    fn updates(&mut self, group: &[&Update], values: &Values, steps: u64, told: &mut Told) -> Result<(), Diag> {
+        let mut begun = Vec::new();
+        for &update in group {
+            let (lr, t) = self.settings(update, steps * updates_of(&self.program.stage, &update.role));
+            let settings = Named::from([("lr".to_string(), lr), ("t".to_string(), t)]);
+            *self.taken.entry(update.role.clone()).or_default() += 1;
+            let outputs = match self.ahead.pop_front() {
+                Some((of, outputs)) if of == *update => outputs,
+                Some((of, _)) => panic!("bug: `{}` was computed ahead, and `{}` comes first", of.role, update.role),
+                None => self.begin(update, values, &settings)?,
+            };
+            begun.push((settings, outputs));
+        }
+        let mut squares = Vec::new();
+        for update in group {
+            let graph = update.squares();
+            let made = graph.map(|graph| calls::call(self.device.as_mut(), &self.program, graph, &[])).transpose()?;
+            squares.push(made.map_or(0.0, |made| made["squares"].scalar()));
         }
         // Where several roles are trained, their numbers are told apart by the role.
-        let prefix = if self.program.stage.trainings.len() > 1 { format!("{}/", update.role) } else { String::new() };
-        self.tell(&outputs, &prefix, told);
-        told.metrics.insert(format!("{prefix}lr"), rate);
+        let several = self.program.stage.trainings.len() > 1;
+        for (i, (update, (mut settings, mut outputs))) in group.iter().zip(begun).enumerate() {
+            if let Some(UpdateSteps::Split { apply, .. }) = &update.steps {
+                let others = squares.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, squares)| squares).sum();
+                settings.insert("squares".into(), Tensor::f64(&[], vec![others]));
+                outputs.extend(calls::call(self.device.as_mut(), &self.program, apply, &[&settings])?);
+            }
+            // A step that the loss scale skipped is none: the optimizer and the learning rate stand where they were.
+            if outputs.get("overflow").is_some_and(|overflow| overflow.scalar() != 0.0) {
+                self.taken.entry(update.role.clone()).and_modify(|taken| *taken -= 1);
+            }
+            let prefix = if several { format!("{}/", update.role) } else { String::new() };
+            self.tell(&outputs, &prefix, told);
+            told.metrics.insert(format!("{prefix}lr"), settings["lr"].scalar());
+        }
         Ok(())
     }
 
-    /// Runs an update, the role's step `taken`.
-    fn run_update(&mut self, update: &Update, values: &Values, taken: u64, settings: Named) -> Result<Named, Diag> {
+    /// Runs an update up to its role's `apply`, if it has one.
+    fn begin(&mut self, update: &Update, values: &Values, settings: &Named) -> Result<Named, Diag> {
         let mut inputs: Vec<Named> =
             update.terms.iter().map(|term| self.inputs(&term.args, values)).collect::<Result<_, _>>()?;
+        let taken = self.taken[&update.role];
         for (number, inputs) in inputs.iter_mut().enumerate() {
             self.add_dropout(update, number, taken, inputs);
         }
-        let steps = update.steps.as_ref().unwrap_or_else(|| panic!("bug: `autodiff` left an update as it was"));
-        let device = self.device.as_mut();
-        let mut outputs = Named::new();
-        match steps {
+        match update.steps.as_ref().unwrap_or_else(|| panic!("bug: `autodiff` left an update as it was")) {
             UpdateSteps::Whole { step } => {
-                let made = calls::call(device, &self.program, step, &[&inputs[0], &settings])?;
-                outputs = self.assert(&update.terms[0].graph, made)?;
+                let made = calls::call(self.device.as_mut(), &self.program, step, &[&inputs[0], settings])?;
+                self.assert(&update.terms[0].graph, made)
             }
-            UpdateSteps::Split { terms, apply } => {
+            UpdateSteps::Split { terms, .. } => {
+                let mut outputs = Named::new();
                 let several = terms.len() > 1;
                 let mut loss = 0.0;
                 for ((term, steps), inputs) in update.terms.iter().zip(terms).zip(&inputs) {
@@ -364,10 +383,9 @@ impl Session {
                     outputs.extend(made.into_iter().map(|(name, tensor)| (format!("{prefix}{name}"), tensor)));
                 }
                 outputs.insert("loss".into(), Tensor::f64(&[], vec![loss]));
-                outputs.extend(calls::call(self.device.as_mut(), &self.program, apply, &[&settings])?);
+                Ok(outputs)
             }
         }
-        Ok(outputs)
     }
 
     /// What a term's graph needs to know which elements its dropout leaves out: a key of this update and term, and the

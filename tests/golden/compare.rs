@@ -262,7 +262,7 @@ impl Trainer {
         let inputs = self.inputs(batch);
         let outputs = match self.steps.clone() {
             UpdateSteps::Whole { step } => self.call(&step, &[&inputs, &settings]),
-            UpdateSteps::Split { terms, apply } => {
+            UpdateSteps::Split { terms, apply, .. } => {
                 let mut outputs = self.term(&terms[0], &inputs);
                 outputs.extend(self.call(&apply, &[&settings]));
                 outputs

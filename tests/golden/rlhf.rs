@@ -468,7 +468,7 @@ impl Stage {
             UpdateSteps::Whole { step } => {
                 calls::call(device, &self.program, step, &[&inputs, &settings]).unwrap_or_else(|e| panic!("{e}"))
             }
-            UpdateSteps::Split { terms, apply } => {
+            UpdateSteps::Split { terms, apply, .. } => {
                 let graphs = Parts::of_term(&terms[0]);
                 let parts = graphs.cut(&self.program, &inputs);
                 let mut outputs = graphs.run(device, &self.program, &parts).unwrap_or_else(|e| panic!("{e}")).whole;

@@ -171,6 +171,11 @@ pub const RUN: Table = Table {
         key("micro_batch_size", Form::Int, "rows per graph call on a device; changes speed and memory, never numbers"),
         key("gradient_accumulation_steps", Form::Int, "instead of `batch_size`: micro-batches per optimizer step"),
         key("packing", Form::Bool, "several texts in a row, as many as `max_length` takes; `batch_size` counts rows"),
+        key(
+            "align_overflow",
+            Form::Bool,
+            "in fp16: where gradients of one role overflow, those beside it take no step either",
+        ),
         key("loss_normalization", Form::Choice(&["batch", "micro_batch"]), "what a mean in a loss is taken over"),
         key("num_epochs", Form::Float, "passes over the data"),
         key("max_steps", COUNT_OR_NONE, "optimizer steps after which the stage ends"),

@@ -331,6 +331,14 @@ impl Reader {
             .and_then(|n| self.choice(n, &[("truncate", Longer::Truncate), ("drop", Longer::Drop)]));
         let width = fields.get("width").and_then(|n| self.expr(n));
         let packed = fields.get("packed").and_then(|n| self.expr(n));
+        if packed.is_some() {
+            for key in ["width", "longer"] {
+                if let Some((found, _)) = fields.entry(key) {
+                    let diag = Diag::error(format!("found `{key}` beside `packed` for source `{}`", name.text));
+                    self.error(diag.label(found.span, "").help("leave it out: texts are cut into rows of that length"));
+                }
+            }
+        }
         Some(DataDecl { name, doc, optional, forms, pad, width, longer, same_length, packed })
     }
 

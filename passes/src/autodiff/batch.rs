@@ -77,8 +77,10 @@ pub fn analyse(graph: &Graph, batch: &Symbol, trained: impl Fn(StateId) -> bool)
     let mut known = Batch { totals: Vec::new(), per_row: vec![false; count], trained: vec![false; count] };
     let mut round = vec![0u32; count];
     for input in graph.inputs() {
-        rows.layouts[input.0 as usize] =
-            rows.axis(graph.ty(input)).map_err(|why| cannot(graph, None, &why))?.map(|_| Layout::Plain);
+        let axis = rows.axis(graph.ty(input)).map_err(|why| cannot(graph, None, &why))?;
+        // Rows of a group stand together.
+        let alone = |axis: usize| graph.ty(input).dims[axis].as_symbol() == Some(batch);
+        rows.layouts[input.0 as usize] = axis.map(|axis| if alone(axis) { Layout::Plain } else { Layout::Rows });
         known.per_row[input.0 as usize] = rows.layouts[input.0 as usize].is_some();
     }
     for (id, op) in graph.ops() {

@@ -5,6 +5,9 @@
 //! DeepSpeed with its defaults: the scale begins as 2^16; the first overflow is forgiven, every further one halves it, down to 1;
 //! after 1000 steps without an overflow it doubles, and one more is forgiven.
 //!
+//! Roles that step together (`align_overflow`) are skipped together; the scale of one whose own gradients were finite
+//! stays as it was, and so does its count of steps.
+//!
 //! States are zero at first, so the scale is kept as a distance: `loss_scale/<role>` is the exponent minus 16.
 
 use dsgc_ir::diag::Span;
@@ -34,8 +37,7 @@ pub struct Scale {
 impl Scale {
     /// That of a role, if it computes in fp16; declared when first asked for.
     pub fn of(program: &mut Program, role: &str) -> Option<Scale> {
-        let half = program.stage.roles.iter().any(|r| r.name == role && r.precision == Some(DType::F16));
-        half.then(|| {
+        Scale::belongs_to(program, role).then(|| {
             let [exponent, clean, forgiven] = ["", ".clean", ".forgiven"].map(|suffix| {
                 let name = format!("loss_scale/{role}{suffix}");
                 let declared = program.state_named(&name);
@@ -44,6 +46,11 @@ impl Scale {
             });
             Scale { exponent, clean, forgiven }
         })
+    }
+
+    /// Whether a role has one.
+    pub fn belongs_to(program: &Program, role: &str) -> bool {
+        program.stage.roles.iter().any(|r| r.name == role && r.precision == Some(DType::F16))
     }
 
     /// The scale, `f32[]`.
@@ -55,8 +62,9 @@ impl Scale {
         b.one(Op::Pow {}, &[two, exponent])
     }
 
-    /// Writes what the states are after a step whose gradients were finite or not.
-    pub fn renew(self, b: &mut Builder, finite: Value) {
+    /// Writes what the states are after a step whose gradients were finite or not. Where `skipped` is given and true, others'
+    /// were not, and finite ones change nothing.
+    pub fn renew(self, b: &mut Builder, finite: Value, skipped: Option<Value>) {
         let [exponent, clean, forgiven] = [self.exponent, self.clean, self.forgiven].map(|state| read(b, state));
         let (zero, one) = (whole(b, 0), whole(b, 1));
         let more = b.one(Op::Add {}, &[clean, one]);
@@ -74,9 +82,15 @@ impl Scale {
         let least = whole(b, -FIRST);
         let down = b.one(Op::Max {}, &[down, least]);
         let new_exponent = b.one(Op::Where {}, &[finite, up, down]);
-        let new = [(self.exponent, new_exponent), (self.clean, new_clean), (self.forgiven, new_forgiven)];
-        for (state, value) in new {
-            b.write(state, &Type::scalar(DType::I32), value);
+        let new = [
+            (self.exponent, exponent, new_exponent),
+            (self.clean, clean, new_clean),
+            (self.forgiven, forgiven, new_forgiven),
+        ];
+        let stays = skipped.map(|skipped| b.one(Op::And {}, &[finite, skipped]));
+        for (state, old, new) in new {
+            let new = stays.map_or(new, |stays| b.one(Op::Where {}, &[stays, old, new]));
+            b.write(state, &Type::scalar(DType::I32), new);
         }
     }
 }

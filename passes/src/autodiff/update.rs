@@ -16,6 +16,26 @@ pub const STEP: &str = "t";
 /// Name of the output with the gradient's global L2 norm before clipping, `f32[]`.
 pub const GRAD_NORM: &str = "grad_norm";
 
+/// Name of the sum of squares of all gradients, scaled, `f32[]`: what a role's graph gives, and the input that takes the sum of
+/// the others'.
+pub const SQUARES: &str = "squares";
+
+/// Adds the input with the squares of the gradients of roles that step with this one.
+pub fn squares_of_others(graph: &mut Graph) -> Value {
+    graph.input(SQUARES, Type::scalar(DType::F32))
+}
+
+/// The sum of squares of all gradients, `f32[]`.
+pub fn squares(graph: &mut Graph, program: &Program, gradients: &BTreeMap<StateId, Value>, layers: &Layers) -> Value {
+    let squares: Vec<Value> = gradients
+        .iter()
+        .map(|(&param, &gradient)| sum_of_squares(&mut Builder::new(graph, site(program, param, layers)), gradient))
+        .collect();
+    let mut b = Builder::new(graph, Site { phase: Phase::Update, ..Site::default() });
+    let sum = squares.into_iter().reduce(|a, c| b.one(Op::Add {}, &[a, c]));
+    sum.unwrap_or_else(|| b.fill(0.0, &[]))
+}
+
 /// Adds the optimizer's inputs to a graph that has no ops yet: learning rate and step.
 pub fn inputs(graph: &mut Graph) -> (Value, Value) {
     (graph.input(LR, Type::scalar(DType::F32)), graph.input(STEP, Type::scalar(DType::I32)))
@@ -24,32 +44,36 @@ pub fn inputs(graph: &mut Graph) -> (Value, Value) {
 /// Appends clipping and AdamW for parameters with their gradients, and the output [`GRAD_NORM`].
 ///
 /// Clipping is PyTorch's `clip_grad_norm_`: all gradients times `min(1, max_norm / (norm + 1e-6))`. Of a role with a
-/// loss scale, gradients come scaled; where they are not finite, everything stays as it was, the norm is given as 0, and
-/// the outputs [`LOSS_SCALE`] and [`OVERFLOW`] say so.
+/// loss scale, gradients come scaled; where they, or the sum of squares of `others`, are not finite, everything stays as it
+/// was, and the outputs [`LOSS_SCALE`] and [`OVERFLOW`] say so; a norm that is not finite is given as 0.
 pub fn append(
     graph: &mut Graph,
     program: &mut Program,
     training: &Training,
     (lr, step): (Value, Value),
+    others: Option<Value>,
     gradients: &BTreeMap<StateId, Value>,
     layers: &Layers,
 ) {
     let scale = Scale::of(program, &training.role);
-    let squares: Vec<Value> = gradients
-        .iter()
-        .map(|(&param, &gradient)| sum_of_squares(&mut Builder::new(graph, site(program, param, layers)), gradient))
-        .collect();
+    let sum = squares(graph, program, gradients, layers);
     let mut b = Builder::new(graph, Site { phase: Phase::Update, ..Site::default() });
-    let sum = squares.into_iter().reduce(|a, c| b.one(Op::Add {}, &[a, c]));
-    let sum = sum.unwrap_or_else(|| b.fill(0.0, &[]));
     let mut norm = b.one(Op::Sqrt {}, &[sum]);
     let one = b.fill(1.0, &[]);
     let scaled = scale.map(|scale| {
         let (value, infinite, none) = (scale.value(&mut b), b.fill(f64::INFINITY, &[]), b.fill(0.0, &[]));
-        let finite = b.one(Op::Lt {}, &[norm, infinite]);
+        let own_finite = b.one(Op::Lt {}, &[norm, infinite]);
+        let skipped = others.map(|others| {
+            let finite = b.one(Op::Lt {}, &[others, infinite]);
+            b.one(Op::Not {}, &[finite])
+        });
         let own = b.one(Op::Div {}, &[norm, value]);
-        norm = b.one(Op::Where {}, &[finite, own, none]);
-        (value, finite)
+        norm = b.one(Op::Where {}, &[own_finite, own, none]);
+        let finite = skipped.map_or(own_finite, |skipped| {
+            let not = b.one(Op::Not {}, &[skipped]);
+            b.one(Op::And {}, &[own_finite, not])
+        });
+        (value, finite, own_finite, skipped)
     });
     let factor = match training.max_grad_norm {
         Some(max) => {
@@ -61,7 +85,7 @@ pub fn append(
         None => one,
     };
     // A power of two: the product is what it would be without a scale.
-    let factor = scaled.map_or(factor, |(value, _)| b.one(Op::Div {}, &[factor, value]));
+    let factor = scaled.map_or(factor, |(value, ..)| b.one(Op::Div {}, &[factor, value]));
     for (&param, &gradient) in gradients {
         let moments = ["m", "v"].map(|suffix| companion(program, param, suffix));
         let (name, ty) = (&program.state(param).name, program.state(param).ty.clone());
@@ -72,7 +96,7 @@ pub fn append(
         operands.extend(moments.iter().map(|&m| b.read(m, &ty)));
         operands.extend([lr, step, factor]);
         let mut new = b.push(Op::Adamw { beta1: betas.0, beta2: betas.1, eps, decay }, &operands);
-        if let Some((_, finite)) = scaled {
+        if let Some((_, finite, ..)) = scaled {
             let finite = b.stretch(finite, &ty.dims);
             for (new, old) in new.iter_mut().zip([operands[0], operands[2], operands[3]]) {
                 *new = b.one(Op::Where {}, &[finite, *new, old]);
@@ -82,9 +106,9 @@ pub fn append(
             b.write(state, &ty, value);
         }
     }
-    if let (Some(scale), Some((value, finite))) = (scale, scaled) {
+    if let (Some(scale), Some((value, finite, own_finite, skipped))) = (scale, scaled) {
         b.site = Site { phase: Phase::Update, ..Site::default() };
-        scale.renew(&mut b, finite);
+        scale.renew(&mut b, own_finite, skipped);
         let overflow = b.one(Op::Not {}, &[finite]);
         let overflow = b.cast(overflow, DType::F32);
         graph.outputs.extend([(LOSS_SCALE.into(), value), (OVERFLOW.into(), overflow)]);

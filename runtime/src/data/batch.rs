@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 use dsgc_hf::Tokenizer;
 use dsgc_ir::Tensor;
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::{Longer, Part, Sequence, Side, Source};
+use dsgc_ir::stage::{Longer, Packing, Part, Sequence, Side, Source};
 
 use super::DataReport;
-use super::pack::pack;
+use super::pack::{cut, pack};
 
 /// Rows that are tokenised at a time: enough for all cores, and few enough that their texts are no second data set.
 const CHUNK: usize = 4096;
@@ -58,6 +58,13 @@ impl Tokens {
             *first = false;
         }
         self
+    }
+
+    /// Takes off what is behind the first `len` tokens.
+    pub(super) fn split_off(&mut self, len: usize) -> Tokens {
+        let len = len.min(self.len());
+        let (ids, trained) = (self.ids.split_off(len), self.trained.split_off(len));
+        Tokens { ids, trained, segment: self.segment.split_off(len) }
     }
 
     /// Puts a text behind those that are there.
@@ -146,17 +153,20 @@ pub(super) fn tokenise(
         }
     }
     done.check(source).map_err(|e| vec![e.label(source.span, "")])?;
-    if source.packing {
-        let texts = done.rows.into_iter().flatten().collect();
-        done.rows = pack(texts, source.max_length).into_iter().map(|row| vec![row]).collect();
-        done.report.packed = Some(done.rows.len());
-    }
+    let packed = match source.packing {
+        Packing::None => return Ok(done),
+        Packing::Texts => pack(done.rows.into_iter().flatten().collect(), source.max_length),
+        Packing::Blocks => cut(done.rows.into_iter().flatten().collect(), source.max_length),
+    };
+    done.rows = packed.into_iter().map(|row| vec![row]).collect();
+    done.report.packed = Some(done.rows.len());
     Ok(done)
 }
 
 impl Tokenised {
     fn add(&mut self, source: &Source, mut row: Vec<Tokens>) {
-        if row.iter().any(|s| s.ids.len() > source.max_length) {
+        let longest = if source.packing == Packing::Blocks { usize::MAX } else { source.max_length };
+        if row.iter().any(|s| s.ids.len() > longest) {
             match source.longer {
                 Longer::Drop => {
                     self.report.dropped += 1;
@@ -166,9 +176,7 @@ impl Tokenised {
             }
         }
         for sequence in &mut row {
-            sequence.ids.truncate(source.max_length);
-            sequence.trained.truncate(source.max_length);
-            sequence.segment.truncate(source.max_length);
+            sequence.split_off(longest);
             self.report.tokens += sequence.ids.len();
             self.report.trained_tokens += sequence.trained.iter().filter(|&&t| t).count();
         }

@@ -38,3 +38,20 @@ pub(super) fn pack(texts: Vec<Tokens>, longest: usize) -> Vec<Tokens> {
     }
     rows
 }
+
+/// Puts texts one after the other and cuts them into rows of `longest` tokens; the last row may have fewer.
+pub(super) fn cut(texts: Vec<Tokens>, longest: usize) -> Vec<Tokens> {
+    let mut rows: Vec<Tokens> = Vec::new();
+    for mut text in texts {
+        while text.len() > 0 {
+            let room = rows.last().map_or(0, |row| longest - row.len());
+            let rest = text.split_off(if room > 0 { room } else { longest });
+            match rows.last_mut() {
+                Some(row) if room > 0 => row.append(text),
+                _ => rows.push(text.first()),
+            }
+            text = rest;
+        }
+    }
+    rows
+}

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use dsgc_ir::stage::{Longer, Part, Sequence, Side, Split};
+use dsgc_ir::stage::{Longer, Packing, Part, Sequence, Side, Split};
 use dsgc_ir::{Data, Tensor};
 
 use super::*;
@@ -221,7 +221,7 @@ fn columns_are_those_of_the_first_row() {
 fn texts_are_packed_into_few_rows() {
     let text: String = ["x y z x", "x", "x y", "x y z", "y"].map(|t| format!("{{\"question\": \"{t}\"}}\n")).concat();
     // With a start and an end: 6, 3, 4, 5 and 3 tokens.
-    let one = Source { sequences: vec![sequence("text", &["prompt"])], packing: true, ..source() };
+    let one = Source { sequences: vec![sequence("text", &["prompt"])], packing: Packing::Texts, ..source() };
     let data = open(one.clone(), &text).unwrap();
     assert_eq!((data.len(), data.report().packed, data.report().tokens), (3, Some(3), 21));
     let batch = data.batch(&[0, 1, 2]);
@@ -240,4 +240,27 @@ fn texts_are_packed_into_few_rows() {
     );
     // Texts that fill their rows stay alone.
     assert_eq!(open(Source { max_length: 6, ..one }, &text).unwrap().len(), 4);
+}
+
+#[test]
+fn texts_are_cut_into_blocks() {
+    let text: String = ["x y z x", "x", "x y z y x y z"].map(|t| format!("{{\"question\": \"{t}\"}}\n")).concat();
+    // With a start and an end: 6, 3 and 9 tokens, of which none is lost.
+    let source = Source {
+        sequences: vec![sequence("text", &["prompt"])],
+        packing: Packing::Blocks,
+        longer: Longer::Drop,
+        max_length: 7,
+        ..source()
+    };
+    let data = open(source, &text).unwrap();
+    let report = *data.report();
+    assert_eq!((data.len(), report.packed, report.tokens, report.dropped, report.truncated), (3, Some(3), 18, 0, 0));
+    let batch = data.batch(&[0, 1, 2]);
+    assert_eq!(
+        ints(&batch, "text.tokens"),
+        [[1, 10, 11, 12, 10, 2, 1], [10, 2, 1, 10, 11, 12, 11], [10, 11, 12, 2, 0, 0, 0]]
+    );
+    assert_eq!(ints(&batch, "text.segment"), [[1, 1, 1, 1, 1, 1, 2], [1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 0, 0, 0]]);
+    assert_eq!(ints(&batch, "text.trained"), [[0, 1, 1, 1, 1, 1, 0], [0, 1, 0, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0]]);
 }

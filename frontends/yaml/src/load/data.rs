@@ -1,7 +1,7 @@
 //! Rows of a pipeline bound to the sources of a recipe.
 
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::stage::{Held, Longer, Part, Sequence, Shuffle, Side, Source, Split};
+use dsgc_ir::stage::{Held, Longer, Packing, Part, Sequence, Shuffle, Side, Source, Split};
 
 use crate::expr::Word;
 use crate::literal::Constant;
@@ -82,9 +82,6 @@ pub(super) fn bind(
     if find("chat_template").constant() != Constant::None {
         documents.error(not_yet("`chat_template`", find("chat_template").node.span));
     }
-    if let Some(packed) = &decl.packed {
-        documents.error(not_yet("`packed`", packed.span));
-    }
     let path = places.path(&set.path);
     let columns = match documents.host.columns(&path) {
         Ok(columns) => columns,
@@ -128,14 +125,16 @@ pub(super) fn bind(
             return None;
         }
     };
-    if let Some(span) = frame.packing
+    let asked = decl.packed.as_ref().map(|packed| ("packed", packed.span)).or(frame.packing.map(|at| ("packing", at)));
+    if let Some((key, span)) = asked
         && (form.sequences.len() != 1 || decl.pad == Some(Side::Left))
     {
         let many = form.sequences.len() != 1;
         let why = if many { "has several sequences in a row already" } else { "is padded on the left" };
-        let diag = Diag::error(format!("`packing` puts texts into one row, and `{}` {why}", decl.name.text));
-        documents
-            .error(diag.label(span, "").label(decl.name.span, "the source of the recipe").help("leave `packing` out"));
+        let diag = Diag::error(format!("`{key}` puts texts into one row, and `{}` {why}", decl.name.text));
+        documents.error(
+            diag.label(span, "").label(decl.name.span, "the source of the recipe").help(format!("leave `{key}` out")),
+        );
     }
     let held = held(documents, find("eval"), places);
     let split = split(documents, set, frame);
@@ -157,7 +156,11 @@ pub(super) fn bind(
         eoc_id: facts.eos.unwrap_or(pad_id),
         max_length: frame.max_length,
         longer: if find("longer").text() == "drop" { Longer::Drop } else { Longer::Truncate },
-        packing: frame.packing.is_some(),
+        packing: match (&decl.packed, frame.packing) {
+            (Some(_), _) => Packing::Blocks,
+            (None, Some(_)) => Packing::Texts,
+            (None, None) => Packing::None,
+        },
         pad_to_max: frame.fixed_width || find("pad_to_max").constant() == Constant::Bool(true),
         same_length: decl.same_length,
         split: split?,

@@ -189,7 +189,7 @@ impl Planned {
 
     fn table(&mut self, name: &str, rows: usize) -> Table {
         self.tables += 1;
-        Table { id: self.tables, rows, name: name.into() }
+        Table { id: self.tables, rows, samples: 1, name: name.into() }
     }
 
     fn steps(&mut self, scope: &Scope<'_>, steps: &[Step], env: &mut Env, outermost: bool) -> Vec<Statement> {

@@ -105,6 +105,7 @@ pub(super) const RUN_RULES: &[Rule] = &[
     rule("micro_batch_size", "none", Range::AtLeast(1.0)),
     rule("gradient_accumulation_steps", "none", Range::AtLeast(1.0)),
     rule("packing", "false", Range::Any),
+    rule("align_overflow", "true", Range::Any),
     rule("loss_normalization", "batch", Range::Any),
     rule("num_epochs", "1", Range::Above(0.0)),
     rule("max_steps", "none", Range::AtLeast(1.0)),

@@ -139,9 +139,10 @@ fn tokenizer(documents: &mut Documents<'_>, stage: &Stage, roles: &[BoundRole]) 
     Some((*tokenizer).clone())
 }
 
-/// The longest row in tokens, and whether every batch is that long: the source's `width`, or the option `max_length`.
+/// The longest row in tokens, and whether every batch is that long: the source's `packed` or `width`, or the option
+/// `max_length`.
 fn width(documents: &mut Documents<'_>, decl: &DataDecl, asked: &Asked<'_>) -> Option<(usize, bool)> {
-    let (value, span) = match &decl.width {
+    let (value, span) = match decl.packed.as_ref().or(decl.width.as_ref()) {
         Some(expr) => match crate::eval::constant_in(expr, asked.values) {
             Ok(value) => (value, expr.span),
             Err(diag) => {

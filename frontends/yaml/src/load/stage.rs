@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use dsgc_ir::DType;
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::stage::{Bounds, Memory, Origin, Role, Stage as HostStage};
 
@@ -391,6 +392,7 @@ fn save(
 pub(super) fn host_side(prepared: &Prepared, output_dir: &str, memory: &Memory) -> HostStage {
     let find = |key: &str| prepared.run.iter().find(|d| d.key == key);
     let count = |key: &str| find(key).and_then(Decided::count);
+    let in_fp16 = |role: &&BoundRole| role.trained && roles::precision(role) == Some(DType::F16);
     HostStage {
         name: prepared.name.clone(),
         recipe: prepared.recipe.name.clone(),
@@ -414,6 +416,8 @@ pub(super) fn host_side(prepared: &Prepared, output_dir: &str, memory: &Memory) 
         // The pass `share_prefix` says which.
         prefixes: Vec::new(),
         memory: memory.clone(),
+        align_overflow: prepared.roles.iter().filter(in_fp16).count() > 1
+            && find("align_overflow").is_some_and(|d| d.constant() == Constant::Bool(true)),
     }
 }
 

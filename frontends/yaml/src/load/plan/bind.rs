@@ -73,7 +73,7 @@ impl Planned {
             };
             operands.push((path.to_string(), operand));
         }
-        let table = dims.batch.as_ref().map(|(_, table)| table.clone());
+        let table = dims.batch.as_ref().map(|(_, table, _)| table.clone());
         let path = name.clone().unwrap_or_default();
         let fields = lowered.outputs.iter().map(|(name, v)| (name.clone(), dims.shape(lowered.ty(*v)))).collect();
         if cached && !table.as_ref().is_some_and(|t| env.iter().any(|(_, v)| v.table.as_ref() == Some(t))) {
@@ -83,8 +83,8 @@ impl Planned {
         }
         self.enter(Entry {
             graph: lowered.name.clone(),
-            batch: dims.batch.as_ref().map(|(symbol, _)| symbol.clone()),
-            rows: table.as_ref().map_or(1, |t| t.rows),
+            rows: dims.batch.as_ref().map_or(1, |(_, table, together)| table.rows / *together as usize),
+            batch: dims.batch.map(|(symbol, ..)| symbol),
             ranges: dims.ranges,
         });
         let call = Call { name, graph: lowered.name.clone(), args: operands, cached, steps: None };

@@ -260,7 +260,10 @@ impl Planned {
             return self
                 .error(Diag::error("`generate` needs a tokenizer with a padding or end token").label(call.span, ""));
         };
-        let all = if samples == 1 { table } else { self.table(&path, table.rows * samples) };
+        let all = match samples {
+            1 => table,
+            _ => Table { samples, ..self.table(&path, table.rows * samples) },
+        };
         let answer = new as i64;
         let whole = Value::sequence(path.clone(), &all, (low + answer, high + answer));
         let mut fields = whole.fields.clone();

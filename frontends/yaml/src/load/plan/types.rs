@@ -25,6 +25,8 @@ pub struct Table {
     pub id: usize,
     /// Most rows.
     pub rows: usize,
+    /// Rows that stand together: the answers to a prompt.
+    pub samples: usize,
     /// The name that the user knows it by.
     pub name: String,
 }
@@ -90,8 +92,8 @@ impl Value {
 /// What the dims of a graph's inputs are in one call.
 #[derive(Clone, Debug, Default)]
 pub struct Dims {
-    /// The dim that counts rows, and the table whose.
-    pub batch: Option<(Symbol, Table)>,
+    /// The dim that counts rows or groups of rows, the table whose, and how many rows are counted as one.
+    pub batch: Option<(Symbol, Table, i64)>,
     /// Smallest and largest of all others.
     pub ranges: Vec<DimRange>,
 }
@@ -104,17 +106,29 @@ impl Dims {
         }
         for (dim, extent) in ty.dims.iter().zip(&shape.dims) {
             match (*extent, dim.as_scaled_symbol(), dim.constant()) {
-                (Extent::Rows(k), Some((factor, symbol)), _) if k == factor => {
+                (Extent::Rows(k), Some((factor, symbol)), _) if factor > 0 && factor % k == 0 => {
                     let table = table.expect("what has rows is of a table");
+                    let together = factor / k;
+                    if table.samples as i64 % together != 0 {
+                        let (name, samples) = (&table.name, table.samples);
+                        return Err(format!(
+                            "found rows of `{name}`, of which {samples} stand together, where {ty} has {dim}"
+                        ));
+                    }
                     match &self.batch {
-                        Some((known, of)) if known == symbol && of.id == table.id => {}
-                        Some((known, of)) if known == symbol => {
+                        Some((known, of, _)) if known == symbol && of.id != table.id => {
                             return Err(format!("found rows of `{}` beside those of `{}`", table.name, of.name));
                         }
-                        Some((known, _)) => {
+                        Some((known, _, counted)) if known == symbol && *counted != together => {
+                            return Err(format!(
+                                "found {together} rows for one `{symbol}`, which has {counted} already"
+                            ));
+                        }
+                        Some((known, ..)) if known == symbol => {}
+                        Some((known, ..)) => {
                             return Err(format!("found `{symbol}` for the rows, which are `{known}` already"));
                         }
-                        None => self.batch = Some((symbol.clone(), table.clone())),
+                        None => self.batch = Some((symbol.clone(), table.clone(), together)),
                     }
                 }
                 (Extent::Range(low, high), Some((factor, symbol)), _) if factor > 0 => {
@@ -149,11 +163,12 @@ impl Dims {
     }
 
     fn extent(&self, dim: &Dim) -> Extent {
-        if let Some((symbol, _)) = &self.batch
+        if let Some((symbol, _, together)) = &self.batch
             && let Some((factor, found)) = dim.as_scaled_symbol()
             && found == symbol
+            && factor % together == 0
         {
-            return Extent::Rows(factor);
+            return Extent::Rows(factor / together);
         }
         // The extremes of a sum of products lie in the corners of the ranges.
         let mut corners = vec![Bindings::new()];
