@@ -318,8 +318,10 @@ impl Work {
                 }
                 Statement::Generate(generate) => {
                     let steps = generate.steps.as_ref().expect("the passes filled it in");
-                    let one = flops(&steps.prefill) + (generate.max_new_tokens as u64 - 1) * flops(&steps.step);
-                    let calls = (rows * generate.samples).div_ceil(generate.rows.max(1)) as u64;
+                    let tokens = generate.max_new_tokens as u64;
+                    let after = if generate.samples > 1 { generate.samples as u64 * tokens } else { tokens - 1 };
+                    let one = flops(&steps.prefill).saturating_add(after.saturating_mul(flops(&steps.step)));
+                    let calls = rows.div_ceil(generate.rows.max(1)) as u64;
                     self.calls.push((format!("generate {}", generate.role), calls.saturating_mul(one)));
                 }
                 Statement::Next { .. } | Statement::Join { .. } | Statement::Recent { .. } => {}

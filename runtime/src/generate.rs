@@ -1,11 +1,15 @@
 //! Continuing sequences by one token after the other.
 //!
 //! ```text
-//! prompt [N, P] --samples--> rows [N * samples, P] --calls of `rows`--> prefill(P columns) -> step -> step ...
+//! prompt [N, P] --calls of `rows`--> prefill(P columns) -> step -> step ...
 //! ```
+//!
+//! Of several answers to a prompt, each goes on from all of its columns but the last, which are computed once.
 //!
 //! The graphs and what they take are those of [`GenerateSteps`]. A [`Decoder`] keeps track of columns; keys and values
 //! stay in the device's states, where a new sequence overwrites those of the one before.
+
+use std::ops::Range;
 
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Generate, GenerateSteps};
@@ -172,7 +176,8 @@ pub(crate) fn generate(
     let mut decoder = Decoder::new(program, steps);
     let (ids, segments) = (member(generate, prompt, "tokens")?, member(generate, prompt, "segment")?);
     let width = prompt["tokens"].shape[1];
-    let answers = prompt["tokens"].shape[0] * generate.samples;
+    let (prompts, samples) = (prompt["tokens"].shape[0], generate.samples);
+    let answers = prompts * samples;
     let total = width + generate.max_new_tokens;
     let mut result = Answers {
         tokens: vec![generate.pad; answers * total],
@@ -180,33 +185,55 @@ pub(crate) fn generate(
         answer: vec![false; answers * generate.max_new_tokens],
     };
     let key = fold(seed, number);
-    let all: Vec<usize> = (0..answers).collect();
-    for group in all.chunks(decoder.rows()) {
-        decoder.reset();
+    let rows = decoder.rows();
+    // The last column chooses the first token of an answer, by the answer's own random numbers.
+    let common = if samples > 1 { width.saturating_sub(1) } else { 0 };
+    for first in (0..prompts).step_by(rows) {
+        let group = first..(first + rows).min(prompts);
+        let numbers =
+            |sample: usize| -> Vec<i32> { (first..first + rows).map(|p| (p * samples + sample) as i32).collect() };
         // Rows that the last call has too many are padding from the first column on.
-        let (mut tokens, mut segment) = (vec![generate.pad; decoder.rows() * width], vec![0; decoder.rows() * width]);
-        for (i, &answer) in group.iter().enumerate() {
-            let (from, here) = (answer / generate.samples * width, i * width);
-            tokens[here..here + width].copy_from_slice(&ids[from..from + width]);
-            segment[here..here + width].copy_from_slice(&segments[from..from + width]);
-            result.tokens[answer * total..][..width].copy_from_slice(&ids[from..from + width]);
-            result.segment[answer * total..][..width].copy_from_slice(&segments[from..from + width]);
+        let columns = |of: Range<usize>| {
+            let mut all = (vec![generate.pad; rows * of.len()], vec![0; rows * of.len()]);
+            for (i, prompt) in group.clone().enumerate() {
+                let (from, here) = (prompt * width + of.start, i * of.len());
+                all.0[here..here + of.len()].copy_from_slice(&ids[from..from + of.len()]);
+                all.1[here..here + of.len()].copy_from_slice(&segments[from..from + of.len()]);
+            }
+            all
+        };
+        decoder.reset();
+        if common > 0 {
+            let (tokens, segment) = columns(0..common);
+            decoder.tokens(device, program, &tokens, &segment, key, &numbers(0))?;
         }
-        let row: Vec<i32> = (group[0]..group[0] + decoder.rows()).map(|answer| answer as i32).collect();
-        let mut live: Vec<bool> = (0..decoder.rows()).map(|i| i < group.len()).collect();
-        for column in 0..generate.max_new_tokens {
-            let next = decoder.tokens(device, program, &tokens, &segment, key, &row)?;
-            for (i, &answer) in group.iter().enumerate().filter(|(i, _)| live[*i]) {
-                result.tokens[answer * total + width + column] = next[i];
-                result.segment[answer * total + width + column] = 1;
-                result.answer[answer * generate.max_new_tokens + column] = true;
+        for sample in 0..samples {
+            decoder.rewind(common);
+            let answer_of = |i: usize| (first + i) * samples + sample;
+            for i in 0..group.len() {
+                let (from, to) = ((first + i) * width, answer_of(i) * total);
+                result.tokens[to..to + width].copy_from_slice(&ids[from..from + width]);
+                result.segment[to..to + width].copy_from_slice(&segments[from..from + width]);
             }
-            live.iter_mut().zip(&next).for_each(|(live, token)| *live &= Some(*token) != generate.stop);
-            if !live.contains(&true) {
-                break;
+            let (mut tokens, mut segment) = columns(common..width);
+            let row = numbers(sample);
+            let mut live: Vec<bool> = (0..rows).map(|i| i < group.len()).collect();
+            for column in 0..generate.max_new_tokens {
+                let next = decoder.tokens(device, program, &tokens, &segment, key, &row)?;
+                for i in (0..group.len()).filter(|&i| live[i]) {
+                    let answer = answer_of(i);
+                    result.tokens[answer * total + width + column] = next[i];
+                    result.segment[answer * total + width + column] = 1;
+                    result.answer[answer * generate.max_new_tokens + column] = true;
+                }
+                live.iter_mut().zip(&next).for_each(|(live, token)| *live &= Some(*token) != generate.stop);
+                if !live.contains(&true) {
+                    break;
+                }
+                tokens =
+                    next.iter().zip(&live).map(|(&token, &live)| if live { token } else { generate.pad }).collect();
+                segment = live.iter().map(|&live| i32::from(live)).collect();
             }
-            tokens = next.iter().zip(&live).map(|(&token, &live)| if live { token } else { generate.pad }).collect();
-            segment = live.iter().map(|&live| i32::from(live)).collect();
         }
     }
     Ok(result.record(answers, width, generate.max_new_tokens))

@@ -288,7 +288,7 @@ impl Planned {
             pad,
             forward,
             prompt_width: high as usize,
-            rows: scope.micro_batch_size.min(all.rows),
+            rows: scope.micro_batch_size.min(all.rows / samples),
             steps: None,
         };
         Some((Value { path, fields, table: Some(all) }, Statement::Generate(generate)))
