@@ -6,6 +6,7 @@ use dsgc_ir::{DType, Op};
 use multiversion::multiversion;
 
 use super::Launch;
+use super::lanes::{Kernel, LANES, Lanes, for_vectors, widest};
 use super::memory::Ptr;
 use super::narrow::{from_bf16, through, to_bf16};
 
@@ -112,10 +113,67 @@ pub(super) fn exp(x: f32) -> f32 {
     e * power(half) * power(n.wrapping_sub(half))
 }
 
-/// `1 / (1 + exp(-x))`.
-#[inline(always)]
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp(-x))
+/// A function that takes so many instructions that it is written for whole vectors.
+trait Function: Copy + Send + Sync + 'static {
+    /// Its values.
+    fn of<L: Lanes>(x: L) -> L;
+}
+
+macro_rules! functions {
+    ($($name:ident($x:ident) $value:expr;)*) => { $(
+        #[derive(Clone, Copy)]
+        struct $name;
+        impl Function for $name {
+            #[inline(always)]
+            fn of<L: Lanes>($x: L) -> L {
+                $value
+            }
+        }
+    )* };
+}
+functions! {
+    Exp(x) x.exp();
+    Sigmoid(x) x.sigmoid();
+    Silu(x) x / (x.all(1.0) + (x.all(0.0) - x).exp());
+    Tanh(x) x.tanh();
+    Erf(x) x.erf();
+    Gelu(x) {
+        let half = x.all(0.5) * x;
+        half.mul_add((x * x.all(FRAC_1_SQRT_2)).erf(), half)
+    };
+    // x * sigmoid(2u) is x / 2 * (1 + tanh u), with u = sqrt(2 / pi) * (x + 0.044715 x^3).
+    GeluTanh(x) {
+        let u = x * (x * x).mul_add(x.all(-0.071_354_814), x.all(-1.595_769_1));
+        x / (x.all(1.0) + u.exp())
+    };
+}
+
+/// A function of `n` elements that lie one after the other; the result may lie where they do.
+struct Map<F> {
+    from: *const f32,
+    to: *mut f32,
+    n: usize,
+    function: std::marker::PhantomData<F>,
+}
+
+impl<F: Function> Kernel for Map<F> {
+    type Output = ();
+    /// # Safety
+    /// Both places hold `n` elements and are apart or the same.
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        // SAFETY: the caller's; vectors are loaded before their results are stored.
+        unsafe {
+            let zero = L::splat(0.0);
+            for_vectors!((i, n) in self.n => F::of(zero.take(self.from.add(i), n)).put(self.to.add(i), n));
+        }
+    }
+}
+
+fn function<F: Function>(_: F) -> Row {
+    let function = std::marker::PhantomData::<F>;
+    // SAFETY: the promise of `Row`.
+    Box::new(move |x, out, n| unsafe { widest(Map { from: x[0].cast(), to: out.cast(), n, function }) })
 }
 
 /// The larger; NaN if either is.
@@ -239,21 +297,17 @@ fn floats(op: &Op) -> Row {
         Op::Le {} => binary(|a: f32, b: f32| u8::from(a <= b)),
         Op::Neg {} => unary(|x: f32| -x),
         Op::Abs {} => unary(f32::abs),
-        Op::Exp {} => unary(exp),
+        Op::Exp {} => function(Exp),
         Op::Log {} => unary(f32::ln),
         Op::Sqrt {} => unary(f32::sqrt),
-        Op::Tanh {} => unary(f32::tanh),
-        Op::Sigmoid {} => unary(sigmoid),
+        Op::Tanh {} => function(Tanh),
+        Op::Sigmoid {} => function(Sigmoid),
         Op::LogSigmoid {} => unary(|x: f32| smaller(x, 0.0) - exp(-x.abs()).ln_1p()),
         Op::Relu {} => unary(|x: f32| if x > 0.0 || x.is_nan() { x } else { 0.0 }),
-        Op::Gelu {} => unary(|x: f32| 0.5 * x * (1.0 + libm::erff(x * FRAC_1_SQRT_2))),
-        Op::GeluTanh {} => unary(|x: f32| {
-            // x * sigmoid(2u) is x / 2 * (1 + tanh u).
-            let u = 0.797_884_6 * (x + 0.044_715 * x * x * x);
-            x * sigmoid(2.0 * u)
-        }),
-        Op::Silu {} => unary(|x: f32| x * sigmoid(x)),
-        Op::Erf {} => unary(libm::erff),
+        Op::Gelu {} => function(Gelu),
+        Op::GeluTanh {} => function(GeluTanh),
+        Op::Silu {} => function(Silu),
+        Op::Erf {} => function(Erf),
         other => panic!("bug: `{other}` is not elementwise on floats"),
     }
 }

@@ -4,8 +4,9 @@
 //! a whole tensor of logits would take from memory six times stays in the cache, and its divisors are taken once.
 
 use super::gemm::{self, Matrix, Product};
+use super::logp::{logp_and_grad_row, logp_row};
 use super::memory::{ALIGNMENT, Ptr};
-use super::tokens::{check, logp_and_grad_row, logp_row};
+use super::tokens::check;
 use super::{Launch, parallel::Threads};
 
 /// Rows of a block. The head's gradient is read and written once for each, so per byte of it there are half as many
@@ -103,7 +104,7 @@ impl Head<'_> {
                     let (row, token) = (self.logits.add(i * v).0, self.tokens[first + i] as usize);
                     let gradient = gradients.map(|g| *g.of_logp.add(first + i).0);
                     *self.logp.add(first + i).0 = match gradient {
-                        Some(gradient) => logp_and_grad_row(row, v, token, gradient),
+                        Some(gradient) => logp_and_grad_row(row, v, token, gradient, row),
                         None => logp_row(self.logits.slice(i * v, v), token),
                     };
                 }

@@ -5,17 +5,14 @@ use std::sync::{Mutex, PoisonError};
 use dsgc_ir::DType;
 use dsgc_ir::segment::counts;
 use dsgc_ir::stage::Sampling;
-use multiversion::multiversion;
 
-use super::elementwise::{exp, larger};
+use super::lanes::{Kernel, LANES, Lanes, for_vectors, widest};
+use super::logp::{logp_and_grad_row, logp_row};
 use super::memory::{ALIGNMENT, Ptr};
 use super::narrow::{round, widen};
 use super::{Launch, structure};
 use crate::random::Key;
 use crate::sample::choose;
-
-/// Independent maxima and sums in a loop.
-const LANES: usize = 32;
 
 /// Checks that all indices are rows of a table.
 pub(super) fn check(indices: &[i32], rows: usize, what: &str) -> Result<(), String> {
@@ -121,90 +118,6 @@ pub(super) fn add_rows(l: &mut Launch) -> Result<(), String> {
     Ok(())
 }
 
-/// The largest logit, and the log of the softmax's divisor beyond it. Apart, because their sum would lose the digits in
-/// which a likely token differs from the largest.
-#[inline(always)]
-fn divisor(row: &[f32]) -> (f32, f32) {
-    let mut most = [f32::NEG_INFINITY; LANES];
-    let chunks = row.chunks_exact(LANES);
-    let tail = chunks.remainder();
-    for chunk in chunks {
-        for j in 0..LANES {
-            most[j] = larger(most[j], chunk[j]);
-        }
-    }
-    let most = tail.iter().chain(&most).fold(f32::NEG_INFINITY, |a, &b| larger(a, b));
-    let mut sums = [0.0f32; LANES];
-    for chunk in row.chunks_exact(LANES) {
-        for j in 0..LANES {
-            sums[j] += exp(chunk[j] - most);
-        }
-    }
-    let rest: f32 = tail.iter().map(|&x| exp(x - most)).sum();
-    (most, (sums.iter().sum::<f32>() + rest).ln())
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-pub(super) fn logp_row(row: &[f32], token: usize) -> f32 {
-    let (most, beyond) = divisor(row);
-    row[token] - most - beyond
-}
-
-/// `grad * (one at the token - softmax)`, written over the logits if the plan says so.
-///
-/// # Safety
-/// `out` has as many elements as `row`, and is either apart from it or the same.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-unsafe fn logp_grad_row(row: *const f32, n: usize, token: usize, grad: f32, out: *mut f32) {
-    // SAFETY: the caller's promise; the slice is not used once `out` is written.
-    unsafe { write_grad(row, n, token, grad, divisor(std::slice::from_raw_parts(row, n)), out) };
-}
-
-/// The log-probability; its gradient takes the place of the logits.
-///
-/// # Safety
-/// There are `n` logits, and nobody else reads or writes them.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-pub(super) unsafe fn logp_and_grad_row(row: *mut f32, n: usize, token: usize, grad: f32) -> f32 {
-    // SAFETY: the caller's promise, and the token was checked.
-    unsafe {
-        let (most, beyond) = divisor(std::slice::from_raw_parts(row, n));
-        let logp = *row.add(token) - most - beyond;
-        if grad == 0.0 {
-            std::slice::from_raw_parts_mut(row, n).fill(0.0);
-        } else {
-            write_grad(row, n, token, grad, (most, beyond), row);
-        }
-        logp
-    }
-}
-
-/// # Safety
-/// As for `logp_grad_row`.
-#[inline(always)]
-unsafe fn write_grad(row: *const f32, n: usize, token: usize, grad: f32, (most, beyond): (f32, f32), out: *mut f32) {
-    let mut i = 0;
-    while i + LANES <= n {
-        // SAFETY: all elements are loaded before any is stored.
-        unsafe {
-            let x = row.add(i).cast::<[f32; LANES]>().read_unaligned();
-            let mut r = [0.0; LANES];
-            for j in 0..LANES {
-                r[j] = -grad * exp(x[j] - most - beyond);
-            }
-            out.add(i).cast::<[f32; LANES]>().write_unaligned(r);
-        }
-        i += LANES;
-    }
-    while i < n {
-        // SAFETY: element `i` lies in both.
-        unsafe { out.add(i).write(-grad * exp(row.add(i).read() - most - beyond)) };
-        i += 1;
-    }
-    // SAFETY: the token was checked.
-    unsafe { *out.add(token) += grad };
-}
-
 /// Bytes of workspace to widen a row of narrow logits in each thread.
 pub(super) fn workspace(logits: DType, width: usize, threads: usize) -> usize {
     if logits.is_narrow() { threads.max(1) * width * size_of::<f32>() } else { 0 }
@@ -268,10 +181,10 @@ pub(super) fn logp_grad(l: &mut Launch) -> Result<(), String> {
                 // A row that no loss looks at, such as padding; its gradient is 0 whatever the logits are.
                 out.slice_mut(0, bytes).fill(0);
             } else if dtype.is_narrow() {
-                logp_grad_row(row, width, tokens[i] as usize, g, row);
+                logp_and_grad_row(row, width, tokens[i] as usize, g, row);
                 round(dtype, row, out.0, width);
             } else {
-                logp_grad_row(row, width, tokens[i] as usize, g, out.0.cast());
+                logp_and_grad_row(row, width, tokens[i] as usize, g, out.0.cast());
             }
         }
     });
@@ -294,32 +207,66 @@ pub(super) fn position_in(l: &mut Launch) {
     });
 }
 
-/// Runs `rope`, in place where the plan says so: both elements of a pair are read before either is written.
+/// Turns pairs of elements, half a head apart, of all heads of a place.
+struct Turn<'a> {
+    x: *const f32,
+    out: *mut f32,
+    heads: usize,
+    cos: &'a [f32],
+    sin: &'a [f32],
+}
+
+impl Kernel for Turn<'_> {
+    type Output = ();
+    /// # Safety
+    /// Both places hold `heads` heads of twice as many elements as there are angles, and are apart or the same; nobody else
+    /// touches them.
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let half = self.cos.len();
+        for head in 0..self.heads {
+            let at = 2 * half * head;
+            // SAFETY: the caller's; both elements of a pair are read before either is written.
+            unsafe {
+                let zero = L::splat(0.0);
+                for_vectors!((i, n) in half => {
+                    let (cos, sin) = (zero.take(self.cos.as_ptr().add(i), n), zero.take(self.sin.as_ptr().add(i), n));
+                    let (low, high) = (at + i, at + half + i);
+                    let (a, b) = (zero.take(self.x.add(low), n), zero.take(self.x.add(high), n));
+                    (a * cos - b * sin).put(self.out.add(low), n);
+                    (b * cos + a * sin).put(self.out.add(high), n);
+                });
+            }
+        }
+    }
+}
+
+/// Runs `rope`, in place where the plan says so. The rows of a batch go together, since most have the same position in a
+/// column, and its angles are dear.
 pub(super) fn rope(l: &mut Launch, inverse: bool) {
     let shape = l.shape(l.result());
-    let (heads, width) = (shape[2], shape[3]);
+    let (batch, columns, heads, width) = (shape[0], shape[1], shape[2], shape[3]);
     let half = width / 2;
     let (x, positions, freq, out): (Ptr<f32>, Ptr<i32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.arg(2), l.out(0));
-    l.threads.run(shape[0] * shape[1], 3 * heads * width + 20 * half, |r| {
-        let mut turns = vec![(0.0f32, 0.0f32); half];
+    l.threads.run(batch * columns, 3 * heads * width + 20 * half, |r| {
+        let (mut cos, mut sin) = (vec![0.0f32; half], vec![0.0f32; half]);
+        let mut turned = None;
         for t in r {
+            let place = t % batch * columns + t / batch;
             // SAFETY: there is a position per row of heads, and half as many frequencies as elements of a head; rows
             // of the result are apart.
             unsafe {
-                let position = f64::from(*positions.add(t).0);
-                for (turn, &freq) in turns.iter_mut().zip(freq.slice(0, half)) {
-                    let angle = position * f64::from(freq);
-                    let (sin, cos) = if inverse { (-angle).sin_cos() } else { angle.sin_cos() };
-                    *turn = (sin as f32, cos as f32);
-                }
-                for head in 0..heads {
-                    let at = (t * heads + head) * width;
-                    for (i, &(sin, cos)) in turns.iter().enumerate() {
-                        let (a, b) = (*x.add(at + i).0, *x.add(at + half + i).0);
-                        *out.add(at + i).0 = a * cos - b * sin;
-                        *out.add(at + half + i).0 = b * cos + a * sin;
+                let position = *positions.add(place).0;
+                if turned != Some(position) {
+                    for (i, &freq) in freq.slice(0, half).iter().enumerate() {
+                        let angle = f64::from(position) * f64::from(freq);
+                        let (s, c) = if inverse { (-angle).sin_cos() } else { angle.sin_cos() };
+                        (cos[i], sin[i]) = (c as f32, s as f32);
                     }
+                    turned = Some(position);
                 }
+                let at = place * heads * width;
+                widest(Turn { x: x.add(at).0, out: out.add(at).0, heads, cos: &cos, sin: &sin });
             }
         }
     });

@@ -21,7 +21,7 @@ mod arena;
 mod attention;
 mod composite;
 mod eval;
-mod real;
+pub(crate) mod real;
 mod structure;
 mod target;
 
