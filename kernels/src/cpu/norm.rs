@@ -1,113 +1,184 @@
-//! Normalisation of rows and its gradient: LayerNorm and RMSNorm.
+//! Normalisation of rows and its gradient: LayerNorm and RMSNorm, which is LayerNorm with a mean of 0 and no bias.
+//!
+//! A row is read from memory once; its later passes find it in the cache, and ask for the next row. Every operation rounds
+//! as in the interpreter, and no multiply-add is fused: gradients of short rows are differences of nearly equal numbers, in
+//! which nothing but the rounding may be left.
 
 use multiversion::multiversion;
 
 use super::Launch;
+use super::lanes::{Kernel, LANES, Lanes, fence, for_vectors, prefetch, prefetch_to_write, streams, widest};
 use super::memory::Ptr;
-use super::reduce::together;
 
 /// Rows whose contributions to the gradients of weight and bias are added up before those of other rows.
 const ROWS: usize = 64;
-/// Independent sums in a loop.
-const LANES: usize = 16;
+
+/// A width in whole vectors.
+fn padded(width: usize) -> usize {
+    width.next_multiple_of(LANES)
+}
 
 /// Bytes for the gradients of weight and bias of every block of rows.
 pub(super) fn workspace(shape: &[usize]) -> usize {
     let (width, lead) = shape.split_last().map_or((0, &[] as &[usize]), |(w, lead)| (*w, lead));
     let rows: usize = lead.iter().product();
-    rows.div_ceil(ROWS) * width * (size_of::<f64>() + size_of::<f32>())
+    rows.div_ceil(ROWS) * padded(width) * (size_of::<f64>() + size_of::<f32>())
 }
 
-#[inline(always)]
-fn sum(n: usize, f: impl Fn(usize) -> f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let whole = n / LANES * LANES;
-    for i in (0..whole).step_by(LANES) {
-        for (j, lane) in lanes.iter_mut().enumerate() {
-            *lane += f(i + j);
+/// Normalises rows: `(x - mean) / sqrt(var + eps) * weight + bias`; where they are not `CENTERED`, mean and bias are 0.
+/// Past the caches if `STREAM`.
+struct Forward<const CENTERED: bool, const STREAM: bool> {
+    x: *const f32,
+    weight: *const f32,
+    bias: *const f32,
+    out: *mut f32,
+    rows: usize,
+    width: usize,
+    eps: f32,
+}
+
+impl<const CENTERED: bool, const STREAM: bool> Kernel for Forward<CENTERED, STREAM> {
+    type Output = ();
+    /// # Safety
+    /// All places hold what `rows` and `width` say, and nobody else writes them. If `STREAM`, vectors of the result lie at
+    /// multiples of their size.
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        for row in 0..self.rows {
+            let (x, out) = (self.x.wrapping_add(row * self.width), self.out.wrapping_add(row * self.width));
+            // SAFETY: the caller's.
+            unsafe {
+                let zero = L::splat(0.0);
+                let (mean, inverse) = moments::<L, CENTERED>(x, self.width, self.eps, (!STREAM).then_some(out));
+                for_vectors!((i, n) in self.width => {
+                    let normal = (zero.take(x.add(i), n) - mean) * inverse;
+                    let weight = zero.take(self.weight.add(i), n);
+                    let bias = if CENTERED { zero.take(self.bias.add(i), n) } else { zero };
+                    let y = normal * weight + bias;
+                    if STREAM { y.stream(out.add(i)) } else { y.put(out.add(i), n) }
+                });
+            }
+        }
+        if STREAM {
+            fence();
         }
     }
-    let tail: f32 = (whole..n).map(&f).sum();
-    together(lanes, |a, b| a + b) + tail
 }
 
-/// Mean and `1 / sqrt(var + eps)`.
+/// Mean and `1 / sqrt(var + eps)` of a row, in all lanes. Asks for the next row, and for where
+/// its result goes.
+///
+/// # Safety
+/// There are `width` numbers, and the machine has the instructions of `L`.
 #[inline(always)]
-fn moments(x: &[f32], eps: f32) -> (f32, f32) {
-    let n = x.len() as f32;
-    let mean = sum(x.len(), |i| x[i]) / n;
-    let variance = sum(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / n;
-    (mean, 1.0 / (variance + eps).sqrt())
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn forward_row(x: &[f32], weight: &[f32], bias: &[f32], out: &mut [f32], eps: f32) {
-    let n = out.len();
-    let (x, weight, bias) = (&x[..n], &weight[..n], &bias[..n]);
-    let (mean, inverse) = moments(x, eps);
-    for i in 0..n {
-        out[i] = (x[i] - mean) * inverse * weight[i] + bias[i];
+unsafe fn moments<L: Lanes, const CENTERED: bool>(
+    x: *const f32,
+    width: usize,
+    eps: f32,
+    out: Option<*mut f32>,
+) -> (L, L) {
+    // SAFETY: the caller's.
+    unsafe {
+        let zero = L::splat(0.0);
+        let mut mean = zero;
+        if CENTERED {
+            let mut sum = zero;
+            for_vectors!((i, n) in width => sum = sum + zero.take(x.add(i), n));
+            mean = L::splat(sum.sum() / width as f32);
+        }
+        let mut square = zero;
+        for_vectors!((i, n) in width => {
+            prefetch(x.wrapping_add(width + i));
+            if let Some(out) = out {
+                prefetch_to_write(out.wrapping_add(width + i));
+            }
+            let d = mean.take(x.add(i), n) - mean;
+            square = square + d * d;
+        });
+        let inverse = 1.0 / (square.sum() / width as f32 + eps).sqrt();
+        (mean, L::splat(inverse))
     }
 }
 
-/// With `n = (x - mean) * inverse` and `h = grad * weight`:
-/// `dx = inverse * (h - mean(h) - n * mean(h * n))`; adds `grad * n` to `dw` and `grad` to `db`. The latter in doubles: where
-/// a loss takes differences of two texts, their gradients cancel, and an optimizer would magnify what roundings leave.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn backward_row(x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mut [f32], db: &mut [f64], eps: f32) {
-    let n = dx.len();
-    let (x, weight, grad, dw, db) = (&x[..n], &weight[..n], &grad[..n], &mut dw[..n], &mut db[..n]);
-    let (mean, inverse) = moments(x, eps);
-    let mean_h = sum(n, |i| grad[i] * weight[i]) / n as f32;
-    let mean_hn = sum(n, |i| grad[i] * weight[i] * ((x[i] - mean) * inverse)) / n as f32;
-    for i in 0..n {
-        let normal = (x[i] - mean) * inverse;
-        dx[i] = inverse * (grad[i] * weight[i] - mean_h - normal * mean_hn);
-        dw[i] += grad[i] * normal;
-        db[i] += f64::from(grad[i]);
-    }
+/// With `n = (x - mean) * inverse` and `h = grad * weight`: `dx = inverse * (h - mean(h) - n * mean(h * n))`; adds `grad * n`
+/// to `dw` and `grad` to `db`. The latter in doubles: where a loss takes differences of two texts, their gradients cancel,
+/// and an optimizer would magnify what roundings leave. Where rows are not `CENTERED`, both means are 0 and there is no `db`.
+struct Backward<const CENTERED: bool> {
+    x: *const f32,
+    weight: *const f32,
+    grad: *const f32,
+    dx: *mut f32,
+    dw: *mut f32,
+    db: *mut f64,
+    rows: usize,
+    width: usize,
+    eps: f32,
 }
 
-/// `1 / sqrt(mean(x^2) + eps)`.
-#[inline(always)]
-fn inverse_rms(x: &[f32], eps: f32) -> f32 {
-    1.0 / (sum(x.len(), |i| x[i] * x[i]) / x.len() as f32 + eps).sqrt()
-}
-
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn rms_forward_row(x: &[f32], weight: &[f32], out: &mut [f32], eps: f32) {
-    let n = out.len();
-    let (x, weight) = (&x[..n], &weight[..n]);
-    let inverse = inverse_rms(x, eps);
-    for i in 0..n {
-        out[i] = x[i] * inverse * weight[i];
-    }
-}
-
-/// With `n = x * inverse` and `h = grad * weight`: `dx = inverse * (h - n * mean(h * n))`; adds `grad * n` to `dw`.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn rms_backward_row(x: &[f32], weight: &[f32], grad: &[f32], dx: &mut [f32], dw: &mut [f32], eps: f32) {
-    let n = dx.len();
-    let (x, weight, grad, dw) = (&x[..n], &weight[..n], &grad[..n], &mut dw[..n]);
-    let inverse = inverse_rms(x, eps);
-    let mean = sum(n, |i| grad[i] * weight[i] * (x[i] * inverse)) / n as f32;
-    for i in 0..n {
-        let normal = x[i] * inverse;
-        dx[i] = inverse * (grad[i] * weight[i] - normal * mean);
-        dw[i] += grad[i] * normal;
+impl<const CENTERED: bool> Kernel for Backward<CENTERED> {
+    type Output = ();
+    /// # Safety
+    /// All places hold what `rows` and `width` say, `dw` and `db` up to whole vectors, and nobody else touches what is
+    /// written. `dx` may lie where `x` or `grad` do.
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let width = self.width;
+        for row in 0..self.rows {
+            let at = row * width;
+            let (x, grad, dx) = (self.x.wrapping_add(at), self.grad.wrapping_add(at), self.dx.wrapping_add(at));
+            // SAFETY: the caller's; of a vector all is loaded before anything is stored.
+            unsafe {
+                let zero = L::splat(0.0);
+                let (mean, inverse) = moments::<L, CENTERED>(x, width, self.eps, Some(dx));
+                let (mut sum_h, mut product) = (zero, zero);
+                for_vectors!((i, n) in width => {
+                    prefetch(grad.wrapping_add(width + i));
+                    let h = zero.take(grad.add(i), n) * zero.take(self.weight.add(i), n);
+                    sum_h = sum_h + h;
+                    product = product + h * ((mean.take(x.add(i), n) - mean) * inverse);
+                });
+                let mean_hn = L::splat(product.sum() / width as f32);
+                let mean_h = if CENTERED { L::splat(sum_h.sum() / width as f32) } else { zero };
+                for_vectors!((i, n) in width => {
+                    let (weight, grad) = (zero.take(self.weight.add(i), n), zero.take(grad.add(i), n));
+                    let normal = (mean.take(x.add(i), n) - mean) * inverse;
+                    (inverse * (grad * weight - mean_h - normal * mean_hn)).put(dx.add(i), n);
+                    (L::load(self.dw.add(i)) + grad * normal).store(self.dw.add(i));
+                    if CENTERED {
+                        L::add_to_doubles([grad], self.db.add(i));
+                    }
+                });
+            }
+        }
     }
 }
 
 /// Runs `rms_norm`.
 pub(super) fn rms_forward(l: &mut Launch, eps: f64) {
+    let (x, weight, out) = (l.arg(0), l.arg(1), l.out(0));
+    forward_rows::<false>(l, [x, weight, weight, out], eps);
+}
+
+/// Runs `layer_norm`.
+pub(super) fn forward(l: &mut Launch, eps: f64) {
+    let all = [l.arg(0), l.arg(1), l.arg(2), l.out(0)];
+    forward_rows::<true>(l, all, eps);
+}
+
+fn forward_rows<const CENTERED: bool>(l: &mut Launch, [x, weight, bias, out]: [Ptr<f32>; 4], eps: f64) {
     let (rows, width) = l.rows(l.result());
-    let (x, weight, out): (Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.out(0));
-    l.threads.run(rows, 3 * width, |r| {
-        for row in r {
-            // SAFETY: operand and result have `rows` rows of `width`; rows are apart.
-            unsafe {
-                let out = out.slice_mut(row * width, width);
-                rms_forward_row(x.slice(row * width, width), weight.slice(0, width), out, eps as f32);
+    let eps = eps as f32;
+    let stream = x.0 != out.0 && streams(out.0, rows * width, width);
+    l.threads.run(rows, 4 * width, |r| {
+        let (at, rows) = (r.start * width, r.len());
+        // SAFETY: operand and result have rows of `width`; those of threads are apart; `streams` was asked.
+        unsafe {
+            let (x, out) = (x.add(at).0.cast_const(), out.add(at).0);
+            let [weight, bias] = [weight, bias].map(|p| p.slice(0, width).as_ptr());
+            if stream {
+                widest(Forward::<CENTERED, true> { x, weight, bias, out, rows, width, eps });
+            } else {
+                widest(Forward::<CENTERED, false> { x, weight, bias, out, rows, width, eps });
             }
         }
     });
@@ -115,87 +186,60 @@ pub(super) fn rms_forward(l: &mut Launch, eps: f64) {
 
 /// Runs `rms_norm_grad`.
 pub(super) fn rms_backward(l: &mut Launch, eps: f64) {
-    let (rows, width) = l.rows(l.op.args[0]);
-    let (x, weight, grad): (Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.arg(2));
-    let (dx, dw): (Ptr<f32>, Ptr<f32>) = (l.out(0), l.out(1));
-    let partial: Ptr<f32> = l.workspace();
-    let blocks = rows.div_ceil(ROWS);
-    l.threads.run(blocks, 6 * ROWS * width, |r| {
-        for block in r {
-            // SAFETY: the workspace has a row per block; rows of operands and results are apart.
-            unsafe {
-                let dw = partial.slice_mut(block * width, width);
-                dw.fill(0.0);
-                for row in block * ROWS..rows.min((block + 1) * ROWS) {
-                    let dx = dx.slice_mut(row * width, width);
-                    let (x, grad) = (x.slice(row * width, width), grad.slice(row * width, width));
-                    rms_backward_row(x, weight.slice(0, width), grad, dx, dw, eps as f32);
-                }
-            }
-        }
-    });
-    // SAFETY: all blocks are written, and nobody else touches the result.
-    unsafe {
-        let dw = dw.slice_mut(0, width);
-        dw.fill(0.0);
-        for block in 0..blocks {
-            dw.iter_mut().zip(partial.slice(block * width, width)).for_each(|(a, b)| *a += b);
-        }
-    }
-}
-
-/// Runs `layer_norm`.
-pub(super) fn forward(l: &mut Launch, eps: f64) {
-    let (rows, width) = l.rows(l.result());
-    let (x, weight, bias, out): (Ptr<f32>, Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.arg(2), l.out(0));
-    l.threads.run(rows, 4 * width, |r| {
-        for row in r {
-            // SAFETY: operands and result have `rows` rows of `width`; rows are apart.
-            unsafe {
-                let out = out.slice_mut(row * width, width);
-                forward_row(x.slice(row * width, width), weight.slice(0, width), bias.slice(0, width), out, eps as f32);
-            }
-        }
-    });
+    backward_rows::<false>(l, None, eps);
 }
 
 /// Runs `layer_norm_grad`.
 pub(super) fn backward(l: &mut Launch, eps: f64) {
+    let db = l.out(2);
+    backward_rows::<true>(l, Some(db), eps);
+}
+
+fn backward_rows<const CENTERED: bool>(l: &mut Launch, db: Option<Ptr<f32>>, eps: f64) {
     let (rows, width) = l.rows(l.op.args[0]);
     let (x, weight, grad): (Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.arg(2));
-    let (dx, dw, db): (Ptr<f32>, Ptr<f32>, Ptr<f32>) = (l.out(0), l.out(1), l.out(2));
-    let blocks = rows.div_ceil(ROWS);
+    let (dx, dw): (Ptr<f32>, Ptr<f32>) = (l.out(0), l.out(1));
+    let (blocks, stride, eps) = (rows.div_ceil(ROWS), padded(width), eps as f32);
     let partial_db: Ptr<f64> = l.workspace();
     // SAFETY: the workspace has a row of doubles per block, and behind them one of floats.
-    let partial_dw: Ptr<f32> = Ptr(unsafe { partial_db.add(blocks * width) }.0.cast());
+    let partial_dw: Ptr<f32> = Ptr(unsafe { partial_db.add(blocks * stride) }.0.cast());
     l.threads.run(blocks, 8 * ROWS * width, |r| {
         for block in r {
+            let first = block * ROWS;
+            let (at, rows) = (first * width, rows.min(first + ROWS) - first);
             // SAFETY: the workspace has two rows per block; rows of operands and results are apart.
             unsafe {
-                let (dw, db) = (partial_dw.slice_mut(block * width, width), partial_db.slice_mut(block * width, width));
+                let (dw, db) =
+                    (partial_dw.slice_mut(block * stride, stride), partial_db.slice_mut(block * stride, stride));
                 dw.fill(0.0);
                 db.fill(0.0);
-                for row in block * ROWS..rows.min((block + 1) * ROWS) {
-                    let dx = dx.slice_mut(row * width, width);
-                    let (x, grad) = (x.slice(row * width, width), grad.slice(row * width, width));
-                    backward_row(x, weight.slice(0, width), grad, dx, dw, db, eps as f32);
-                }
+                let (x, grad) = (x.add(at).0.cast_const(), grad.add(at).0.cast_const());
+                let weight = weight.slice(0, width).as_ptr();
+                let (dx, dw, db) = (dx.add(at).0, dw.as_mut_ptr(), db.as_mut_ptr());
+                widest(Backward::<CENTERED> { x, weight, grad, dx, dw, db, rows, width, eps });
             }
         }
     });
     // SAFETY: all blocks are written, and nobody else touches the results.
     unsafe {
-        let (dw, db) = (dw.slice_mut(0, width), db.slice_mut(0, width));
-        dw.fill(0.0);
-        for block in 0..blocks {
-            dw.iter_mut().zip(partial_dw.slice(block * width, width)).for_each(|(a, b)| *a += b);
+        add_rows(partial_dw.slice_mut(0, blocks * stride), stride, dw.slice_mut(0, width), |x| x);
+        if let Some(db) = db {
+            add_rows(partial_db.slice_mut(0, blocks * stride), stride, db.slice_mut(0, width), |x| x as f32);
         }
-        let sums = partial_db.slice_mut(0, blocks * width);
-        for block in 1..blocks {
-            let (all, of_block) = sums.split_at_mut(block * width);
-            all[..width].iter_mut().zip(&of_block[..width]).for_each(|(a, b)| *a += b);
+    }
+}
+
+/// Adds rows of so many numbers to the first, which is used up, and puts the sums where they go; 0 if there are no rows.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn add_rows<T: Copy + std::ops::AddAssign, F: Fn(T) -> f32>(rows: &mut [T], stride: usize, to: &mut [f32], single: F) {
+    let (sums, others) = rows.split_at_mut(stride.min(rows.len()));
+    for row in others.chunks_exact(stride.max(1)) {
+        for (sum, &x) in sums.iter_mut().zip(row) {
+            *sum += x;
         }
-        db.fill(0.0);
-        db.iter_mut().zip(&*sums).for_each(|(a, &b)| *a = b as f32);
+    }
+    to.fill(0.0);
+    for (to, &sum) in to.iter_mut().zip(&*sums) {
+        *to = single(sum);
     }
 }
