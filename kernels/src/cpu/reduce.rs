@@ -5,6 +5,7 @@ use multiversion::multiversion;
 
 use super::Launch;
 use super::elementwise::{larger, smaller};
+use super::lanes::together;
 use super::memory::Ptr;
 use super::structure::strides;
 
@@ -14,8 +15,11 @@ const BLOCK: usize = 8 * 1024;
 const LANES: usize = 32;
 /// Rows of a column sum between two additions to the total.
 const ROWS: usize = 64;
-/// Columns of a column sum that a thread takes at once.
-const COLUMNS: usize = 256;
+/// Columns of a column sum that a thread takes at once at most: their sums stay in the first-level cache. As many as there
+/// are, since from row to row memory is asked for anew.
+const COLUMNS: usize = 2048;
+/// Columns that are not cut apart: a cache line of floats.
+const LINE: usize = 16;
 
 /// Bytes for the partial results of `n` elements.
 pub(super) fn workspace(n: usize) -> usize {
@@ -48,19 +52,6 @@ folds! {
     MinI i32: i32::MAX, Ord::min;
 }
 
-/// What is in all lanes, taken together in pairs; their number is a power of two.
-#[inline(always)]
-pub(super) fn together<T: Copy, const N: usize>(mut lanes: [T; N], with: impl Fn(T, T) -> T) -> T {
-    let mut width = N / 2;
-    while width > 0 {
-        for j in 0..width {
-            lanes[j] = with(lanes[j], lanes[j + width]);
-        }
-        width /= 2;
-    }
-    lanes[0]
-}
-
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
 fn fold_row<T: Copy, F: Fold<T>>(row: &[T], fold: F) -> T {
     let mut lanes = [F::START; LANES];
@@ -78,6 +69,15 @@ fn fold_row<T: Copy, F: Fold<T>>(row: &[T], fold: F) -> T {
 fn fold_into<T: Copy, F: Fold<T>>(into: &mut [T], row: &[T], fold: F) {
     for (a, &b) in into.iter_mut().zip(row) {
         *a = fold.with(*a, b);
+    }
+}
+
+/// The same for four rows, one after the other.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn fold_four_into<T: Copy, F: Fold<T>>(into: &mut [T], rows: [&[T]; 4], fold: F) {
+    let [a, b, c, d] = rows.map(|row| &row[..into.len()]);
+    for i in 0..into.len() {
+        into[i] = fold.with(fold.with(fold.with(fold.with(into[i], a[i]), b[i]), c[i]), d[i]);
     }
 }
 
@@ -153,23 +153,30 @@ fn columns<T: Copy + Send + Sync, F: Fold<T>>(
     width: usize,
     fold: F,
 ) {
-    let parts = width.div_ceil(COLUMNS);
-    l.threads.run(n * parts, height * COLUMNS.min(width), |r| {
-        for i in r {
-            let (block, from) = (i / parts, i % parts * COLUMNS);
-            let take = COLUMNS.min(width - from);
+    let lines = width.div_ceil(LINE);
+    l.threads.run(n * lines, height * LINE, |r| {
+        let mut line = r.start;
+        while line < r.end {
+            let (block, first) = (line / lines, line % lines);
+            let last = lines.min(first + r.end - line).min(first + COLUMNS / LINE);
+            let from = first * LINE;
+            let take = (last * LINE).min(width) - from;
             // SAFETY: columns `from..from + take` of one block; every thread has its own.
             let total = unsafe { out.slice_mut(block * width + from, take) };
+            // SAFETY: a row of the block.
+            let row = |row: usize| unsafe { a.slice((block * height + row) * width + from, take) };
             total.fill(F::START);
             for first in (0..height).step_by(ROWS) {
-                let mut sum = [F::START; COLUMNS];
-                for row in first..height.min(first + ROWS) {
-                    // SAFETY: a row of the block.
-                    let row = unsafe { a.slice((block * height + row) * width + from, take) };
-                    fold_into(&mut sum[..take], row, fold);
+                let (mut sum, end) = ([F::START; COLUMNS], height.min(first + ROWS));
+                let mut at = first;
+                while at + 4 <= end {
+                    fold_four_into(&mut sum[..take], [row(at), row(at + 1), row(at + 2), row(at + 3)], fold);
+                    at += 4;
                 }
+                (at..end).for_each(|at| fold_into(&mut sum[..take], row(at), fold));
                 fold_into(total, &sum[..take], fold);
             }
+            line += last - first;
         }
     });
 }

@@ -129,6 +129,11 @@ fn strided_as<T: Copy + Send>(l: &mut Launch, shape: &[usize], with: Vec<usize>)
     let (inner, step) = dims.pop().unwrap_or((1, 0));
     let rows: usize = dims.iter().map(|d| d.0).product();
     let (a, out): (Ptr<T>, Ptr<T>) = (l.arg(0), l.out(0));
+    if step > 1
+        && let Some(along) = dims.iter().position(|d| d.1 == 1)
+    {
+        return turned(l, dims, along, (inner, step), (a, out));
+    }
     let start_of = |row: usize| {
         let (mut rest, mut at) = (row, 0);
         for &(extent, stride) in dims.iter().rev() {
@@ -152,6 +157,51 @@ fn strided_as<T: Copy + Send>(l: &mut Launch, shape: &[usize], with: Vec<usize>)
     } else {
         l.threads.run(rows, inner, |r| r.for_each(|row| part(row, 0, inner)));
     }
+}
+
+/// Rows and columns of a tile that is turned: a cache line of four-byte elements, read from so few rows that all of them
+/// stay in the first-level cache, whatever lies between them.
+const TILE: (usize, usize) = (8, 16);
+
+/// What [`strided`] does where the operand's elements lie one after the other along another dim of the result, `dims[along]`,
+/// than the last: matrices are turned in tiles, of which every cache line is read and written once.
+fn turned<T: Copy + Send>(
+    l: &mut Launch,
+    mut dims: Vec<(usize, usize)>,
+    along: usize,
+    (inner, step): (usize, usize),
+    (a, out): (Ptr<T>, Ptr<T>),
+) {
+    // Distances in the result, which is dense.
+    let mut distance = inner;
+    let mut places: Vec<(usize, usize, usize)> = Vec::with_capacity(dims.len());
+    while let Some((extent, stride)) = dims.pop() {
+        places.push((extent, stride, distance));
+        distance *= extent;
+    }
+    let (height, _, down) = places.remove(places.len() - 1 - along);
+    let strips = height.div_ceil(TILE.1);
+    let matrices: usize = places.iter().map(|d| d.0).product();
+    l.threads.run(matrices * strips, TILE.1 * inner, |r| {
+        for strip in r {
+            let (mut rest, mut from, mut to) = (strip / strips, 0, 0);
+            for &(extent, stride, distance) in &places {
+                from += rest % extent * stride;
+                to += rest % extent * distance;
+                rest /= extent;
+            }
+            let first = strip % strips * TILE.1;
+            for column in (0..inner).step_by(TILE.0) {
+                for i in first..height.min(first + TILE.1) {
+                    for j in column..inner.min(column + TILE.0) {
+                        // SAFETY: offsets stay in the operand and the result, whose dims they come from; threads write
+                        // rows of the result that are apart.
+                        unsafe { *out.add(to + i * down + j).0 = *a.add(from + j * step + i).0 };
+                    }
+                }
+            }
+        }
+    });
 }
 
 /// `out[.., i, ..] = a[.., i + first, ..]` along a dim; 0 where there is no such element.
