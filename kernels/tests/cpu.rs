@@ -175,6 +175,20 @@ fn regions_of_every_layout() {
     }
 }
 
+/// Results that no cache holds are written past them: by all threads, or by the one that has enough of them.
+#[test]
+fn large_results_are_those_of_the_interpreter() {
+    compare(
+        "%a: f32[1030, 3072], %b: f32[3072]",
+        "%b.1 = broadcast %b shape=[1030, 3072]
+%y, %z = fused %a, %b.1 shape=[1030, 3072] body={$2 = add $0, $1; $3 = lt $2, $0; $4 = exp $2; return $3, $4}",
+        &[],
+    );
+    let rows = "%x: f32[4100, 768], %w: f32[768], %b: f32[768]";
+    compare(rows, "%y = layer_norm %x, %w, %b eps=1e-5", &[]);
+    compare("%g: f32[3, 768], %t: i32[3]", "%y = embed_grad %t, %g rows=4100", &[("t", 4100)]);
+}
+
 /// Every step of a region, twice so that arithmetic is compiled, beside the op alone: the same bits for all pairs of
 /// awkward numbers.
 #[test]

@@ -232,9 +232,56 @@ pub(super) fn fence() {
 /// 3 MiB half as long through them.
 const STREAMED: usize = 12 << 20;
 
-/// Whether so many floats at an address, written in rows of a width, go past the caches.
-pub(super) fn streams(to: *const f32, elements: usize, width: usize) -> bool {
-    elements.saturating_mul(size_of::<f32>()) >= STREAMED && width.is_multiple_of(LANES) && to.addr().is_multiple_of(64)
+/// Whether so many bytes at an address, written in rows of so many bytes, go past the caches.
+pub(super) fn streams<T>(to: *const T, bytes: usize, row: usize) -> bool {
+    bytes >= STREAMED && row.is_multiple_of(LINE) && to.addr().is_multiple_of(LINE)
+}
+
+/// Bytes of a cache line, which is a vector of [`LANES`] floats.
+const LINE: usize = LANES * size_of::<f32>();
+
+/// Writes lines past the caches: a copy, or zeros.
+struct Stream {
+    from: Option<*const f32>,
+    to: *mut f32,
+    lines: usize,
+}
+
+impl Kernel for Stream {
+    type Output = ();
+    /// # Safety
+    /// Both places hold so many lines and are apart, nobody else touches the second, and it begins with a line.
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        for i in (0..self.lines * LANES).step_by(LANES) {
+            // SAFETY: the caller's.
+            unsafe {
+                let line = match self.from {
+                    Some(from) => L::load(from.add(i)),
+                    None => L::splat(0.0),
+                };
+                line.stream(self.to.add(i));
+            }
+        }
+    }
+}
+
+/// Copies bytes past the caches, where [`streams`] says so; [`fence`] makes them known to other threads.
+///
+/// # Safety
+/// Both places hold so many bytes, whole lines, and are apart; the second begins with a line, and nobody else touches it.
+pub(super) unsafe fn stream_copy(from: *const u8, to: *mut u8, bytes: usize) {
+    // SAFETY: the caller's; vectors are moved without a look at their numbers.
+    unsafe { widest(Stream { from: Some(from.cast()), to: to.cast(), lines: bytes / LINE }) }
+}
+
+/// Writes zeros, as [`stream_copy`] copies.
+///
+/// # Safety
+/// As for `stream_copy`.
+pub(super) unsafe fn stream_zeros(to: *mut u8, bytes: usize) {
+    // SAFETY: the caller's.
+    unsafe { widest(Stream { from: None, to: to.cast(), lines: bytes / LINE }) }
 }
 
 /// What is in all lanes, taken together in pairs; their number is a power of two.

@@ -168,7 +168,7 @@ pub(super) fn forward(l: &mut Launch, eps: f64) {
 fn forward_rows<const CENTERED: bool>(l: &mut Launch, [x, weight, bias, out]: [Ptr<f32>; 4], eps: f64) {
     let (rows, width) = l.rows(l.result());
     let eps = eps as f32;
-    let stream = x.0 != out.0 && streams(out.0, rows * width, width);
+    let stream = x.0 != out.0 && streams(out.0, rows * width * size_of::<f32>(), width * size_of::<f32>());
     l.threads.run(rows, 4 * width, |r| {
         let (at, rows) = (r.start * width, r.len());
         // SAFETY: operand and result have rows of `width`; those of threads are apart; `streams` was asked.

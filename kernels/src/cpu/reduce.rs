@@ -72,15 +72,6 @@ fn fold_into<T: Copy, F: Fold<T>>(into: &mut [T], row: &[T], fold: F) {
     }
 }
 
-/// The same for four rows, one after the other.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn fold_four_into<T: Copy, F: Fold<T>>(into: &mut [T], rows: [&[T]; 4], fold: F) {
-    let [a, b, c, d] = rows.map(|row| &row[..into.len()]);
-    for i in 0..into.len() {
-        into[i] = fold.with(fold.with(fold.with(fold.with(into[i], a[i]), b[i]), c[i]), d[i]);
-    }
-}
-
 /// Runs a reduction over dims.
 pub(super) fn run(l: &mut Launch, axes: &[usize]) {
     match (l.dtype(l.result()), &l.op.op) {
@@ -155,7 +146,7 @@ fn columns<T: Copy + Send + Sync, F: Fold<T>>(
 ) {
     let lines = width.div_ceil(LINE);
     l.threads.run(n * lines, height * LINE, |r| {
-        let mut line = r.start;
+        let (mut sum, mut line) = ([F::START; COLUMNS], r.start);
         while line < r.end {
             let (block, first) = (line / lines, line % lines);
             let last = lines.min(first + r.end - line).min(first + COLUMNS / LINE);
@@ -167,14 +158,10 @@ fn columns<T: Copy + Send + Sync, F: Fold<T>>(
             let row = |row: usize| unsafe { a.slice((block * height + row) * width + from, take) };
             total.fill(F::START);
             for first in (0..height).step_by(ROWS) {
-                let (mut sum, end) = ([F::START; COLUMNS], height.min(first + ROWS));
-                let mut at = first;
-                while at + 4 <= end {
-                    fold_four_into(&mut sum[..take], [row(at), row(at + 1), row(at + 2), row(at + 3)], fold);
-                    at += 4;
-                }
-                (at..end).for_each(|at| fold_into(&mut sum[..take], row(at), fold));
-                fold_into(total, &sum[..take], fold);
+                let sum = &mut sum[..take];
+                sum.fill(F::START);
+                (first..height.min(first + ROWS)).for_each(|at| fold_into(sum, row(at), fold));
+                fold_into(total, sum, fold);
             }
             line += last - first;
         }

@@ -1,8 +1,10 @@
 //! Ops that move elements: copies with other strides, windows, constants.
 
 use dsgc_ir::{Buffer, DType, Op};
+use multiversion::multiversion;
 
 use super::Launch;
+use super::lanes::{prefetch, prefetch_to_write};
 use super::memory::Ptr;
 
 /// Runs an op that only moves elements.
@@ -116,7 +118,7 @@ fn strided(l: &mut Launch, shape: &[usize], with: Vec<usize>) {
     by_width!(l, strided_as, shape, with)
 }
 
-fn strided_as<T: Copy + Send>(l: &mut Launch, shape: &[usize], with: Vec<usize>) {
+fn strided_as<T: Copy + Default + Send>(l: &mut Launch, shape: &[usize], with: Vec<usize>) {
     // Dims that are one dim in both places are joined.
     let mut dims: Vec<(usize, usize)> = Vec::new();
     for (&extent, stride) in shape.iter().zip(with) {
@@ -159,13 +161,37 @@ fn strided_as<T: Copy + Send>(l: &mut Launch, shape: &[usize], with: Vec<usize>)
     }
 }
 
-/// Rows and columns of a tile that is turned: a cache line of four-byte elements, read from so few rows that all of them
-/// stay in the first-level cache, whatever lies between them.
-const TILE: (usize, usize) = (8, 16);
+/// Rows and columns of a tile that is turned: a cache line of four-byte elements.
+const TILE: usize = 16;
+
+/// Turns a tile: elements of a row of `from` go down a column of `to`. Through a copy that lies dense, since rows that are
+/// as far apart as many matrices have them share too few places of a cache.
+///
+/// # Safety
+/// There are [`TILE`] rows of as many elements at both places, `step` and `down` elements apart.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+unsafe fn turn<T: Copy + Default>(from: *const T, step: usize, to: *mut T, down: usize) {
+    let mut tile = [[T::default(); TILE]; TILE];
+    for (j, row) in tile.iter_mut().enumerate() {
+        // The tile after the next one, in both.
+        prefetch(from.wrapping_add((2 * TILE + j) * step).cast());
+        prefetch_to_write(to.wrapping_add(j * down + 2 * TILE).cast());
+        // SAFETY: the caller's.
+        *row = unsafe { from.add(j * step).cast::<[T; TILE]>().read_unaligned() };
+    }
+    for i in 0..TILE {
+        let mut row = [T::default(); TILE];
+        for j in 0..TILE {
+            row[j] = tile[j][i];
+        }
+        // SAFETY: the caller's.
+        unsafe { to.add(i * down).cast::<[T; TILE]>().write_unaligned(row) };
+    }
+}
 
 /// What [`strided`] does where the operand's elements lie one after the other along another dim of the result, `dims[along]`,
 /// than the last: matrices are turned in tiles, of which every cache line is read and written once.
-fn turned<T: Copy + Send>(
+fn turned<T: Copy + Default + Send>(
     l: &mut Launch,
     mut dims: Vec<(usize, usize)>,
     along: usize,
@@ -180,9 +206,9 @@ fn turned<T: Copy + Send>(
         distance *= extent;
     }
     let (height, _, down) = places.remove(places.len() - 1 - along);
-    let strips = height.div_ceil(TILE.1);
+    let strips = height.div_ceil(TILE);
     let matrices: usize = places.iter().map(|d| d.0).product();
-    l.threads.run(matrices * strips, TILE.1 * inner, |r| {
+    l.threads.run(matrices * strips, TILE * inner, |r| {
         for strip in r {
             let (mut rest, mut from, mut to) = (strip / strips, 0, 0);
             for &(extent, stride, distance) in &places {
@@ -190,13 +216,21 @@ fn turned<T: Copy + Send>(
                 to += rest % extent * distance;
                 rest /= extent;
             }
-            let first = strip % strips * TILE.1;
-            for column in (0..inner).step_by(TILE.0) {
-                for i in first..height.min(first + TILE.1) {
-                    for j in column..inner.min(column + TILE.0) {
-                        // SAFETY: offsets stay in the operand and the result, whose dims they come from; threads write
-                        // rows of the result that are apart.
-                        unsafe { *out.add(to + i * down + j).0 = *a.add(from + j * step + i).0 };
+            let first = strip % strips * TILE;
+            let last = height.min(first + TILE);
+            for column in (0..inner).step_by(TILE) {
+                // SAFETY: offsets stay in the operand and the result, whose dims they come from; threads write rows of the
+                // result that are apart.
+                unsafe {
+                    if last - first == TILE && inner - column >= TILE {
+                        let (from, to) = (a.add(from + column * step + first), out.add(to + first * down + column));
+                        turn(from.0.cast_const(), step, to.0, down);
+                        continue;
+                    }
+                    for i in first..last {
+                        for j in column..inner.min(column + TILE) {
+                            *out.add(to + i * down + j).0 = *a.add(from + j * step + i).0;
+                        }
                     }
                 }
             }

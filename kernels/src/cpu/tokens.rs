@@ -6,7 +6,7 @@ use dsgc_ir::DType;
 use dsgc_ir::segment::counts;
 use dsgc_ir::stage::Sampling;
 
-use super::lanes::{Kernel, LANES, Lanes, for_vectors, widest};
+use super::lanes::{Kernel, LANES, Lanes, fence, for_vectors, stream_zeros, streams, widest};
 use super::logp::{logp_and_grad_row, logp_row};
 use super::memory::{ALIGNMENT, Ptr};
 use super::narrow::{round, widen};
@@ -57,7 +57,14 @@ pub(super) fn embed_grad(l: &mut Launch) -> Result<(), String> {
     l.threads.run(rows, width, |r| {
         // SAFETY: rows `r` of the table belong to this thread.
         let part = unsafe { out.slice_mut(r.start * width, r.len() * width) };
-        part.fill(0.0);
+        let (to, bytes) = (part.as_mut_ptr(), size_of_val(part));
+        if streams(to, bytes, width * size_of::<f32>()) {
+            // SAFETY: the part holds so many bytes; `streams` was asked.
+            unsafe { stream_zeros(to.cast(), bytes) };
+            fence();
+        } else {
+            part.fill(0.0);
+        }
         for (i, &index) in indices.iter().enumerate() {
             if r.contains(&(index as usize)) {
                 let row = &mut part[(index as usize - r.start) * width..][..width];

@@ -17,6 +17,7 @@ use dsgc_ir::{Body, DType, Dim, Graph, Op, OpData, Type};
 
 use super::Launch;
 use super::elementwise::{Row, row};
+use super::lanes::{fence, stream_copy, streams};
 use super::memory::Ptr;
 use super::narrow::round;
 use super::parallel::GRAIN;
@@ -75,7 +76,8 @@ pub fn compile_time() -> CompileTime {
 pub(super) fn workspace(shape: &[Dim], body: &Body, args: &[Type], threads: usize) -> usize {
     let operands: Vec<DType> = args.iter().map(|a| a.dtype).collect();
     let plan = Plan::new(body, &operands, jit::available());
-    (plan.buffers + may_stretch(shape, args).into_iter().filter(|&may| may).count()) * BLOCK_BYTES * threads.max(1)
+    let stretched = may_stretch(shape, args).into_iter().filter(|&may| may).count();
+    (plan.buffers + stretched + body.results().len()) * BLOCK_BYTES * threads.max(1)
 }
 
 /// Which operands may stay in place along a row of the region and then need a buffer: all that are not as large as the
@@ -214,12 +216,23 @@ pub(super) fn run(l: &mut Launch, region: &Region) {
         may.then(|| buffers - 1)
     });
     let stretched = stretched.collect();
+    let places: Vec<Ptr<u8>> = (0..operands.len()).map(|i| l.arg(i)).collect();
+    let results: Vec<Ptr<u8>> = (0..region.body.results().len()).map(|i| l.out(i)).collect();
+    let streamed = results.iter().zip(region.body.results()).enumerate().map(|(i, (result, &value))| {
+        let row = space.inner * region.plan.dtypes[value].bytes();
+        // Where an operand was, the cache has the line already.
+        let apart = places.iter().all(|operand| operand.0 != result.0);
+        (apart && streams(result.0, rows * row, row)).then_some(buffers + i)
+    });
+    let streamed = streamed.collect();
+    buffers += results.len();
     let run = Run {
         region,
         stretched,
+        streamed,
         part: buffers * BLOCK_BYTES,
-        operands: (0..operands.len()).map(|i| l.arg(i)).collect(),
-        results: (0..region.body.results().len()).map(|i| l.out(i)).collect(),
+        operands: places,
+        results,
         workspace: l.workspace(),
         blocks: space.inner.div_ceil(BLOCK),
         space,
@@ -242,6 +255,8 @@ struct Run<'a> {
     results: Vec<Ptr<u8>>,
     /// Per operand, the buffer in which it is stretched where it stays in place along a row.
     stretched: Vec<Option<usize>>,
+    /// Per result, the buffer from which it goes past the caches if it is that large.
+    streamed: Vec<Option<usize>>,
     workspace: Ptr<u8>,
     /// Bytes of a thread's part of the workspace.
     part: usize,
@@ -289,15 +304,32 @@ impl Run<'_> {
                 |i: usize, width: usize| unsafe { self.results[i].add((now * self.space.inner + from) * width) };
             for (value, home) in plan.homes.iter().enumerate() {
                 if let Home::Result(i) = home {
-                    places[value] = result(*i, plan.dtypes[value].bytes()).0;
+                    places[value] = match self.streamed[*i] {
+                        Some(from) => buffer(from).0,
+                        None => result(*i, plan.dtypes[value].bytes()).0,
+                    };
                 }
             }
             self.region.stages.iter().for_each(|stage| stage.run(plan, &places, n));
-            for &(value, i) in &plan.copies {
+            let streamed = plan.homes.iter().enumerate().filter_map(|(value, home)| match home {
+                Home::Result(i) if self.streamed[*i].is_some() => Some((value, *i)),
+                _ => None,
+            });
+            for (value, i) in plan.copies.iter().copied().chain(streamed) {
                 let width = plan.dtypes[value].bytes();
-                // SAFETY: both hold `n` elements, and the workspace is no result.
-                unsafe { std::ptr::copy_nonoverlapping(places[value], result(i, width).0, n * width) };
+                let to = result(i, width).0;
+                // SAFETY: both hold `n` elements, and the workspace is no result; a streamed result has rows of whole
+                // lines.
+                unsafe {
+                    match self.streamed[i] {
+                        Some(_) => stream_copy(places[value], to, n * width),
+                        None => std::ptr::copy_nonoverlapping(places[value], to, n * width),
+                    }
+                }
             }
+        }
+        if self.streamed.iter().any(Option::is_some) {
+            fence();
         }
     }
 
