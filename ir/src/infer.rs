@@ -17,8 +17,10 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
         return Err(format!("`{}` has {} operands, expected {:?}", op.name(), args.len(), op.row().arity));
     }
     let one = |ty: Type| Ok(vec![ty]);
-    let takes_quantized =
-        matches!(op, Op::Cast { .. } | Op::Contract { .. } | Op::ContractEach { .. } | Op::Read { .. } | Op::Write { .. });
+    let takes_quantized = matches!(
+        op,
+        Op::Cast { .. } | Op::Contract { .. } | Op::ContractEach { .. } | Op::Read { .. } | Op::Write { .. }
+    );
     if let Some(arg) = args.iter().find(|arg| arg.dtype.is_quantized() && !takes_quantized) {
         return Err(format!("`{}` of {arg}, which is for products only", op.name()));
     }
@@ -28,8 +30,8 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
         Op::Iota { len } => one(Type::new(DType::I32, [len.clone()])),
         Op::Cast { dtype } if dtype.is_quantized() || args[0].dtype.is_quantized() => {
             let (from, to) = (&args[0], args[0].with(*dtype));
-            if from.is_scalar() || !(from.dtype.is_float() || to.dtype.is_float()) {
-                return Err(format!("`cast` of {from} to {dtype}, expected floats in rows"));
+            if from.is_scalar() || !(from.dtype == DType::F32 || to.dtype.is_float()) {
+                return Err(format!("`cast` of {from} to {dtype}, expected rows from f32, or to floats"));
             }
             one(to)
         }

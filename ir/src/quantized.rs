@@ -1,19 +1,22 @@
 //! Weights in few bits: whole numbers with a scale for every group of neighbours.
 //!
 //! Elements of the last dim stand in groups, of which the last of a row may be shorter. A group has the scale
-//! `max |w| / m` with `m = 127` for 8 bits and 7 for 4, and an element is `w / scale`, rounded to the even one of two whole
-//! numbers that are next; it stands for that number times the scale. So an element is off by half a scale at most, a group
-//! of zeros stays one, and the largest of a group is what it was, to the last bits. This is the symmetric rounding to
-//! nearest that LLM.int8 (Dettmers et al. 2022) does by rows, and GPTQ and AWQ by groups. A group with a number that is not
-//! finite is NaN throughout.
+//! `max |w| / m`, as bf16, with `m = 127` for 8 bits and 7 for 4; an element is `w / scale` as a whole number, of two that
+//! are next the even one, between `-m` and `m`, and stands for that number times the scale. So an element is off by half a
+//! scale at most, and a group of zeros stays one. This is the symmetric rounding to nearest that LLM.int8 (Dettmers et al.
+//! 2022) does by rows, and GPTQ and AWQ by groups. A group with a number that is not finite is NaN throughout.
 //!
-//! In memory a row is the scales of its groups as f32, then its elements, filled up with zeros to whole groups: bytes of 8
-//! bits with a sign; or of 4 bits plus 8, where byte `i` of every 16 holds the elements `i` (low) and `i + 16` of 32.
+//! The largest of a group is always `m` or `-m`, and since a scale has 8 bits its products with elements are exact in f32:
+//! what was rounded once stays as it is when it is rounded again.
+//!
+//! In memory a row is the scales of its groups, filled up to whole lines of 16 bytes, then its elements, filled up with
+//! zeros to whole groups: bytes with a sign; or 4 bits that hold the element plus 8, where byte `i` of every 16 holds the
+//! elements `i` (low) and `i + 16` of 32.
 
-use serde::{Deserialize, Serialize};
+use half::bf16;
 
 /// How many bits an element has, and how many elements have a scale in common.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Quantized {
     bits: u8,
     group: u8,
@@ -22,6 +25,8 @@ pub struct Quantized {
 /// Elements of 4 bits that are stored together: byte `i` holds number `i` and number `i + HALF`.
 const BLOCK: usize = 32;
 const HALF: usize = BLOCK / 2;
+/// Bytes that the scales of a row are a multiple of.
+const LINE: usize = 16;
 
 impl Quantized {
     /// All of them.
@@ -68,7 +73,7 @@ impl Quantized {
 
     /// Bytes of the scales of a row of `k` elements, behind which its elements begin.
     pub fn scale_bytes(self, k: usize) -> usize {
-        k.div_ceil(self.group()) * size_of::<f32>()
+        (k.div_ceil(self.group()) * size_of::<bf16>()).next_multiple_of(LINE)
     }
 
     /// Bytes of a row of `k` elements.
@@ -80,12 +85,15 @@ impl Quantized {
     fn scale(self, group: &[f32]) -> f32 {
         let most = group.iter().fold(0f32, |most, x| most.max(x.abs()));
         let finite = group.iter().all(|x| x.is_finite());
-        if finite { most / self.most() } else { f32::NAN }
+        if finite { bf16::from_f32(most / self.most()).to_f32() } else { f32::NAN }
     }
 
     /// An element. Of a scale that is 0 or NaN all elements are 0.
     fn element(self, x: f32, scale: f32) -> f32 {
-        if scale > 0.0 { (x / scale).round_ties_even().clamp(-self.most(), self.most()) } else { 0.0 }
+        // Adding so much leaves no place for digits behind the point, so the sum is rounded as numbers are, to even ones.
+        const WHOLE: f32 = (3 << 22) as f32;
+        let whole = (x / scale + WHOLE) - WHOLE;
+        if scale > 0.0 { whole.clamp(-self.most(), self.most()) } else { 0.0 }
     }
 
     /// Replaces the numbers of rows of `k` elements by those that they are stored as.
@@ -109,11 +117,12 @@ impl Quantized {
         assert_eq!(rows.len() / k * self.row_bytes(k), to.len(), "bug: rows and their place differ");
         for (row, to) in rows.chunks(k).zip(to.chunks_mut(self.row_bytes(k))) {
             let (scales, elements) = to.split_at_mut(self.scale_bytes(k));
+            scales.fill(0);
             let bytes = self.group() * self.bits() / 8;
-            let places = scales.chunks_mut(size_of::<f32>()).zip(elements.chunks_mut(bytes));
+            let places = scales.chunks_mut(size_of::<bf16>()).zip(elements.chunks_mut(bytes));
             for (group, (scale_at, to)) in row.chunks(self.group()).zip(places) {
                 let scale = self.scale(group);
-                scale_at.copy_from_slice(&scale.to_le_bytes());
+                scale_at.copy_from_slice(&bf16::from_f32(scale).to_le_bytes());
                 let element = |i: usize| group.get(i).map_or(0.0, |&x| self.element(x, scale)) as i8;
                 for (i, byte) in to.iter_mut().enumerate() {
                     let low = i / HALF * BLOCK + i % HALF;
@@ -138,9 +147,9 @@ impl Quantized {
         for (row, from) in rows.chunks_mut(k).zip(from.chunks(self.row_bytes(k))) {
             let (scales, elements) = from.split_at(self.scale_bytes(k));
             let bytes = self.group() * self.bits() / 8;
-            let places = scales.chunks(size_of::<f32>()).zip(elements.chunks(bytes));
+            let places = scales.chunks(size_of::<bf16>()).zip(elements.chunks(bytes));
             for (group, (scale, from)) in row.chunks_mut(self.group()).zip(places) {
-                let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
+                let scale = bf16::from_le_bytes([scale[0], scale[1]]).to_f32();
                 for (i, x) in group.iter_mut().enumerate() {
                     let element = match self.bits {
                         8 => from[i] as i8,
@@ -181,9 +190,9 @@ mod tests {
                 q.round(&mut rounded, k);
                 for (row, rounded) in rows.chunks(k).zip(rounded.chunks(k)) {
                     for (group, rounded) in row.chunks(q.group()).zip(rounded.chunks(q.group())) {
-                        let scale = group.iter().fold(0f32, |m, x| m.max(x.abs())) / q.most();
+                        let scale = q.scale(group);
                         for (x, y) in group.iter().zip(rounded) {
-                            // A few units of the last place, as the quotient and the product are rounded.
+                            // A few units of the last place, as the quotient is rounded.
                             assert!((x - y).abs() <= scale * (0.5 + 1e-5), "{x} is {y} in {}", q.name());
                         }
                     }
@@ -204,6 +213,8 @@ mod tests {
                 let mut unpacked = vec![f32::NAN; rows.len()];
                 q.unpack(&bytes, k, &mut unpacked);
                 assert_eq!(unpacked, rounded, "{} of {k}", q.name());
+                q.round(&mut rounded, k);
+                assert_eq!(unpacked, rounded, "{} of {k}, rounded again", q.name());
             }
         }
     }

@@ -42,6 +42,22 @@ impl DType {
         DType::Quantized(Quantized::ALL[5]),
     ];
 
+    /// What weights are kept in, by a name of [`DType::OF_WEIGHTS`]; quantised ones have a scale for each `group`, which is
+    /// 32, 64 or 128.
+    pub fn of_weights(name: &str, group: usize) -> Option<DType> {
+        match name {
+            "f32" => Some(DType::F32),
+            "bf16" => Some(DType::Bf16),
+            "f16" => Some(DType::F16),
+            "int8" => Quantized::new(8, group).map(DType::Quantized),
+            "int4" => Quantized::new(4, group).map(DType::Quantized),
+            _ => None,
+        }
+    }
+
+    /// What weights can be kept in.
+    pub const OF_WEIGHTS: [&'static str; 5] = ["f32", "bf16", "f16", "int8", "int4"];
+
     /// The name in the text form.
     pub fn name(self) -> &'static str {
         match self {
