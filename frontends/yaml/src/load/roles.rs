@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use dsgc_ir::{DType, Quantized};
 use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::stage::{Optimizer, Schedule, ScheduleKind, Training};
+use dsgc_ir::{DType, Quantized};
 
 use crate::expr::Word;
 use crate::graph::RoleDecl;
@@ -326,9 +326,15 @@ pub(super) fn precisions(
             _ => None,
         };
         if let Some(other) = other {
-            let message = format!("found weights in {} for role `{}`, which computes in {}", weights.text(), role.name, other.key);
+            let message = format!(
+                "found weights in {} for role `{}`, which computes in {}",
+                weights.text(),
+                role.name,
+                other.key
+            );
             let diag = Diag::error(message).label(weights.node.span, "").label(other.node.span, "here");
-            documents.error(diag.help("write `int8` or `int4`, or leave it: its weights are as narrow where they can be"));
+            documents
+                .error(diag.help("write `int8` or `int4`, or leave it: its weights are as narrow where they can be"));
         }
     }
 }
