@@ -45,8 +45,8 @@ fn begun() -> Place {
 /// What `compile` says of the stage ppo.
 fn compiled(place: &Place, sets: &[&str]) -> Value {
     let report = place.out(&["compile", "pipeline.yaml", "--stage", "ppo", "--json"], sets);
-    let report: Value = serde_json::from_str(&report).expect("JSON");
-    report.get("stages").map_or(report.clone(), |stages| stages[0].clone())
+    let reports: Vec<Value> = serde_json::from_str(&report).expect("JSON");
+    reports.into_iter().next().expect("a stage")
 }
 
 fn persistent(report: &Value) -> usize {
@@ -150,7 +150,9 @@ fn log_probabilities_move_little() {
         let far =
             ["f16", "bf16", "int8", "int4"].map(|weights| moved(&["--weights", weights, "--weights-group", "32"]));
         assert!(far[0] > 0.0 && far.is_sorted(), "{family}: {far:?}");
-        assert!(far[2] < 0.02 && far[3] < 0.4, "{family}: {far:?}");
+        // Of 32 normally distributed weights the largest is about 2.1 deviations, so those in 8 bits are off by 6 times what
+        // bf16's are, and those in 4 bits by 127 / 7 times that.
+        assert!(far[2] < 8.0 * far[1] && far[3] < 24.0 * far[2] && far[2] < 0.05, "{family}: {far:?}");
     }
 }
 
