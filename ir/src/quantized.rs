@@ -9,8 +9,8 @@
 //! The largest of a group is always `m` or `-m`, and since a scale has 8 bits its products with elements are exact in f32:
 //! what was rounded once stays as it is when it is rounded again.
 //!
-//! In memory a row is the scales of its groups, filled up to whole lines of 16 bytes, then its elements, filled up with
-//! zeros to whole groups: bytes with a sign; or 4 bits that hold the element plus 8, where byte `i` of every 16 holds the
+//! In memory a row is the scales of its groups as f32, in which they are multiplied, filled up to whole lines of 16 bytes;
+//! then its elements, filled up with zeros to whole groups: bytes with a sign; or 4 bits that hold the element plus 8, where byte `i` of every 16 holds the
 //! elements `i` (low) and `i + 16` of 32.
 
 use half::bf16;
@@ -73,7 +73,7 @@ impl Quantized {
 
     /// Bytes of the scales of a row of `k` elements, behind which its elements begin.
     pub fn scale_bytes(self, k: usize) -> usize {
-        (k.div_ceil(self.group()) * size_of::<bf16>()).next_multiple_of(LINE)
+        (k.div_ceil(self.group()) * size_of::<f32>()).next_multiple_of(LINE)
     }
 
     /// Bytes of a row of `k` elements.
@@ -119,10 +119,10 @@ impl Quantized {
             let (scales, elements) = to.split_at_mut(self.scale_bytes(k));
             scales.fill(0);
             let bytes = self.group() * self.bits() / 8;
-            let places = scales.chunks_mut(size_of::<bf16>()).zip(elements.chunks_mut(bytes));
+            let places = scales.chunks_mut(size_of::<f32>()).zip(elements.chunks_mut(bytes));
             for (group, (scale_at, to)) in row.chunks(self.group()).zip(places) {
                 let scale = self.scale(group);
-                scale_at.copy_from_slice(&bf16::from_f32(scale).to_le_bytes());
+                scale_at.copy_from_slice(&scale.to_le_bytes());
                 let element = |i: usize| group.get(i).map_or(0.0, |&x| self.element(x, scale)) as i8;
                 for (i, byte) in to.iter_mut().enumerate() {
                     let low = i / HALF * BLOCK + i % HALF;
@@ -147,9 +147,9 @@ impl Quantized {
         for (row, from) in rows.chunks_mut(k).zip(from.chunks(self.row_bytes(k))) {
             let (scales, elements) = from.split_at(self.scale_bytes(k));
             let bytes = self.group() * self.bits() / 8;
-            let places = scales.chunks(size_of::<bf16>()).zip(elements.chunks(bytes));
+            let places = scales.chunks(size_of::<f32>()).zip(elements.chunks(bytes));
             for (group, (scale, from)) in row.chunks_mut(self.group()).zip(places) {
-                let scale = bf16::from_le_bytes([scale[0], scale[1]]).to_f32();
+                let scale = f32::from_le_bytes([scale[0], scale[1], scale[2], scale[3]]);
                 for (i, x) in group.iter_mut().enumerate() {
                     let element = match self.bits {
                         8 => from[i] as i8,

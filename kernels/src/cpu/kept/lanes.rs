@@ -50,9 +50,9 @@ pub(in super::super) trait Lanes: Copy {
     unsafe fn bf16(from: *const bf16) -> Self;
     unsafe fn f16(from: *const f16) -> Self;
     /// Bytes with a sign, times a scale.
-    unsafe fn int8(from: *const u8, scale: *const bf16) -> Self;
+    unsafe fn int8(from: *const u8, scale: *const f32) -> Self;
     /// Half bytes as [`Quantized`] orders them, times a scale.
-    unsafe fn int4(from: *const u8, scale: *const bf16) -> Self;
+    unsafe fn int4(from: *const u8, scale: *const f32) -> Self;
     /// Rounded to bf16.
     unsafe fn rounded(self) -> Self;
     unsafe fn add(sum: Self::Sum, a: Self, b: Self) -> Self::Sum;
@@ -146,7 +146,7 @@ macro_rules! kept {
             #[inline(always)]
             unsafe fn load<L: Lanes>(row: *const u8, format: Format, at: usize) -> L {
                 // SAFETY: the caller's; a step lies in one group.
-                unsafe { L::$read(row.add(format.elements + at * $bits / 8), row.cast::<bf16>().add(at >> format.group)) }
+                unsafe { L::$read(row.add(format.elements + at * $bits / 8), row.cast::<f32>().add(at >> format.group)) }
             }
             unsafe fn one(_: *const u8, _: usize) -> f32 {
                 unreachable!("padded rows have no rest")
@@ -223,9 +223,9 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn int8(from: *const u8, scale: *const bf16) -> Self {
+        unsafe fn int8(from: *const u8, scale: *const f32) -> Self {
             unsafe {
-                let scale = scale512(scale);
+                let scale = _mm512_set1_ps(*scale);
                 let wide = |at: *const u8| {
                     let whole = _mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast()));
                     _mm512_mul_ps(_mm512_cvtepi32_ps(whole), scale)
@@ -234,11 +234,11 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn int4(from: *const u8, scale: *const bf16) -> Self {
+        unsafe fn int4(from: *const u8, scale: *const f32) -> Self {
             unsafe {
                 // The 16 numbers that there are; a lane takes its own by its lowest bits.
                 let numbers = _mm512_setr_ps(-8., -7., -6., -5., -4., -3., -2., -1., 0., 1., 2., 3., 4., 5., 6., 7.);
-                let numbers = _mm512_mul_ps(numbers, scale512(scale));
+                let numbers = _mm512_mul_ps(numbers, _mm512_set1_ps(*scale));
                 let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
                 [_mm512_permutexvar_ps(bytes, numbers), _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), numbers)]
             }
@@ -265,12 +265,6 @@ mod x86 {
                 _mm512_storeu_ps(to.add(LANES), self[1]);
             }
         }
-    }
-
-    /// A scale in every lane.
-    #[inline(always)]
-    unsafe fn scale512(scale: *const bf16) -> __m512 {
-        unsafe { _mm512_set1_ps((*scale).to_f32()) }
     }
 
     impl<K: Kept> Column<bf16, Pairs> for K {
@@ -309,9 +303,9 @@ mod x86 {
             unsafe { [0, 1, 2, 3].map(|i| _mm256_cvtph_ps(_mm_loadu_si128(from.add(8 * i).cast()))) }
         }
         #[inline(always)]
-        unsafe fn int8(from: *const u8, scale: *const bf16) -> Self {
+        unsafe fn int8(from: *const u8, scale: *const f32) -> Self {
             unsafe {
-                let scale = _mm256_set1_ps((*scale).to_f32());
+                let scale = _mm256_set1_ps(*scale);
                 [0, 1, 2, 3].map(|i| {
                     let whole = _mm256_cvtepi8_epi32(_mm_loadl_epi64(from.add(8 * i).cast()));
                     _mm256_mul_ps(_mm256_cvtepi32_ps(whole), scale)
@@ -319,9 +313,9 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn int4(from: *const u8, scale: *const bf16) -> Self {
+        unsafe fn int4(from: *const u8, scale: *const f32) -> Self {
             unsafe {
-                let scale = _mm256_set1_ps((*scale).to_f32());
+                let scale = _mm256_set1_ps(*scale);
                 let bytes = [0, 1].map(|i| _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.add(8 * i).cast())));
                 let number = |four| {
                     let whole = _mm256_sub_epi32(four, _mm256_set1_epi32(8));
@@ -377,15 +371,15 @@ impl Lanes for [f32; STEP] {
         unsafe { from.cast::<[f16; STEP]>().read_unaligned() }.map(f16::to_f32)
     }
     #[inline(always)]
-    unsafe fn int8(from: *const u8, scale: *const bf16) -> Self {
+    unsafe fn int8(from: *const u8, scale: *const f32) -> Self {
         // SAFETY: as above.
-        let (bytes, scale) = unsafe { (from.cast::<[i8; STEP]>().read_unaligned(), (*scale).to_f32()) };
+        let (bytes, scale) = unsafe { (from.cast::<[i8; STEP]>().read_unaligned(), *scale) };
         bytes.map(|whole| f32::from(whole) * scale)
     }
     #[inline(always)]
-    unsafe fn int4(from: *const u8, scale: *const bf16) -> Self {
+    unsafe fn int4(from: *const u8, scale: *const f32) -> Self {
         // SAFETY: as above.
-        let (bytes, scale) = unsafe { (from.cast::<[u8; LANES]>().read_unaligned(), (*scale).to_f32()) };
+        let (bytes, scale) = unsafe { (from.cast::<[u8; LANES]>().read_unaligned(), *scale) };
         std::array::from_fn(|i| {
             let four = if i < LANES { bytes[i] & 0xF } else { bytes[i - LANES] >> 4 };
             f32::from(four as i8 - 8) * scale
