@@ -12,6 +12,7 @@ use dsgc_yaml::load::FolderModel;
 use crate::console::{Failure, say_part};
 use crate::device::DeviceName;
 use crate::profile;
+use crate::weights::WeightsArgs;
 
 /// How the next token is chosen, and where.
 #[derive(clap::Args)]
@@ -31,6 +32,8 @@ pub struct SamplingArgs {
     /// The device to run on.
     #[arg(long, default_value = "cpu")]
     device: DeviceName,
+    #[command(flatten)]
+    weights: WeightsArgs,
 }
 
 fn temperature(text: &str) -> Result<f64, String> {
@@ -56,6 +59,7 @@ impl SamplingArgs {
         let sampling = Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p };
         let mut program = model.generation(length, most, sampling)?;
         program.stage.seed = self.seed;
+        self.weights.set(&mut program);
         let target = self.device.target();
         let planned = dsgc_passes::compile(program, &PassContext::new(target.as_ref()), &mut |_| {})?;
         let mut device = self.device.open(planned.clone())?;

@@ -12,6 +12,7 @@ mod plan_text;
 mod profile;
 mod progress;
 mod report;
+mod weights;
 
 use std::process::ExitCode;
 

@@ -35,7 +35,11 @@ struct RoleSize {
     shared: u64,
     /// What it computes in, if that is not f32.
     precision: Option<DType>,
-    /// Bytes of narrow copies beside parameters in f32.
+    /// What the weights of its layers are kept in, if that is not f32.
+    weights: Option<DType>,
+    /// Whether it is trained, so that they are kept so to generate only.
+    is_trained: bool,
+    /// Bytes of copies in fewer bits beside parameters in f32.
     copies: usize,
     /// Bytes that parameters without f32 need less.
     saved: usize,
@@ -43,8 +47,17 @@ struct RoleSize {
 
 impl RoleSize {
     fn new(program: &Program, role: &Role) -> RoleSize {
-        let (name, precision) = (role.name.clone(), role.precision);
-        let mut size = RoleSize { name, trained: 0, frozen: 0, shared: 0, precision, copies: 0, saved: 0 };
+        let mut size = RoleSize {
+            name: role.name.clone(),
+            trained: 0,
+            frozen: 0,
+            shared: 0,
+            precision: role.precision,
+            weights: role.weights,
+            is_trained: role.trained,
+            copies: 0,
+            saved: 0,
+        };
         for (id, name) in program.all_params_of(&role.name) {
             let state = program.state(id);
             let part = match state.kind {
@@ -67,8 +80,16 @@ impl fmt::Display for RoleSize {
         let parts = parts.iter().filter(|(count, _)| *count > 0);
         let parts: Vec<String> = parts.map(|(count, what)| format!("{} {what}", grouped(*count))).collect();
         write!(f, "{:<13} {}", self.name, parts.join(", "))?;
-        let Some(dtype) = self.precision else { return Ok(()) };
-        write!(f, "; changes numbers: computes in {dtype}")?;
+        let precision = self.precision.map(|dtype| format!("computes in {dtype}"));
+        let weights = self.weights.map(|dtype| match self.is_trained {
+            true => format!("generates with weights in {dtype}"),
+            false => format!("weights in {dtype}"),
+        });
+        let changes: Vec<String> = precision.into_iter().chain(weights).collect();
+        if changes.is_empty() {
+            return Ok(());
+        }
+        write!(f, "; changes numbers: {}", changes.join(", "))?;
         for (bytes, what) in [(self.copies, "of copies"), (self.saved, "saved")] {
             if bytes > 0 {
                 write!(f, ", {} {what}", self::size(bytes))?;
@@ -190,6 +211,11 @@ impl StageReport {
                 let mut role = json!({"role": r.name, "trained": r.trained, "frozen": r.frozen, "shared": r.shared});
                 if let Some(dtype) = r.precision {
                     role["precision"] = json!(dtype.name());
+                }
+                if let Some(dtype) = r.weights {
+                    role["weights"] = json!(dtype.name());
+                }
+                if r.precision.or(r.weights).is_some() {
                     role["copies_bytes"] = json!(r.copies);
                     role["saved_bytes"] = json!(r.saved);
                 }

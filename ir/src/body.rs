@@ -142,9 +142,12 @@ fn check_step(op: &Op, types: &[Type]) -> Result<(), String> {
     }
 }
 
-/// Whether an op on operands of these types can be a step of a region.
+/// Whether an op on operands of these types can be a step of a region. What is quantised has no elements apart.
 pub fn can_be_step(op: &Op, types: &[Type]) -> bool {
-    check_step(op, types).is_ok() && types.iter().all(|t| t.dtype != DType::Key)
+    let quantizes = matches!(op, Op::Cast { dtype } if dtype.is_quantized());
+    check_step(op, types).is_ok()
+        && !quantizes
+        && types.iter().all(|t| t.dtype != DType::Key && !t.dtype.is_quantized())
 }
 
 impl fmt::Display for Body {

@@ -113,7 +113,9 @@ pub fn random_tensor(ty: &Type, bindings: &Bindings, rng: &mut Rng) -> Tensor {
     let shape = ty.shape(bindings).unwrap_or_else(|s| panic!("`{s}` is not bound"));
     let n: usize = shape.iter().product();
     let data = match ty.dtype {
-        DType::F32 | DType::Bf16 | DType::F16 => Data::F64((0..n).map(|_| 4.0 * rng.unit() - 2.0).collect()),
+        DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_) => {
+            Data::F64((0..n).map(|_| 4.0 * rng.unit() - 2.0).collect())
+        }
         DType::I32 => Data::I32((0..n).map(|_| rng.below(3) as i32).collect()),
         DType::Bool => Data::Bool((0..n).map(|_| rng.once_in(2)).collect()),
         DType::Key => Data::Key((0..n).map(|_| [rng.bits() as u32, rng.bits() as u32]).collect()),

@@ -17,10 +17,24 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
         return Err(format!("`{}` has {} operands, expected {:?}", op.name(), args.len(), op.row().arity));
     }
     let one = |ty: Type| Ok(vec![ty]);
+    let takes_quantized = matches!(
+        op,
+        Op::Cast { .. } | Op::Contract { .. } | Op::ContractEach { .. } | Op::Read { .. } | Op::Write { .. }
+    );
+    if let Some(arg) = args.iter().find(|arg| arg.dtype.is_quantized() && !takes_quantized) {
+        return Err(format!("`{}` of {arg}, which is for products only", op.name()));
+    }
     match op {
         Op::Const { dtype, .. } => one(not_key(op, &Type::scalar(*dtype))?.clone()),
         Op::Size { dtype, .. } => one(number(op, &Type::scalar(*dtype))?.clone()),
         Op::Iota { len } => one(Type::new(DType::I32, [len.clone()])),
+        Op::Cast { dtype } if dtype.is_quantized() || args[0].dtype.is_quantized() => {
+            let (from, to) = (&args[0], args[0].with(*dtype));
+            if from.is_scalar() || !(from.dtype == DType::F32 || to.dtype.is_float()) {
+                return Err(format!("`cast` of {from} to {dtype}, expected rows from f32, or to floats"));
+            }
+            one(to)
+        }
         Op::Cast { dtype } => one(not_key(op, &not_key(op, &args[0])?.with(*dtype))?.clone()),
         Op::Broadcast { shape } => {
             broadcasts(&args[0].dims, shape)?;
@@ -144,7 +158,7 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
         }
         Op::Contract { spec } => {
             let labels = Contraction::parse(spec)?;
-            one(labels.result(floats(op, &args[0])?, typed(op, &args[1], args[0].dtype)?)?)
+            one(labels.result(&args[0], &args[1])?)
         }
         Op::ContractEach { spec, common } => {
             if *common > 1 || args.len() < 2 {
@@ -354,6 +368,17 @@ pub fn broadcasts(from: &[Dim], to: &[Dim]) -> Result<(), String> {
     if fits { Ok(()) } else { Err(format!("{} does not stretch to {}", DimList(from), DimList(to))) }
 }
 
+/// The type in which a product of such elements computes: the one that both have, or, where weights are kept in fewer bits,
+/// that of the other operand; each weight is first made a number of it. `None` if there is no such product.
+pub fn product_type(lhs: DType, rhs: DType) -> Option<DType> {
+    match (lhs, rhs) {
+        (a, b) if a == b => a.is_float().then_some(a),
+        (DType::Quantized(_), float) | (float, DType::Quantized(_)) => float.is_float().then_some(float),
+        (DType::F32, kept) | (kept, DType::F32) => kept.is_narrow().then_some(DType::F32),
+        _ => None,
+    }
+}
+
 /// What makes the result of a product of narrow floats wide.
 const WIDE: &str = ":f32";
 
@@ -417,10 +442,12 @@ impl Contraction {
         for c in self.lhs.iter().chain(&self.rhs) {
             dim_of(c)?;
         }
-        if self.wide && !lhs.dtype.is_narrow() {
+        let computes = product_type(lhs.dtype, rhs.dtype)
+            .ok_or_else(|| format!("the product {} of {lhs} and {rhs}, expected floats of one type", self.spec()))?;
+        if self.wide && !computes.is_narrow() {
             return Err(format!("the product {} of {lhs} is f32 without `{WIDE}`", self.spec()));
         }
-        let dtype = if self.wide { DType::F32 } else { lhs.dtype };
+        let dtype = if self.wide { DType::F32 } else { computes };
         Ok(Type::new(dtype, self.out.iter().map(dim_of).collect::<Result<Vec<_>, _>>()?))
     }
 }
@@ -479,12 +506,16 @@ fn floats<'a>(op: &Op, ty: &'a Type) -> Result<&'a Type, String> {
 fn number<'a>(op: &Op, ty: &'a Type) -> Result<&'a Type, String> {
     match ty.dtype {
         DType::F32 | DType::Bf16 | DType::F16 | DType::I32 => Ok(ty),
-        DType::Bool | DType::Key => Err(format!("`{}` of {ty}, expected numbers", op.name())),
+        DType::Quantized(_) | DType::Bool | DType::Key => Err(format!("`{}` of {ty}, expected numbers", op.name())),
     }
 }
 
 fn not_key<'a>(op: &Op, ty: &'a Type) -> Result<&'a Type, String> {
-    if ty.dtype == DType::Key { Err(format!("`{}` of a random key", op.name())) } else { Ok(ty) }
+    match ty.dtype {
+        DType::Key => Err(format!("`{}` of a random key", op.name())),
+        DType::Quantized(_) => Err(format!("`{}` of {ty}, which is for products only", op.name())),
+        DType::F32 | DType::Bf16 | DType::F16 | DType::I32 | DType::Bool => Ok(ty),
+    }
 }
 
 fn rank(op: &Op, ty: &Type, rank: usize) -> Result<(), String> {

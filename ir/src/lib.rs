@@ -49,6 +49,7 @@ pub mod op;
 mod parse;
 pub mod print;
 mod program;
+mod quantized;
 pub mod segment;
 pub mod stage;
 mod target;
@@ -65,6 +66,7 @@ pub use graph::{
 pub use op::{Class, Op};
 pub use parse::parse;
 pub use program::{Arena, Level, Program, State, StateKind};
+pub use quantized::Quantized;
 pub use target::Target;
 pub use tensor::{Data, Tensor};
 pub use types::{DType, DimList, Type};

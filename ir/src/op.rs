@@ -100,7 +100,7 @@ impl Attribute for DType {
         self.to_string()
     }
     fn read(text: &str) -> Result<Self, String> {
-        DType::ALL.into_iter().find(|d| d.name() == text).ok_or_else(|| format!("`{text}` is no element type"))
+        DType::try_from(text.to_string())
     }
 }
 
@@ -343,7 +343,8 @@ ops! {
 
     // Contraction and reduction.
     /// A sum of products in einsum letters, e.g. `btd,vd->btv`. Of narrow floats it is taken in f32, and rounded to their
-    /// type unless the labels end with `:f32`.
+    /// type unless the labels end with `:f32`. An operand may be weights that are kept in fewer bits than the other one has;
+    /// they are made numbers of its type first ([`crate::infer::product_type`]).
     Contract "contract" Contraction 2 { /// Labels of both operands and the result.
         spec: String }
     /// Several [`Op::Contract`] with one operand in common: operands that one, then the others; a result for each of those.

@@ -16,7 +16,7 @@ pub enum StateKind {
         /// Whether an update of the stage trains it.
         trained: bool,
     },
-    /// A parameter rounded to a narrow float, for the graphs that read it so. Whatever changes the parameter writes both:
+    /// A parameter rounded to a narrow float or quantised, for the graphs that read it so. Whatever changes the parameter writes both:
     /// graphs by ops, devices when the host sets it.
     Copy {
         /// The parameter.

@@ -120,6 +120,9 @@ pub struct Role {
     /// The narrow float in which it computes, if it does not compute in f32; the pass `precision` says what that means.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub precision: Option<DType>,
+    /// What the weights of its layers are kept in, if not in f32; the pass `quantize` says what that means.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights: Option<DType>,
     /// Folder with its `tokenizer.json`, as the user gave it.
     pub tokenizer: Option<String>,
     /// Parameters of a snapshot that are those of the role it is taken of, by their Hugging Face names: nothing changes

@@ -89,9 +89,10 @@ impl Tensor {
         }
     }
 
-    /// Whether the elements can be those of a value of this type: floats belong to floats of every width.
+    /// Whether the elements can be those of a value of this type: floats belong to floats of every width, and to what stands
+    /// for floats.
     pub fn fits(&self, dtype: DType) -> bool {
-        self.dtype() == dtype || self.dtype().is_float() && dtype.is_float()
+        self.dtype() == dtype || self.dtype().is_float() && dtype.is_real()
     }
 
     /// Floats in single precision, each rounded to a declared type; other kinds as they are.
@@ -99,6 +100,9 @@ impl Tensor {
         let mut tensor = self.single();
         if let (Data::F32(v), true) = (&mut tensor.data, dtype.is_narrow()) {
             v.iter_mut().for_each(|x| *x = dtype.round(*x));
+        }
+        if let (Data::F32(v), DType::Quantized(quantized)) = (&mut tensor.data, dtype) {
+            quantized.round(v, tensor.shape.last().copied().unwrap_or(1));
         }
         tensor
     }

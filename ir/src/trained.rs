@@ -129,11 +129,29 @@ pub fn reads(graph: &Graph) -> BTreeMap<Value, StateId> {
     read.collect()
 }
 
+/// The values of parameters and states in a graph, in whatever type they are taken.
+pub fn reads_of_any_type(graph: &Graph) -> BTreeMap<Value, StateId> {
+    let mut reads = reads(graph);
+    for (_, op) in graph.ops() {
+        if let (Op::Cast { .. }, Some(&state)) = (&op.op, op.args.first().and_then(|arg| reads.get(arg))) {
+            reads.insert(op.result(), state);
+        }
+    }
+    reads
+}
+
+/// The weights of a role's linear layers: all but that of its head, and tables of embeddings.
+pub fn weights_of_layers(program: &Program, role: &str) -> BTreeSet<StateId> {
+    let linear = linear_weights(program);
+    let own = program.params_of(role).map(|(id, _)| id);
+    own.filter(|id| linear.contains(id) && !is_head(program, role, *id)).collect()
+}
+
 /// Parameters that are the weight of a linear layer and never the table of an embedding.
 fn linear_weights(program: &Program) -> BTreeSet<StateId> {
     let (mut linear, mut tables) = (BTreeSet::new(), BTreeSet::new());
     for graph in &program.graphs {
-        let reads = reads(graph);
+        let reads = reads_of_any_type(graph);
         for (_, op) in graph.ops() {
             for (at, state) in op.args.iter().enumerate().filter_map(|(at, arg)| Some((at, *reads.get(arg)?))) {
                 match &op.op {
@@ -170,7 +188,7 @@ fn is_head(program: &Program, role: &str, weight: StateId) -> bool {
     let matrices: BTreeSet<StateId> =
         program.params_of(role).map(|(id, _)| id).filter(|&id| program.state(id).ty.rank() > 1).collect();
     program.graphs.iter().all(|graph| {
-        let reads = reads(graph);
+        let reads = reads_of_any_type(graph);
         let mut after = vec![false; graph.values().len()];
         graph.ops().all(|(_, op)| {
             let own = matches!(op.op, Op::Read { state } if state == weight);

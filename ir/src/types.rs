@@ -3,10 +3,11 @@
 use std::fmt;
 
 use crate::dim::{Bindings, Dim, Symbol};
+use crate::quantized::Quantized;
 
 /// Element types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(into = "&str", try_from = "String")]
 pub enum DType {
     /// Single precision; double in the interpreter's f64 mode.
     F32,
@@ -14,6 +15,8 @@ pub enum DType {
     Bf16,
     /// IEEE's half precision: 11 bits of precision up to 65504. A narrow float.
     F16,
+    /// Whole numbers of few bits, with scales. Weights are kept in them: they are numbers of a product, and nothing else.
+    Quantized(Quantized),
     /// 32-bit integers.
     I32,
     /// Truth values, a byte each.
@@ -24,7 +27,36 @@ pub enum DType {
 
 impl DType {
     /// All of them.
-    pub const ALL: [DType; 6] = [DType::F32, DType::Bf16, DType::F16, DType::I32, DType::Bool, DType::Key];
+    pub const ALL: [DType; 12] = [
+        DType::F32,
+        DType::Bf16,
+        DType::F16,
+        DType::I32,
+        DType::Bool,
+        DType::Key,
+        DType::Quantized(Quantized::ALL[0]),
+        DType::Quantized(Quantized::ALL[1]),
+        DType::Quantized(Quantized::ALL[2]),
+        DType::Quantized(Quantized::ALL[3]),
+        DType::Quantized(Quantized::ALL[4]),
+        DType::Quantized(Quantized::ALL[5]),
+    ];
+
+    /// What weights are kept in, by a name of [`DType::OF_WEIGHTS`]; quantised ones have a scale for each `group`, which is
+    /// 32, 64 or 128.
+    pub fn of_weights(name: &str, group: usize) -> Option<DType> {
+        match name {
+            "f32" => Some(DType::F32),
+            "bf16" => Some(DType::Bf16),
+            "f16" => Some(DType::F16),
+            "int8" => Quantized::new(8, group).map(DType::Quantized),
+            "int4" => Quantized::new(4, group).map(DType::Quantized),
+            _ => None,
+        }
+    }
+
+    /// What weights can be kept in.
+    pub const OF_WEIGHTS: [&'static str; 5] = ["f32", "bf16", "f16", "int8", "int4"];
 
     /// The name in the text form.
     pub fn name(self) -> &'static str {
@@ -32,18 +64,19 @@ impl DType {
             DType::F32 => "f32",
             DType::Bf16 => "bf16",
             DType::F16 => "f16",
+            DType::Quantized(quantized) => quantized.name(),
             DType::I32 => "i32",
             DType::Bool => "bool",
             DType::Key => "key",
         }
     }
 
-    /// Bytes of one element in memory.
+    /// Bytes of one element in memory; for quantised ones a byte, and [`Type::bytes`] knows how much they take together.
     pub fn bytes(self) -> usize {
         match self {
             DType::F32 | DType::I32 => 4,
             DType::Bf16 | DType::F16 => 2,
-            DType::Bool => 1,
+            DType::Bool | DType::Quantized(_) => 1,
             DType::Key => 8,
         }
     }
@@ -58,13 +91,36 @@ impl DType {
         matches!(self, DType::Bf16 | DType::F16)
     }
 
+    /// Whether elements are whole numbers with scales.
+    pub fn is_quantized(self) -> bool {
+        matches!(self, DType::Quantized(_))
+    }
+
+    /// Whether elements are floats, or stand for such.
+    pub fn is_real(self) -> bool {
+        self.is_float() || self.is_quantized()
+    }
+
     /// The number of this type next to `x`, of two the even one, beyond the largest infinity; `x` if this is no narrow float.
     pub fn round(self, x: f32) -> f32 {
         match self {
             DType::Bf16 => half::bf16::from_f32(x).to_f32(),
             DType::F16 => half::f16::from_f32(x).to_f32(),
-            DType::F32 | DType::I32 | DType::Bool | DType::Key => x,
+            DType::F32 | DType::Quantized(_) | DType::I32 | DType::Bool | DType::Key => x,
         }
+    }
+}
+
+impl From<DType> for &'static str {
+    fn from(dtype: DType) -> &'static str {
+        dtype.name()
+    }
+}
+
+impl TryFrom<String> for DType {
+    type Error = String;
+    fn try_from(name: String) -> Result<DType, String> {
+        DType::ALL.into_iter().find(|d| d.name() == name).ok_or_else(|| format!("`{name}` is no element type"))
     }
 }
 
@@ -125,6 +181,9 @@ impl Type {
         // A dim of 0 makes everything nothing, however large the others are.
         if shape.contains(&0) {
             return Ok(0);
+        }
+        if let (DType::Quantized(quantized), Some((&width, rows))) = (self.dtype, shape.split_last()) {
+            return Ok(rows.iter().fold(quantized.row_bytes(width), |bytes, &n| bytes.saturating_mul(n)));
         }
         Ok(shape.into_iter().fold(self.dtype.bytes(), usize::saturating_mul))
     }

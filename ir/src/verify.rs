@@ -141,14 +141,14 @@ fn logical(program: &Program, graph: &Graph) -> Result<(), Fault> {
     }
 }
 
-/// A copy is a parameter as narrow floats.
+/// A copy is a parameter as narrow floats, or quantised.
 fn copies_fit(program: &Program) -> Result<(), String> {
     for copy in &program.states {
         let StateKind::Copy { of } = copy.kind else { continue };
         let fits = program.states.get(of.0 as usize).is_some_and(|of| {
             matches!(of.kind, StateKind::Param { .. })
                 && (of.ty.dtype, &of.ty.dims) == (DType::F32, &copy.ty.dims)
-                && copy.ty.dtype.is_narrow()
+                && (copy.ty.dtype.is_narrow() || copy.ty.dtype.is_quantized())
         });
         if !fits {
             return Err(format!("`@{}` is {}, which is no copy of a parameter in f32", copy.name, copy.ty));

@@ -25,6 +25,7 @@ fn stages_and_sources_read_back() {
         init: "model.init".into(),
         trained: true,
         precision: None,
+        weights: None,
         tokenizer: None,
         shared: vec![],
     };

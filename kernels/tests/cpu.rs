@@ -36,7 +36,9 @@ fn numbers(ty: &Type, seed: u64) -> Tensor {
     let shape = ty.shape(&Bindings::new()).expect("the dims are numbers");
     let (n, mut rng) = (shape.iter().product(), Rng::new(seed));
     let data = match ty.dtype {
-        DType::F32 | DType::Bf16 | DType::F16 => Data::F32((0..n).map(|_| (2.0 * rng.unit() - 1.0) as f32).collect()),
+        DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_) => {
+            Data::F32((0..n).map(|_| (2.0 * rng.unit() - 1.0) as f32).collect())
+        }
         DType::I32 => Data::I32((0..n).map(|_| rng.between(0, 2) as i32).collect()),
         DType::Bool => Data::Bool((0..n).map(|_| rng.once_in(2)).collect()),
         DType::Key => Data::Key((0..n).map(|_| [rng.bits() as u32, rng.bits() as u32]).collect()),

@@ -52,24 +52,15 @@ pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> 
 /// Lets snapshots read the parameters that they have in common with the role they are taken of for as long as the stage
 /// runs (D10), and takes their own ones away.
 fn share(mut program: Program) -> Program {
-    let mut changes: Vec<bool> =
-        program.states.iter().map(|state| state.kind == StateKind::Param { trained: true }).collect();
-    let first_values: Vec<&str> = program.stage.roles.iter().map(|role| role.init.as_str()).collect();
-    for graph in program.graphs.iter().filter(|g| !first_values.contains(&g.name.as_str())) {
-        for (_, op) in graph.ops() {
-            if let Op::Write { state } = op.op {
-                changes[state.0 as usize] = true;
-            }
-        }
-    }
+    let changes = changes(&program);
     // Per state, the one that takes its place.
     let mut place: Vec<StateId> = program.state_ids().map(|(id, _)| id).collect();
     let mut shared: Vec<Vec<String>> = Vec::new();
     for role in &program.stage.roles {
         let mut names = Vec::new();
         if let Origin::Snapshot(of) = &role.origin {
-            let precision = |role: &str| program.stage.roles.iter().find(|r| r.name == role).and_then(|r| r.precision);
-            let alike = precision(of) == role.precision;
+            let original = program.stage.roles.iter().find(|r| r.name == *of);
+            let alike = original.is_none_or(|of| (of.precision, of.weights) == (role.precision, role.weights));
             for (id, name) in program.params_of(&role.name).filter(|_| alike) {
                 let original = program.state_named(&format!("{of}/{name}"));
                 let fits = |original: &StateId| {
@@ -94,6 +85,21 @@ fn share(mut program: Program) -> Program {
         role.shared = names;
     }
     without_states(program, &place)
+}
+
+/// Per state, whether a graph or an optimizer writes more to it than first values.
+pub(crate) fn changes(program: &Program) -> Vec<bool> {
+    let mut changes: Vec<bool> =
+        program.states.iter().map(|state| state.kind == StateKind::Param { trained: true }).collect();
+    let first_values: Vec<&str> = program.stage.roles.iter().map(|role| role.init.as_str()).collect();
+    for graph in program.graphs.iter().filter(|g| !first_values.contains(&g.name.as_str())) {
+        for (_, op) in graph.ops() {
+            if let Op::Write { state } = op.op {
+                changes[state.0 as usize] = true;
+            }
+        }
+    }
+    changes
 }
 
 /// The state at the end of a chain of places.

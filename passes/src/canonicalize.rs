@@ -180,7 +180,7 @@ pub(crate) fn fold_scalar(op: &Op, numbers: &[f64], dtype: DType) -> Option<f64>
     let most = match dtype {
         DType::Bf16 => 1 << 8,
         DType::F16 => 1 << 11,
-        DType::F32 | DType::I32 | DType::Bool | DType::Key => 1 << 24,
+        DType::F32 | DType::Quantized(_) | DType::I32 | DType::Bool | DType::Key => 1 << 24,
     };
     let exact = |x: f64| x.fract() == 0.0 && x.abs() <= f64::from(most);
     let result = match (op, numbers) {
@@ -200,7 +200,7 @@ pub(crate) fn cast(value: f64, dtype: DType) -> f64 {
         DType::Bool => f64::from(u8::from(value != 0.0)),
         DType::I32 => f64::from(value as i32),
         // As a constant it is rounded where it is used.
-        DType::F32 | DType::Bf16 | DType::F16 | DType::Key => value,
+        DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_) | DType::Key => value,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Parameters that are read as narrow floats lie in memory so, and are not cast in every call.
+//! Parameters that are read as narrow floats, or quantised, lie in memory so, and are not cast in every call.
 //!
 //! ```text
 //! param @model/w : f32[8, 4] trained              param @model/w : f32[8, 4] trained
@@ -12,11 +12,19 @@
 //! narrow type has no f32 at all, as long as nobody needs it: a folder that the stage writes, or a model that
 //! begins as it was and reads it in f32.
 //!
-//! Bits do not change: a cast of the same number is the same number.
+//! Bits do not change: a cast of the same number is the same number. So a product takes weights that are kept in fewer bits
+//! than it computes in as they lie, where `quantize` cast them back for it:
+//!
+//! ```text
+//! %q = read @model/w.int8x64                      %q = read @model/w.int8x64
+//! %w = cast %q dtype=f32                  =>      %y = contract %x, %q spec=bt,vt->bv
+//! %y = contract %x, %w spec=bt,vt->bv
+//! ```
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use dsgc_ir::diag::Diag;
+use dsgc_ir::infer::product_type;
 use dsgc_ir::stage::{LoraSave, Origin};
 use dsgc_ir::trained::reads;
 use dsgc_ir::{Builder, DType, Graph, Op, Program, StateId, StateKind, Type, Value};
@@ -76,7 +84,7 @@ enum Home {
 /// What all graphs together do with a parameter.
 #[derive(Default)]
 struct Uses {
-    /// Types to which it is cast.
+    /// Types of fewer bits to which it is cast.
     narrow: BTreeSet<DType>,
     /// Whether it is used as it is.
     wide: bool,
@@ -100,7 +108,7 @@ fn uses(program: &Program) -> BTreeMap<StateId, Uses> {
             for state in op.args.iter().filter_map(read) {
                 let found = uses.entry(state).or_default();
                 match op.op {
-                    Op::Cast { dtype } if dtype.is_narrow() => drop(found.narrow.insert(dtype)),
+                    Op::Cast { dtype } if dtype.is_narrow() || dtype.is_quantized() => drop(found.narrow.insert(dtype)),
                     _ => found.wide = true,
                 }
             }
@@ -169,5 +177,31 @@ fn rewrite(graph: &Graph, program: &Program, homes: &BTreeMap<StateId, Home>) ->
             _ => rebuild.copy(op, program),
         }
     }
-    without_dead_ops(&rebuild.finish(), program)
+    without_dead_ops(&with_kept(&rebuild.finish(), program), program)
+}
+
+/// The graph whose products take weights as they are kept.
+fn with_kept(graph: &Graph, program: &Program) -> Graph {
+    let (mut rebuild, reads) = (Rebuild::same(graph), reads(graph));
+    // What a value was before a cast, if it is a weight in memory.
+    let kept = |value: Value| {
+        let op = graph.op(graph.def(value)?);
+        (matches!(op.op, Op::Cast { .. }) && reads.contains_key(&op.args[0])).then(|| op.args[0])
+    };
+    for (_, op) in graph.ops() {
+        let mut args = op.args.clone();
+        if matches!(op.op, Op::Contract { .. }) {
+            for i in 0..args.len() {
+                let (own, other) = (graph.ty(args[i]).dtype, graph.ty(args[1 - i]).dtype);
+                if let Some(kept) = kept(args[i]).filter(|_| own == other)
+                    && product_type(graph.ty(kept).dtype, other) == Some(own)
+                {
+                    args[i] = kept;
+                }
+            }
+        }
+        let args: Vec<Value> = args.into_iter().map(|arg| rebuild.get(arg)).collect();
+        rebuild.push(op, op.op.clone(), &args, program);
+    }
+    rebuild.finish()
 }

@@ -17,6 +17,7 @@ pub mod order;
 mod pipeline;
 pub mod plan_memory;
 pub mod precision;
+pub mod quantize;
 mod rebuild;
 pub mod rematerialize;
 pub mod share_prefix;

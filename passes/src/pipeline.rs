@@ -9,7 +9,7 @@ use dsgc_ir::{Level, Planned, Program, Target};
 
 use crate::{
     adapt, autodiff, canonicalize, copies, decode, fit, fuse, infer, join_updates, merge, order, plan_memory,
-    precision, rematerialize, share_prefix, simplify,
+    precision, quantize, rematerialize, share_prefix, simplify,
 };
 
 /// What a program satisfies at a point of the pipeline.
@@ -106,6 +106,7 @@ pub const PIPELINE: &[Pass] = &[
     // Before gradients: what is cut away here has none.
     simplify::PASS,
     precision::PASS,
+    quantize::PASS,
     autodiff::PASS,
     join_updates::PASS,
     canonicalize::PASS,

@@ -108,7 +108,11 @@ impl<'a> Regions<'a> {
         let mut sizes: BTreeMap<Layer, usize> = BTreeMap::new();
         let mut regions: Vec<Vec<OpId>> = Vec::new();
         let mut of = vec![None; graph.len()];
-        for (id, op) in graph.ops().filter(|(_, op)| is_known(&op.op, op.results().len())) {
+        // Rules move ops over each other that keep elements apart, which quantised ones are not.
+        let quantized =
+            |op: &OpData| op.args.iter().copied().chain(op.results()).any(|v| graph.ty(v).dtype.is_quantized());
+        let known = |op: &OpData| is_known(&op.op, op.results().len()) && !quantized(op);
+        for (id, op) in graph.ops().filter(|(_, op)| known(op)) {
             let layer = (op.site.phase, op.site.tag.as_ref().map(|Tag { block, instance }| (&**block, *instance)));
             let size = sizes.entry(layer).or_default();
             let region = *numbers.entry((layer, *size / MOST_OPS)).or_insert(regions.len());

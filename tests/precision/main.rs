@@ -9,6 +9,7 @@ mod sines;
 #[path = "../common/text.rs"]
 mod text;
 mod training;
+mod weights;
 
 use std::path::Path;
 

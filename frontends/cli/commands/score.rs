@@ -16,6 +16,7 @@ use super::Done;
 use crate::console::{Failure, say};
 use crate::device::DeviceName;
 use crate::host::Disk;
+use crate::weights::WeightsArgs;
 
 /// Arguments of `dsgc score`.
 #[derive(clap::Args)]
@@ -31,6 +32,8 @@ pub struct Args {
     /// The device to run on.
     #[arg(long, default_value = "cpu")]
     device: DeviceName,
+    #[command(flatten)]
+    weights: WeightsArgs,
 }
 
 /// A line of the input.
@@ -69,7 +72,8 @@ pub fn run(args: &Args) -> Done {
         return Err(fail(vec![Diag::error(format!("found no row in `{name}`"))]));
     }
     let length = texts.iter().map(|t| t.tokens.len()).max().unwrap_or(0).max(2);
-    let program = FolderModel::open(&args.model, &Disk)?.score(1, length)?;
+    let mut program = FolderModel::open(&args.model, &Disk)?.score(1, length)?;
+    args.weights.set(&mut program);
     let target = args.device.target();
     let context = PassContext::new(target.as_ref());
     let planned = dsgc_passes::compile(program, &context, &mut |_| {})?;

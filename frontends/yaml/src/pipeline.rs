@@ -1,5 +1,6 @@
 //! Pipelines, the documents of users: models, data, and the stages that train.
 
+use dsgc_ir::DType;
 use dsgc_ir::diag::Diag;
 
 use crate::expr::Word;
@@ -190,6 +191,12 @@ pub const ROLE: Table = Table {
     keys: &[
         key("bf16", Form::Bool, "compute products and attention in bf16; what is trained stays f32"),
         key("fp16", Form::Bool, "the same in fp16, with a dynamic loss scale where the role is trained"),
+        key(
+            "weights",
+            Form::Choice(&DType::OF_WEIGHTS),
+            "what the weights of layers are kept in; of those that are trained, a copy to generate with",
+        ),
+        key("weights_group", Form::Int, "weights of a row that have a scale in common in int8 and int4: 32, 64 or 128"),
     ],
 };
 

@@ -42,7 +42,7 @@ impl Draw<'_> {
         let value = match dtype {
             DType::Bool => self.rng.choose(&[0.0, 1.0]),
             DType::I32 => self.rng.between(-2, 3) as f64,
-            DType::F32 | DType::Bf16 | DType::F16 | DType::Key => {
+            DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_) | DType::Key => {
                 self.rng.choose(&[0.0, -0.0, 1.0, -1.0, 2.0, 0.1, -1.75])
             }
         };
@@ -59,7 +59,7 @@ impl Draw<'_> {
     /// A step that uses a value, with the steps that keep its numbers finite.
     fn step_on(&mut self, x: usize) {
         let names: &[&str] = match self.dtypes[x] {
-            DType::F32 | DType::Bf16 | DType::F16 => &[
+            DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_) => &[
                 "add",
                 "sub",
                 "mul",

@@ -38,7 +38,7 @@ fn each<T: Source, O: Element>(l: &mut Launch, spec: &str, common: usize, labels
 }
 
 /// Whether a product is `x w^T` on the last dim of `x`, as in `btd,vd->btv`.
-fn is_linear(Contraction { lhs, rhs, out, .. }: &Contraction) -> bool {
+pub(super) fn is_linear(Contraction { lhs, rhs, out, .. }: &Contraction) -> bool {
     match (lhs.split_last(), &rhs[..], out.split_last()) {
         (Some((k, rows)), [n, summed], Some((last, lead))) => k == summed && n == last && rows == lead,
         _ => false,
@@ -59,6 +59,7 @@ fn alone(l: &mut Launch, spec: &str, common: usize, (i, other): (usize, Value)) 
         scratch: l.scratch,
         region: None,
         moved: l.moved.clone(),
+        unpacked: l.unpacked,
     };
     contract::run(&mut one, spec)
 }

@@ -243,7 +243,7 @@ pub(super) fn row(op: &Op, operands: &[DType]) -> Row {
         }
         (DType::I32, op) => integers(op),
         (DType::Bool, op) => logic(op),
-        (DType::Key, op) => panic!("bug: `{op}` of keys"),
+        (DType::Key | DType::Quantized(_), op) => panic!("bug: `{op}` of {}", operands[0]),
     }
 }
 

@@ -93,6 +93,15 @@ impl Memory {
 
     /// Writes a tensor as elements of a type: floats become single, or are rounded.
     pub(super) fn write(&mut self, buffer: Buffer, dtype: DType, tensor: &Tensor) {
+        if let DType::Quantized(quantized) = dtype {
+            let single = tensor.clone().single();
+            let Data::F32(v) = &single.data else { panic!("bug: {} where {dtype} belongs", tensor.dtype()) };
+            let width = tensor.shape.last().copied().unwrap_or(1);
+            let bytes = v.len() / width.max(1) * quantized.row_bytes(width);
+            assert!(bytes <= buffer.bytes, "bug: a tensor is larger than its buffer");
+            // SAFETY: the buffer lies in the arena and holds so many bytes, as just checked.
+            return quantized.pack(v, width, unsafe { self.at::<u8>(buffer).slice_mut(0, bytes) });
+        }
         assert!(tensor.len() * dtype.bytes() <= buffer.bytes, "bug: a tensor is larger than its buffer");
         let n = tensor.len();
         if dtype.is_narrow() {
@@ -121,6 +130,15 @@ impl Memory {
     /// Reads a tensor; narrow floats become single.
     pub(super) fn read(&self, buffer: Buffer, dtype: DType, shape: &[usize]) -> Tensor {
         let n: usize = shape.iter().product();
+        if let DType::Quantized(quantized) = dtype {
+            let width = shape.last().copied().unwrap_or(1);
+            let bytes = n / width.max(1) * quantized.row_bytes(width);
+            assert!(bytes <= buffer.bytes, "bug: a tensor is larger than its buffer");
+            let mut numbers = vec![0.0; n];
+            // SAFETY: as in `write`.
+            quantized.unpack(unsafe { self.view::<u8>(buffer).slice(0, bytes) }, width, &mut numbers);
+            return Tensor::new(shape, Data::F32(numbers));
+        }
         assert!(n * dtype.bytes() <= buffer.bytes, "bug: a tensor is larger than its buffer");
         // SAFETY: the buffer lies in the arena and holds `n` elements, as just checked.
         let data = unsafe {
@@ -134,6 +152,7 @@ impl Memory {
                 DType::I32 => Data::I32(self.view::<i32>(buffer).slice(0, n).to_vec()),
                 DType::Bool => Data::Bool(self.view::<u8>(buffer).slice(0, n).iter().map(|&b| b != 0).collect()),
                 DType::Key => Data::Key(self.view::<[u32; 2]>(buffer).slice(0, n).to_vec()),
+                DType::Quantized(_) => panic!("bug: {dtype} has rows"),
             }
         };
         Tensor::new(shape, data)

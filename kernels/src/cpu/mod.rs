@@ -15,6 +15,7 @@ mod elementwise;
 mod fused;
 pub mod gemm;
 mod head;
+mod kept;
 mod lanes;
 pub mod limits;
 mod logp;
@@ -34,6 +35,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use dsgc_ir::diag::Diag;
+use dsgc_ir::infer::product_type;
 use dsgc_ir::op::Class;
 use dsgc_ir::stage::Sampling;
 use dsgc_ir::verify::last_uses;
@@ -66,7 +68,7 @@ impl Target for CpuTarget {
     }
 
     fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize {
-        narrow::workspace(op, args, bounds, own_workspace(op, args, bounds, self.threads))
+        narrow::workspace(op, args, bounds, kept::workspace(op, args, bounds, self.threads))
     }
 
     fn memory(&self) -> Option<usize> {
@@ -78,7 +80,10 @@ impl Target for CpuTarget {
 fn own_workspace(op: &Op, args: &[Type], bounds: &Bindings, threads: usize) -> usize {
     let shape = |i: usize| args[i].shape(bounds).unwrap_or_default();
     match op {
-        Op::Contract { spec } => contract::workspace(spec, args[0].dtype, &shape(0), &shape(1), threads),
+        Op::Contract { spec } => {
+            let computes = product_type(args[0].dtype, args[1].dtype).unwrap_or(DType::F32);
+            contract::workspace(spec, computes, &shape(0), &shape(1), threads)
+        }
         Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. } => {
             reduce::workspace(shape(0).iter().product())
         }
@@ -264,6 +269,7 @@ impl Cpu {
                 scratch,
                 region,
                 moved: Vec::new(),
+                unpacked: false,
             };
             launch.run(&program).map_err(|why| {
                 let what = format!("`{}` in graph @{}: {why}", op.op.name(), graph.name);
@@ -301,8 +307,11 @@ struct Launch<'a> {
     scratch: usize,
     /// What the op needs to run if it is a fused region.
     region: Option<&'a fused::Region>,
-    /// Operands and results whose elements are f32 elsewhere while a kernel runs, in the place of narrow ones.
-    moved: Vec<(Value, Buffer)>,
+    /// Operands and results whose elements are of another type elsewhere while a kernel runs: f32 in the place of narrow
+    /// ones, and what a product computes in in the place of weights that are kept in fewer bits.
+    moved: Vec<(Value, Buffer, DType)>,
+    /// Whether such weights have been moved.
+    unpacked: bool,
 }
 
 impl Launch<'_> {
@@ -317,6 +326,9 @@ impl Launch<'_> {
         if self.moved.is_empty() && narrow::is_widened(&self.op.op, &types) {
             return narrow::run(self, program);
         }
+        if !self.unpacked && kept::is_product(&self.op.op, &types) {
+            return kept::run(self, program);
+        }
         match &self.op.op {
             Op::Read { .. } => Ok(()),
             Op::Write { state } => {
@@ -328,6 +340,10 @@ impl Launch<'_> {
                 Ok(())
             }
             op if op.class() == Class::View => Ok(()),
+            Op::Cast { .. } if types.iter().any(|dtype| dtype.is_quantized()) => {
+                kept::cast(self);
+                Ok(())
+            }
             op if elementwise::has(op) => elementwise::run(self),
             Op::Fused { .. } => {
                 fused::run(self, self.region.expect("every region is loaded with the program"));
@@ -412,7 +428,8 @@ impl Launch<'_> {
     }
 
     fn dtype(&self, value: Value) -> DType {
-        if self.moved.iter().any(|m| m.0 == value) { DType::F32 } else { self.graph.ty(value).dtype }
+        let moved = self.moved.iter().find(|m| m.0 == value);
+        moved.map_or(self.graph.ty(value).dtype, |m| m.2)
     }
 
     fn shape(&self, value: Value) -> Vec<usize> {
@@ -429,7 +446,7 @@ impl Launch<'_> {
     }
 
     fn buffer(&self, value: Value) -> Buffer {
-        if let Some(&(_, buffer)) = self.moved.iter().find(|m| m.0 == value) {
+        if let Some(&(_, buffer, _)) = self.moved.iter().find(|m| m.0 == value) {
             return buffer;
         }
         self.graph.buffer(value).expect("a planned program has a buffer for every value")

@@ -3,14 +3,14 @@
 //! Numbers of two bytes are computed in f32 and rounded once per op, to the even one of two that are next. Rounding and
 //! widening are bound by memory, or hidden in the first-level cache where a kernel works block by block.
 
-use dsgc_ir::infer::infer;
+use dsgc_ir::infer::{infer, product_type};
 use dsgc_ir::{Bindings, Buffer, Class, DType, Dim, Op, Region, Type, Value};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::elementwise::{Row, map1};
 use super::memory::{ALIGNMENT, Ptr};
-use super::{Launch, own_workspace};
+use super::{Launch, kept};
 
 /// The number of 16 bits next to `x`. NaN stays one, and becomes quiet. Without branches.
 #[inline(always)]
@@ -40,7 +40,9 @@ pub(super) unsafe fn widen(dtype: DType, from: *const u8, to: *mut f32, n: usize
                 let to = std::slice::from_raw_parts_mut(to, n);
                 std::slice::from_raw_parts(from.cast::<f16>(), n).convert_to_f32_slice(to);
             }
-            DType::F32 | DType::I32 | DType::Bool | DType::Key => panic!("bug: {dtype} is no narrow float"),
+            DType::F32 | DType::Quantized(_) | DType::I32 | DType::Bool | DType::Key => {
+                panic!("bug: {dtype} is no narrow float")
+            }
         }
     }
 }
@@ -58,7 +60,9 @@ pub(super) unsafe fn round(dtype: DType, from: *const f32, to: *mut u8, n: usize
                 let to = std::slice::from_raw_parts_mut(to.cast::<f16>(), n);
                 to.convert_from_f32_slice(std::slice::from_raw_parts(from, n));
             }
-            DType::F32 | DType::I32 | DType::Bool | DType::Key => panic!("bug: {dtype} is no narrow float"),
+            DType::F32 | DType::Quantized(_) | DType::I32 | DType::Bool | DType::Key => {
+                panic!("bug: {dtype} is no narrow float")
+            }
         }
     }
 }
@@ -106,8 +110,9 @@ pub(super) fn is_widened(op: &Op, types: &[DType]) -> bool {
     let own = match op {
         // Their kernels do not care what elements are, or widen row by row.
         Op::Embed {} | Op::Fused { .. } | Op::TokenLogp {} | Op::TokenLogpGrad {} => true,
-        // Products of bf16 have kernels of their own.
-        Op::Contract { .. } | Op::ContractEach { .. } => types[0] == DType::Bf16,
+        // Products of bf16 have kernels of their own, and what they take beside f32 is kept in fewer bits.
+        Op::Contract { .. } | Op::ContractEach { .. } => product_type(types[0], types[1]) != Some(DType::F16),
+        Op::Cast { .. } if types.iter().any(|dtype| dtype.is_quantized()) => true,
         op => !matches!(op.class(), Class::Contraction | Class::Reduction | Class::Composite),
     };
     !own && types.iter().any(|dtype| dtype.is_narrow())
@@ -138,9 +143,9 @@ pub(super) fn workspace(op: &Op, args: &[Type], bounds: &Bindings, own: usize) -
 pub(super) fn run(l: &mut Launch, program: &dsgc_ir::Planned) -> Result<(), String> {
     let values: Vec<Value> = l.op.args.iter().copied().chain(l.op.results()).collect();
     let types: Vec<Type> = l.op.args.iter().map(|&a| l.graph.ty(a).clone()).collect();
-    let mut offset = own_workspace(&l.op.op, &types, &l.graph.upper_bounds(), l.threads.count());
+    let mut offset = kept::workspace(&l.op.op, &types, &l.graph.upper_bounds(), l.threads.count());
     l.scratch = offset;
-    let mut moved: Vec<(Value, Buffer)> = Vec::new();
+    let mut moved: Vec<(Value, Buffer, DType)> = Vec::new();
     for (i, &value) in values.iter().enumerate() {
         let kept = is_kept(&l.op.op, i, l.dtype(value), l.graph.ty(values[0]));
         if !l.dtype(value).is_narrow() || kept || moved.iter().any(|m| m.0 == value) {
@@ -157,7 +162,7 @@ pub(super) fn run(l: &mut Launch, program: &dsgc_ir::Planned) -> Result<(), Stri
                 unsafe { widen(dtype, from.add(2 * r.start).0, to.add(r.start).0, r.len()) };
             });
         }
-        moved.push((value, buffer));
+        moved.push((value, buffer, DType::F32));
     }
     let narrow: Vec<(Value, DType, Buffer)> =
         l.op.results().map(|r| (r, l.dtype(r), l.buffer(r))).filter(|r| r.1.is_narrow()).collect();

@@ -7,9 +7,11 @@
 //! Each result is a fixed number of partial sums over `k` in one order, whatever the number of rows, columns or threads;
 //! so an answer does not depend on the others of its batch.
 
+use dsgc_ir::DType;
 use half::bf16;
 
 use super::gemm::Element;
+use super::kept::{self, Column, Format, Plain};
 use super::memory::Ptr;
 use super::parallel::Threads;
 
@@ -26,15 +28,26 @@ pub(super) fn fits(m: usize, n: usize, k: usize) -> bool {
     (1..=ROWS).contains(&m) && n * k >= LARGE && k <= LONG
 }
 
+/// Whether a product of `m` rows with weights that are kept in fewer bits is one of these, whatever their number: a copy in
+/// blocks would have to widen them first.
+pub(super) fn fits_kept(m: usize, k: usize) -> bool {
+    m <= ROWS && k <= LONG
+}
+
+/// Bytes of workspace for rows of `k` elements, if these are products with weights that are kept in fewer bits.
+pub(super) fn workspace(k: usize) -> usize {
+    if k <= LONG { copied(ROWS, k) * size_of::<f32>() } else { 0 }
+}
+
 /// Partial sums of a result.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 /// Rows, and columns of the matrix, whose sums are held in registers together.
-const TILE: usize = 4;
+pub(super) const TILE: usize = 4;
 /// A line of the cache.
 const LINE: usize = 64;
 
 /// [`LANES`] partial sums in registers.
-trait Sums: Copy {
+pub(super) trait Sums: Copy {
     /// Zeros.
     unsafe fn zero() -> Self;
     /// The sums of each, all in the same order.
@@ -42,7 +55,7 @@ trait Sums: Copy {
 }
 
 /// Sums of products of elements of `T`.
-trait Products<T>: Sums {
+pub(super) trait Products<T>: Sums {
     /// Elements that are multiplied at a time.
     const STEP: usize;
     /// So many of them, in registers.
@@ -91,7 +104,7 @@ impl<T: Element> Products<T> for [f32; LANES] {
 }
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
+pub(super) mod x86 {
     //! Callers say that the machine has what the type needs: AVX-512F, for pairs AVX512_BF16 too, or AVX2 and FMA; and
     //! that addresses are good.
 
@@ -154,7 +167,7 @@ mod x86 {
 
     /// Sums of pairs of bf16, with the rounding of `vdpbf16ps`.
     #[derive(Clone, Copy)]
-    pub(super) struct Pairs(__m512);
+    pub(in super::super) struct Pairs(__m512);
 
     impl Sums for Pairs {
         #[inline(always)]
@@ -241,13 +254,21 @@ fn fetch<T>(at: *const T) {
 pub(super) trait Source: Element {
     /// What this machine has for it, the fastest first.
     fn kernels<O: Element>() -> Vec<Kernel<Self, O>>;
+    /// The same for rows of it and a matrix that is kept in fewer bits.
+    ///
+    /// # Panics
+    /// If there is no such product.
+    fn kernels_of_kept<O: Element>(kept: DType) -> Vec<Kernel<Self, O>>;
 }
 
-/// What computes columns `from..to` of a product, and the elements that it multiplies at a time.
+/// What computes columns `from..to` of a product.
 #[derive(Clone, Copy)]
 pub(super) struct Kernel<T, O> {
-    part: unsafe fn(&Product<T, O>, usize, usize),
-    step: usize,
+    pub(super) part: unsafe fn(&Product<T, O>, usize, usize),
+    /// Elements that it multiplies at a time.
+    pub(super) step: usize,
+    /// Whether it multiplies as many at the end of a row, where rows have zeros then.
+    pub(super) padded: bool,
 }
 
 impl Source for f32 {
@@ -256,14 +277,18 @@ impl Source for f32 {
         #[cfg(target_arch = "x86_64")]
         {
             if is_x86_feature_detected!("avx512f") {
-                kernels.push(Kernel { part: Product::part_avx512 as _, step: LANES });
+                kernels.push(Kernel { part: Product::part_avx512 as _, step: LANES, padded: false });
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                kernels.push(Kernel { part: Product::part_avx2 as _, step: LANES });
+                kernels.push(Kernel { part: Product::part_avx2 as _, step: LANES, padded: false });
             }
         }
-        kernels.push(Kernel { part: Product::part::<[f32; LANES]>, step: LANES });
+        kernels.push(Kernel { part: Product::part::<[f32; LANES], Plain>, step: LANES, padded: false });
         kernels
+    }
+
+    fn kernels_of_kept<O: Element>(kept: DType) -> Vec<Kernel<f32, O>> {
+        kept::kernels_of_f32(kept)
     }
 }
 
@@ -273,21 +298,25 @@ impl Source for bf16 {
         #[cfg(target_arch = "x86_64")]
         {
             if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bf16") {
-                kernels.push(Kernel { part: Product::part_pairs as _, step: 2 * LANES });
+                kernels.push(Kernel { part: Product::part_pairs as _, step: 2 * LANES, padded: false });
             }
             if is_x86_feature_detected!("avx512f") {
-                kernels.push(Kernel { part: Product::part_avx512 as _, step: LANES });
+                kernels.push(Kernel { part: Product::part_avx512 as _, step: LANES, padded: false });
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                kernels.push(Kernel { part: Product::part_avx2 as _, step: LANES });
+                kernels.push(Kernel { part: Product::part_avx2 as _, step: LANES, padded: false });
             }
         }
-        kernels.push(Kernel { part: Product::part::<[f32; LANES]>, step: LANES });
+        kernels.push(Kernel { part: Product::part::<[f32; LANES], Plain>, step: LANES, padded: false });
         kernels
+    }
+
+    fn kernels_of_kept<O: Element>(kept: DType) -> Vec<Kernel<bf16, O>> {
+        kept::kernels_of_bf16(kept)
     }
 }
 
-/// What all threads work on; strides in elements.
+/// What all threads work on; strides in elements, of the matrix in bytes.
 #[derive(Clone, Copy)]
 pub(super) struct Product<T, O> {
     /// Rows `m`, columns `n`, elements `k` of a sum.
@@ -295,7 +324,8 @@ pub(super) struct Product<T, O> {
     /// [`TILE`] rows after [`TILE`] rows, of which the last may be fewer; of these for every [`LANES`] of `k` so many
     /// elements of each row.
     x: Ptr<T>,
-    w: (Ptr<T>, usize),
+    w: (Ptr<u8>, usize),
+    format: Format,
     out: (Ptr<O>, usize),
 }
 
@@ -310,9 +340,9 @@ impl<T: Element, O: Element> Product<T, O> {
     /// # Safety
     /// There are so many, and the machine has what `P` needs.
     #[inline(always)]
-    unsafe fn tile<P: Products<T>, const M: usize, const N: usize>(&self, m: usize, n: usize) {
+    unsafe fn tile<P: Products<T>, C: Column<T, P>, const M: usize, const N: usize>(&self, m: usize, n: usize) {
         let k = self.size.2;
-        let whole = k / P::STEP * P::STEP;
+        let whole = if C::PADDED { k.next_multiple_of(P::STEP) } else { k / P::STEP * P::STEP };
         // SAFETY: rows and columns have `k` elements each, and a result for each pair.
         unsafe {
             let x = self.x.add(copied(m, k)).0.cast_const();
@@ -323,14 +353,14 @@ impl<T: Element, O: Element> Product<T, O> {
             let mut sums = [[P::zero(); TILE]; M];
             let mut at = 0;
             while at < whole {
-                let mut columns = [P::load(w.add(at)); N];
+                let mut columns = [C::load(w, self.format, at); N];
                 for (j, column) in columns.iter_mut().enumerate().skip(1) {
-                    *column = P::load(w.add(j * self.w.1 + at));
+                    *column = C::load(w.add(j * self.w.1), self.format, at);
                 }
-                for j in share.clone() {
-                    // As far ahead in all as the columns are read in parts.
-                    for line in (0..P::STEP).step_by(LINE / size_of::<T>()) {
-                        fetch(ahead.wrapping_add(at * N + j * P::STEP + line));
+                // As far ahead in all as the columns are read in parts. A line may be that of several.
+                for j in share.clone().step_by((LINE / C::BYTES).max(1)) {
+                    for line in (0..C::BYTES).step_by(LINE) {
+                        fetch(ahead.wrapping_add((at / P::STEP * N + j) * C::BYTES + line));
                     }
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
@@ -346,7 +376,7 @@ impl<T: Element, O: Element> Product<T, O> {
                 for (j, &total) in totals.iter().enumerate().take(N) {
                     let product = |at: usize| {
                         let row = x.add(whole * M + i * P::STEP + at - whole);
-                        (*row).wide() * (*w.add(j * self.w.1 + at)).wide()
+                        (*row).wide() * C::one(w.add(j * self.w.1), at)
                     };
                     let sum = total + (whole..k).map(product).sum::<f32>();
                     *self.out.0.add((m + i) * self.out.1 + n + j).0 = O::nearest(sum);
@@ -355,11 +385,11 @@ impl<T: Element, O: Element> Product<T, O> {
         }
     }
 
-    /// Copies the rows of `x`, `step` elements of each at a time.
+    /// Copies the rows of `x`, `step` elements of each at a time, with zeros behind the last if they are padded.
     ///
     /// # Safety
     /// There are as many as the size says, and room for [`copied`] elements.
-    unsafe fn copy_rows(&self, x: (Ptr<T>, usize), step: usize) {
+    unsafe fn copy_rows(&self, x: (Ptr<T>, usize), step: usize, padded: bool) {
         let (rows, _, k) = self.size;
         for m in 0..rows {
             let (first, together) = (m / TILE * TILE, (rows - m / TILE * TILE).min(TILE));
@@ -369,6 +399,9 @@ impl<T: Element, O: Element> Product<T, O> {
                 unsafe {
                     let to = self.x.add(copied(first, k) + at * together + (m - first) * step);
                     to.slice_mut(0, len).copy_from_slice(x.0.add(m * x.1 + at).slice(0, len));
+                    if padded {
+                        to.slice_mut(len, step - len).fill(T::nearest(0.0));
+                    }
                 }
             }
         }
@@ -379,7 +412,7 @@ impl<T: Element, O: Element> Product<T, O> {
     /// # Safety
     /// As for `tile`.
     #[inline(always)]
-    unsafe fn part<P: Products<T>>(&self, from: usize, to: usize) {
+    pub(super) unsafe fn part<P: Products<T>, C: Column<T, P>>(&self, from: usize, to: usize) {
         let rows = self.size.0;
         // SAFETY: all tiles lie in the result.
         unsafe {
@@ -389,14 +422,14 @@ impl<T: Element, O: Element> Product<T, O> {
                 let mut m = 0;
                 while m < rows {
                     match ((rows - m).min(TILE), four) {
-                        (4, true) => self.tile::<P, 4, TILE>(m, n),
-                        (3, true) => self.tile::<P, 3, TILE>(m, n),
-                        (2, true) => self.tile::<P, 2, TILE>(m, n),
-                        (_, true) => self.tile::<P, 1, TILE>(m, n),
-                        (4, false) => self.tile::<P, 4, 1>(m, n),
-                        (3, false) => self.tile::<P, 3, 1>(m, n),
-                        (2, false) => self.tile::<P, 2, 1>(m, n),
-                        (_, false) => self.tile::<P, 1, 1>(m, n),
+                        (4, true) => self.tile::<P, C, 4, TILE>(m, n),
+                        (3, true) => self.tile::<P, C, 3, TILE>(m, n),
+                        (2, true) => self.tile::<P, C, 2, TILE>(m, n),
+                        (_, true) => self.tile::<P, C, 1, TILE>(m, n),
+                        (4, false) => self.tile::<P, C, 4, 1>(m, n),
+                        (3, false) => self.tile::<P, C, 3, 1>(m, n),
+                        (2, false) => self.tile::<P, C, 2, 1>(m, n),
+                        (_, false) => self.tile::<P, C, 1, 1>(m, n),
                     }
                     m += TILE;
                 }
@@ -414,7 +447,7 @@ impl<T: Element, O: Element> Product<T, O> {
         std::arch::x86_64::__m512: Products<T>,
     {
         // SAFETY: the caller's.
-        unsafe { self.part::<std::arch::x86_64::__m512>(from, to) }
+        unsafe { self.part::<std::arch::x86_64::__m512, Plain>(from, to) }
     }
 
     #[target_feature(enable = "avx2,fma")]
@@ -423,7 +456,7 @@ impl<T: Element, O: Element> Product<T, O> {
         [std::arch::x86_64::__m256; 2]: Products<T>,
     {
         // SAFETY: the caller's.
-        unsafe { self.part::<[std::arch::x86_64::__m256; 2]>(from, to) }
+        unsafe { self.part::<[std::arch::x86_64::__m256; 2], Plain>(from, to) }
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
@@ -432,7 +465,7 @@ impl<T: Element, O: Element> Product<T, O> {
         x86::Pairs: Products<T>,
     {
         // SAFETY: the caller's.
-        unsafe { self.part::<x86::Pairs>(from, to) }
+        unsafe { self.part::<x86::Pairs, Plain>(from, to) }
     }
 }
 
@@ -441,6 +474,14 @@ impl<T: Element, O: Element> Product<T, O> {
 pub(super) struct Part<T, O> {
     pub(super) n: usize,
     pub(super) w: (Ptr<T>, usize),
+    pub(super) out: (Ptr<O>, usize),
+}
+
+/// The same of a matrix that is kept in fewer bits, whose rows lie one behind the other.
+#[derive(Clone, Copy)]
+pub(super) struct KeptPart<O> {
+    pub(super) n: usize,
+    pub(super) w: Ptr<u8>,
     pub(super) out: (Ptr<O>, usize),
 }
 
@@ -461,6 +502,46 @@ pub(super) unsafe fn run<T: Source, O: Element>(
     unsafe { run_on(T::kernels()[0], threads, (m, k), x, parts, scratch) }
 }
 
+/// [`run`] with matrices that are all kept as elements of one type.
+///
+/// # Safety
+/// As for [`run`]; the workspace has [`workspace`] bytes.
+pub(super) unsafe fn run_kept<T: Source, O: Element>(
+    kept: DType,
+    threads: &Threads,
+    (m, k): (usize, usize),
+    x: (Ptr<T>, usize),
+    parts: &[KeptPart<O>],
+    scratch: Ptr<u8>,
+) {
+    // SAFETY: the caller's.
+    unsafe { run_kept_on(T::kernels_of_kept(kept)[0], kept, threads, (m, k), x, parts, scratch) }
+}
+
+/// # Safety
+/// As for [`run_kept`], and the machine has what the kernel needs.
+pub(super) unsafe fn run_kept_on<T: Source, O: Element>(
+    kernel: Kernel<T, O>,
+    kept: DType,
+    threads: &Threads,
+    (m, k): (usize, usize),
+    x: (Ptr<T>, usize),
+    parts: &[KeptPart<O>],
+    scratch: Ptr<u8>,
+) {
+    let (format, bytes) = kept::rows(kept, k);
+    let product = |part: &KeptPart<O>| Product {
+        size: (m, part.n, k),
+        x: Ptr(scratch.0.cast()),
+        w: (part.w, bytes),
+        format,
+        out: part.out,
+    };
+    let products: Vec<Product<T, O>> = parts.iter().map(product).collect();
+    // SAFETY: the caller's.
+    unsafe { run_all(kernel, threads, x, &products) }
+}
+
 /// # Safety
 /// As for [`run`], and the machine has what the kernel needs.
 unsafe fn run_on<T: Source, O: Element>(
@@ -471,17 +552,35 @@ unsafe fn run_on<T: Source, O: Element>(
     parts: &[Part<T, O>],
     scratch: Ptr<u8>,
 ) {
-    let product =
-        |part: &Part<T, O>| Product { size: (m, part.n, k), x: Ptr(scratch.0.cast()), w: part.w, out: part.out };
+    let product = |part: &Part<T, O>| Product {
+        size: (m, part.n, k),
+        x: Ptr(scratch.0.cast()),
+        w: (Ptr(part.w.0.0.cast()), part.w.1 * size_of::<T>()),
+        format: Format::default(),
+        out: part.out,
+    };
     let products: Vec<Product<T, O>> = parts.iter().map(product).collect();
-    let Some(first) = products.first() else { return };
     // SAFETY: the caller's.
-    unsafe { first.copy_rows(x, kernel.step) };
+    unsafe { run_all(kernel, threads, x, &products) }
+}
+
+/// # Safety
+/// All products are of these rows, for which there is room, and the machine has what the kernel needs.
+unsafe fn run_all<T: Source, O: Element>(
+    kernel: Kernel<T, O>,
+    threads: &Threads,
+    x: (Ptr<T>, usize),
+    products: &[Product<T, O>],
+) {
+    let Some(first) = products.first() else { return };
+    let k = first.size.2;
+    // SAFETY: the caller's.
+    unsafe { first.copy_rows(x, kernel.step, kernel.padded) };
     // In whole tiles, so that which columns are summed together does not depend on the number of threads.
     let tiles = |product: &Product<T, O>| product.size.1.div_ceil(TILE);
     threads.run(products.iter().map(tiles).sum(), TILE * k, |all| {
         let mut first = 0;
-        for product in &products {
+        for product in products {
             let (from, to) = (all.start.max(first) - first, all.end.min(first + tiles(product)).saturating_sub(first));
             if from < to {
                 // SAFETY: the caller's; threads write different columns.

@@ -86,7 +86,7 @@ fn constant(l: &mut Launch, value: f64, dtype: DType) {
             DType::I32 => *l.out::<i32>(0).0 = value as i32,
             DType::Bf16 | DType::F16 => super::narrow::round(dtype, &(value as f32), l.out::<u8>(0).0, 1),
             DType::Bool => *l.out::<u8>(0).0 = u8::from(value != 0.0),
-            DType::Key => panic!("bug: a constant key"),
+            DType::Key | DType::Quantized(_) => panic!("bug: a constant {dtype}"),
         }
     }
 }

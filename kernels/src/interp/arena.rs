@@ -10,7 +10,8 @@ use super::real::Real;
 const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
 
 /// Memory as the plan lays it out. In f64 mode every offset and size is multiplied so that floats which became doubles
-/// have the same neighbours: by the most that one grows. Elements of other types leave the rest of their buffers unused.
+/// have the same neighbours: by the most that one grows, a weight in 4 bits. Elements of other types leave the rest of their
+/// buffers unused.
 #[derive(Clone, Debug)]
 pub(super) struct Memory {
     regions: [Vec<u8>; 3],
@@ -32,12 +33,17 @@ impl Memory {
     fn scale(&self) -> usize {
         match self.precision {
             Precision::F32 => 1,
-            Precision::F64 => size_of::<f64>() / DType::Bf16.bytes(),
+            Precision::F64 => 2 * size_of::<f64>(),
         }
     }
 
-    fn element(&self, dtype: DType) -> usize {
-        if dtype.is_float() && self.precision == Precision::F64 { size_of::<f64>() } else { dtype.bytes() }
+    /// Bytes of so many elements in rows of `width`.
+    fn bytes(&self, dtype: DType, n: usize, width: usize) -> usize {
+        match (dtype, self.precision) {
+            (dtype, Precision::F64) if dtype.is_real() => n * size_of::<f64>(),
+            (DType::Quantized(quantized), Precision::F32) => n / width.max(1) * quantized.row_bytes(width),
+            _ => n * dtype.bytes(),
+        }
     }
 
     /// Poisons everything that does not outlive a graph.
@@ -59,7 +65,8 @@ impl Memory {
     /// What lies in a buffer.
     pub(super) fn read<F: Real>(&self, buffer: Buffer, dtype: DType, shape: &[usize]) -> Result<Tensor, String> {
         let n: usize = shape.iter().product();
-        let at = self.range(buffer, n * self.element(dtype))?;
+        let width = shape.last().copied().unwrap_or(1);
+        let at = self.range(buffer, self.bytes(dtype, n, width))?;
         let bytes = &self.regions[buffer.region as usize][at];
         let halves = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
         let words = || bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
@@ -67,7 +74,12 @@ impl Memory {
             (DType::F32, Precision::F32) => Data::F32(words().map(f32::from_le_bytes).collect()),
             (DType::Bf16, Precision::F32) => Data::F32(halves().map(|b| bf16::from_bits(b).to_f32()).collect()),
             (DType::F16, Precision::F32) => Data::F32(halves().map(|b| f16::from_bits(b).to_f32()).collect()),
-            (DType::F32 | DType::Bf16 | DType::F16, Precision::F64) => {
+            (DType::Quantized(quantized), Precision::F32) => {
+                let mut numbers = vec![0.0; n];
+                quantized.unpack(bytes, width, &mut numbers);
+                Data::F32(numbers)
+            }
+            (DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_), Precision::F64) => {
                 let doubles = bytes.chunks_exact(8).map(|b| [b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
                 Data::F64(doubles.map(f64::from_le_bytes).collect())
             }
@@ -91,6 +103,12 @@ impl Memory {
         let bytes: Vec<u8> = match &tensor.data {
             Data::F32(v) if dtype == DType::Bf16 => v.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
             Data::F32(v) if dtype == DType::F16 => v.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+            Data::F32(v) if let DType::Quantized(quantized) = dtype => {
+                let width = tensor.shape.last().copied().unwrap_or(1);
+                let mut bytes = vec![0; self.bytes(dtype, v.len(), width)];
+                quantized.pack(v, width, &mut bytes);
+                bytes
+            }
             Data::F32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
             Data::F64(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
             Data::I32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),

@@ -6,7 +6,7 @@
 
 use std::cmp::Ordering;
 
-use dsgc_ir::infer::Contraction;
+use dsgc_ir::infer::{Contraction, product_type};
 use dsgc_ir::stage::Sampling;
 use dsgc_ir::{Bindings, Body, DType, Data, Dim, Op, Tensor};
 
@@ -96,12 +96,19 @@ pub(crate) fn eval<F: Real>(
         Op::Where {} => one(choose(bools(args[0]), args[1], args[2])),
 
         Op::Fused { body, .. } => fused::<F>(body, (args, types), &shapes[0], dims),
-        Op::Contract { spec } => one(contract::<F>(&Contraction::parse(spec)?, args[0], args[1], &shapes[0])),
+        Op::Contract { spec } => {
+            let labels = Contraction::parse(spec)?;
+            one(product::<F>(&labels, [args[0], args[1]], [types[0], types[1]], &shapes[0])?)
+        }
         Op::ContractEach { spec, common } => {
             let labels = Contraction::parse(spec)?;
-            let pair = |other| if *common == 0 { (args[0], other) } else { (other, args[0]) };
-            let pairs = args[1..].iter().map(|other| pair(*other));
-            Ok(pairs.zip(shapes).map(|((a, b), shape)| contract::<F>(&labels, a, b, shape)).collect())
+            let product = |(i, shape): (usize, &Vec<usize>)| {
+                let (mut pair, mut dtypes) = ([args[0], args[1 + i]], [types[0], types[1 + i]]);
+                pair.rotate_left(*common);
+                dtypes.rotate_left(*common);
+                product::<F>(&labels, pair, dtypes, shape)
+            };
+            shapes.iter().enumerate().map(product).collect()
         }
         Op::SumSquares {} => {
             let square = |x: &&Tensor| floats::<F>(x).iter().fold(F::zero(), |sum, &x| sum + x * x);
@@ -234,7 +241,9 @@ fn cast<F: Real>(x: &Tensor, dtype: DType) -> Tensor {
     // Every number of every type is a double.
     let all = x.to_f64();
     let data = match dtype {
-        DType::F32 | DType::Bf16 | DType::F16 => F::into_data(all.into_iter().map(F::of).collect()),
+        DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_) => {
+            F::into_data(all.into_iter().map(F::of).collect())
+        }
         DType::I32 => Data::I32(all.into_iter().map(|x| x as i32).collect()),
         DType::Bool => Data::Bool(all.into_iter().map(|x| x != 0.0).collect()),
         DType::Key => return zeros::<F>(dtype, &x.shape),
@@ -299,6 +308,18 @@ fn fused<F: Real>(
         values.push(broadcast(&F::rounded(result, dtypes[values.len()]), shape));
     }
     Ok(body.results().iter().map(|&r| values[r].clone()).collect())
+}
+
+/// A contraction of operands of these types: weights that are kept in fewer bits become numbers of the other one's.
+fn product<F: Real>(
+    labels: &Contraction,
+    operands: [&Tensor; 2],
+    types: [DType; 2],
+    shape: &[usize],
+) -> Result<Tensor, String> {
+    let dtype = product_type(types[0], types[1]).ok_or("operands of a product that do not fit")?;
+    let [a, b] = operands.map(|operand| F::rounded(operand.clone(), dtype));
+    Ok(contract::<F>(labels, &a, &b, shape))
 }
 
 fn contract<F: Real>(labels: &Contraction, lhs: &Tensor, rhs: &Tensor, shape: &[usize]) -> Tensor {

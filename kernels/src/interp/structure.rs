@@ -27,7 +27,7 @@ pub(crate) fn around(shape: &[usize], axis: usize) -> (usize, usize) {
 pub(crate) fn zeros<F: Real>(dtype: DType, shape: &[usize]) -> Tensor {
     let n = shape.iter().product();
     let data = match dtype {
-        DType::F32 | DType::Bf16 | DType::F16 => F::into_data(vec![F::zero(); n]),
+        DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_) => F::into_data(vec![F::zero(); n]),
         DType::I32 => Data::I32(vec![0; n]),
         DType::Bool => Data::Bool(vec![false; n]),
         DType::Key => Data::Key(vec![[0; 2]; n]),

@@ -21,7 +21,7 @@ pub fn program(params: &str, lines: &str) -> Program {
 pub fn tensor(ty: &Type, numbers: &[f64]) -> Tensor {
     let shape = ty.shape(&Bindings::new()).unwrap_or_else(|s| panic!("{ty} has the symbol {s}"));
     let data = match ty.dtype {
-        DType::F32 | DType::Bf16 | DType::F16 => Data::F64(numbers.to_vec()),
+        DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_) => Data::F64(numbers.to_vec()),
         DType::I32 => Data::I32(numbers.iter().map(|&x| x as i32).collect()),
         DType::Bool => Data::Bool(numbers.iter().map(|&x| x != 0.0).collect()),
         DType::Key => Data::Key(numbers.chunks(2).map(|k| [k[0] as u32, k[1] as u32]).collect()),

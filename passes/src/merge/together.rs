@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use dsgc_ir::{Graph, Op, OpData, OpId, Phase, Program, Tag, Value};
+use dsgc_ir::{DType, Graph, Op, OpData, OpId, Phase, Program, Tag, Value};
 
 use crate::pipeline::PassContext;
 use crate::rebuild::Rebuild;
@@ -18,6 +18,8 @@ struct Kind {
     op: (String, usize),
     /// Operands in common.
     common: Vec<Value>,
+    /// The type of the others of a product: a device takes weights of one kind together.
+    other: Option<DType>,
     phase: Phase,
     layer: Option<(String, u32)>,
 }
@@ -48,7 +50,7 @@ pub(super) fn merge(graph: &Graph, program: &Program, context: &PassContext) -> 
 fn candidates(graph: &Graph) -> Vec<(Kind, Vec<OpId>)> {
     let mut groups: BTreeMap<Kind, Vec<OpId>> = BTreeMap::new();
     for (id, op) in graph.ops() {
-        for kind in kinds(op) {
+        for kind in kinds(graph, op) {
             groups.entry(kind).or_default().push(id);
         }
     }
@@ -57,8 +59,10 @@ fn candidates(graph: &Graph) -> Vec<(Kind, Vec<OpId>)> {
     groups
 }
 
-fn kinds(op: &OpData) -> Vec<Kind> {
+fn kinds(graph: &Graph, op: &OpData) -> Vec<Kind> {
+    let other = |place: usize| op.args.get(1 - place).map(|&arg| graph.ty(arg).dtype);
     let kind = |place: usize, common: &[Value]| Kind {
+        other: matches!(op.op, Op::Contract { .. }).then(|| other(place)).flatten(),
         op: (op.op.to_string(), place),
         common: common.to_vec(),
         phase: op.site.phase,

@@ -93,7 +93,7 @@ fn gradients(term: &Term, nodes: &RecExpr<Node>, seed: u64) -> Option<BTreeMap<S
             }
             DType::I32 => Tensor::i32(&shape, (0..n).map(|_| rng.below(3) as i32).collect()),
             DType::Bool => Tensor::bool(&shape, (0..n).map(|_| rng.once_in(2)).collect()),
-            DType::Key => panic!("no rule is about keys"),
+            DType::Key | DType::Quantized(_) => panic!("no rule is about {}", ty.dtype),
         };
         if ty.dtype.is_float() {
             let name = format!("model/x{i}");

@@ -123,7 +123,7 @@ fn tensor(ty: &Type, bindings: &Bindings, special: bool, rng: &mut Rng) -> Tenso
         DType::F32 | DType::Bf16 | DType::F16 => Elements::F64((0..n).map(|_| float(rng)).collect()),
         DType::I32 => Elements::I32((0..n).map(|_| whole(rng)).collect()),
         DType::Bool => Elements::Bool((0..n).map(|_| rng.once_in(2)).collect()),
-        DType::Key => panic!("no rule is about keys"),
+        DType::Key | DType::Quantized(_) => panic!("no rule is about {}", ty.dtype),
     };
     Tensor::new(&shape, elements)
 }

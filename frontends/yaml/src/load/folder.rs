@@ -116,6 +116,7 @@ impl<'h> FolderModel<'h> {
             init: crate::lower::init_graph(ROLE),
             trained: false,
             precision: None,
+            weights: None,
             tokenizer: None,
             shared: Vec::new(),
         };

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use dsgc_ir::DType;
 use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::stage::{Optimizer, Schedule, ScheduleKind, Training};
+use dsgc_ir::{DType, Quantized};
 
 use crate::expr::Word;
 use crate::graph::RoleDecl;
@@ -311,7 +311,39 @@ pub(super) fn precisions(
                 Diag::error(format!("found `bf16` beside `fp16` for role `{}`, expected one of them", role.name));
             documents.error(diag.label(fp16.node.span, "").label(bf16.node.span, "the other one"));
         }
+        let find = |key: &str| role.settings.iter().find(|d| d.key == key).expect("every rule decides");
+        let (weights, group) = (find("weights"), find("weights_group"));
+        let size = group.count().unwrap_or_default() as usize;
+        if Quantized::new(8, size).is_none() {
+            let message = format!("found {} for `weights_group`, expected 32, 64 or 128", group.text());
+            documents.error(Diag::error(message).label(group.node.span, ""));
+            continue;
+        }
+        // A product takes weights in fewer bits than it computes in.
+        let other = match DType::of_weights(weights.text(), size) {
+            Some(DType::F16) => on("bf16"),
+            Some(DType::Bf16) => on("fp16"),
+            _ => None,
+        };
+        if let Some(other) = other {
+            let message = format!(
+                "found weights in {} for role `{}`, which computes in {}",
+                weights.text(),
+                role.name,
+                other.key
+            );
+            let diag = Diag::error(message).label(weights.node.span, "").label(other.node.span, "here");
+            documents
+                .error(diag.help("write `int8` or `int4`, or leave it: its weights are as narrow where they can be"));
+        }
     }
+}
+
+/// What a role's weights are kept in, if not in f32.
+pub(super) fn weights(role: &BoundRole) -> Option<DType> {
+    let find = |key: &str| role.settings.iter().find(|d| d.key == key).expect("every rule decides");
+    let group = find("weights_group").count().unwrap_or_default() as usize;
+    DType::of_weights(find("weights").text(), group).filter(|dtype| *dtype != DType::F32)
 }
 
 /// The narrow float that a role computes in.

@@ -114,7 +114,12 @@ pub(super) const RUN_RULES: &[Rule] = &[
 ];
 
 /// Defaults of [`crate::pipeline::ROLE`].
-pub(super) const ROLE_RULES: &[Rule] = &[rule("bf16", "false", Range::Any), rule("fp16", "false", Range::Any)];
+pub(super) const ROLE_RULES: &[Rule] = &[
+    rule("bf16", "false", Range::Any),
+    rule("fp16", "false", Range::Any),
+    rule("weights", "f32", Range::Any),
+    rule("weights_group", "64", Range::Any),
+];
 
 /// Defaults of [`crate::pipeline::TRAINING`].
 pub(super) const TRAINING_RULES: &[Rule] = &[

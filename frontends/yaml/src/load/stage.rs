@@ -434,6 +434,7 @@ fn host_role(role: &BoundRole) -> Role {
         init: crate::lower::init_graph(&role.name),
         trained: role.trained,
         precision: roles::precision(role),
+        weights: roles::weights(role),
         tokenizer: role.known.tokenizer.as_ref().ok().map(|t| t.folder.clone()),
         // The pass `adapt` says which.
         shared: Vec::new(),

@@ -215,7 +215,7 @@ impl Lowering<'_> {
             return Ok(match dtype {
                 DType::I32 => Val::int(x as i64),
                 DType::Bool => Val::bool(x != 0.0),
-                DType::F32 | DType::Bf16 | DType::F16 | DType::Key => Val::float(x),
+                DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_) | DType::Key => Val::float(x),
             });
         }
         if let (Val::Dim(dim), DType::I32 | DType::F32) = (&arg.value, dtype) {

@@ -314,7 +314,7 @@ impl<'a> Lowering<'a> {
         });
         let numbers: Vec<f64> = numbers.collect();
         let fits = match dtype {
-            DType::F32 | DType::Bf16 | DType::F16 => all(|c| !matches!(c, Constant::Bool(_))),
+            DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_) => all(|c| !matches!(c, Constant::Bool(_))),
             DType::I32 => {
                 all(|c| matches!(c, Constant::Int(_))) && numbers.iter().all(|x| i32::try_from(*x as i64).is_ok())
             }
@@ -327,7 +327,7 @@ impl<'a> Lowering<'a> {
         let data = match dtype {
             DType::I32 => Data::I32(numbers.iter().map(|x| *x as i32).collect()),
             DType::Bool => Data::Bool(numbers.iter().map(|x| *x != 0.0).collect()),
-            DType::F32 | DType::Bf16 | DType::F16 | DType::Key => Data::F64(numbers),
+            DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_) | DType::Key => Data::F64(numbers),
         };
         Ok(Tensor::new(&shape, data))
     }

@@ -182,7 +182,9 @@ impl Lowering<'_> {
                     .label(tensor_span, dtype.to_string());
                 return self.fail(match dtype {
                     DType::I32 | DType::Bool => diag.help("write `f32(..)` around the tensor"),
-                    DType::F32 | DType::Bf16 | DType::F16 => diag.help("write `1.0` or `0.0`, or `where(..)`"),
+                    DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_) => {
+                        diag.help("write `1.0` or `0.0`, or `where(..)`")
+                    }
                     DType::Key => diag,
                 });
             }

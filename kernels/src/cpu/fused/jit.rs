@@ -152,7 +152,7 @@ impl Emit<'_, '_, '_> {
             DType::F32 | DType::Bf16 => self.float(dtype.round(value as f32)),
             DType::I32 => self.integer(value as i32),
             DType::Bool => self.integer(if value != 0.0 { -1 } else { 0 }),
-            DType::F16 | DType::Key => panic!("bug: a constant {dtype} in code"),
+            DType::F16 | DType::Quantized(_) | DType::Key => panic!("bug: a constant {dtype} in code"),
         })
     }
 
@@ -194,7 +194,7 @@ impl Emit<'_, '_, '_> {
                 let lanes = self.b.ins().ishl_imm_u(lanes, 16);
                 self.bits(F32X4, lanes)
             }
-            DType::F16 | DType::Key => panic!("bug: {dtype} in code"),
+            DType::F16 | DType::Quantized(_) | DType::Key => panic!("bug: {dtype} in code"),
         }
     }
 

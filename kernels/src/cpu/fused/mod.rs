@@ -418,7 +418,7 @@ unsafe fn fill_constant(to: Ptr<u8>, value: f64, dtype: DType) {
             }
             DType::I32 => Ptr(to.0.cast::<i32>()).slice_mut(0, BLOCK).fill(value as i32),
             DType::Bool => to.slice_mut(0, BLOCK).fill(u8::from(value != 0.0)),
-            DType::Key => panic!("bug: a constant key"),
+            DType::Key | DType::Quantized(_) => panic!("bug: a constant {dtype}"),
         }
     }
 }
