@@ -15,12 +15,14 @@ mod elementwise;
 mod fused;
 pub mod gemm;
 mod head;
+mod lanes;
 pub mod limits;
 mod memory;
 mod narrow;
 mod norm;
 mod parallel;
 mod reduce;
+mod rope;
 mod skinny;
 mod small;
 mod structure;
@@ -97,8 +99,8 @@ fn own_workspace(op: &Op, args: &[Type], bounds: &Bindings, threads: usize) -> u
         Op::TokenLogp {} | Op::TokenLogpGrad {} => {
             tokens::workspace(args[0].dtype, shape(0).last().copied().unwrap_or(0), threads)
         }
-        Op::Attention { .. } => attention::workspace(shape(0).last().copied().unwrap_or(0), false, threads),
-        Op::AttentionGrad { .. } => attention::workspace(shape(0).last().copied().unwrap_or(0), true, threads),
+        Op::Attention { .. } => attention::workspace(shape(0)[1], shape(0)[3], threads),
+        Op::AttentionGrad { .. } => attention::grad_workspace(&shape(0), &shape(1), threads),
         _ => 0,
     }
 }
@@ -363,7 +365,7 @@ impl Launch<'_> {
                 Ok(())
             }
             Op::Rope { inverse } => {
-                tokens::rope(self, *inverse);
+                rope::run(self, *inverse);
                 Ok(())
             }
             Op::Recurrence { axis, decay, reverse } => {

@@ -294,37 +294,6 @@ pub(super) fn position_in(l: &mut Launch) {
     });
 }
 
-/// Runs `rope`, in place where the plan says so: both elements of a pair are read before either is written.
-pub(super) fn rope(l: &mut Launch, inverse: bool) {
-    let shape = l.shape(l.result());
-    let (heads, width) = (shape[2], shape[3]);
-    let half = width / 2;
-    let (x, positions, freq, out): (Ptr<f32>, Ptr<i32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.arg(2), l.out(0));
-    l.threads.run(shape[0] * shape[1], 3 * heads * width + 20 * half, |r| {
-        let mut turns = vec![(0.0f32, 0.0f32); half];
-        for t in r {
-            // SAFETY: there is a position per row of heads, and half as many frequencies as elements of a head; rows
-            // of the result are apart.
-            unsafe {
-                let position = f64::from(*positions.add(t).0);
-                for (turn, &freq) in turns.iter_mut().zip(freq.slice(0, half)) {
-                    let angle = position * f64::from(freq);
-                    let (sin, cos) = if inverse { (-angle).sin_cos() } else { angle.sin_cos() };
-                    *turn = (sin as f32, cos as f32);
-                }
-                for head in 0..heads {
-                    let at = (t * heads + head) * width;
-                    for (i, &(sin, cos)) in turns.iter().enumerate() {
-                        let (a, b) = (*x.add(at + i).0, *x.add(at + half + i).0);
-                        *out.add(at + i).0 = a * cos - b * sin;
-                        *out.add(at + half + i).0 = b * cos + a * sin;
-                    }
-                }
-            }
-        }
-    });
-}
-
 /// Runs `sample`.
 pub(super) fn sample(l: &mut Launch, how: &Sampling) -> Result<(), String> {
     let (rows, width) = l.rows(l.op.args[0]);
