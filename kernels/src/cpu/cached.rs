@@ -6,39 +6,43 @@
 
 use std::ops::Range;
 
-use dsgc_ir::{DType, segment};
-use multiversion::multiversion;
+use dsgc_ir::segment;
 
 use super::Launch;
-use super::attention::{self, Heads};
-use super::elementwise::{exp, larger};
+use super::attention::{self, Heads, folded, padded};
 use super::memory::Ptr;
-use super::narrow;
-use super::small::LANES;
 use super::structure::place;
+use super::vectors::{Code, Element, LANES, Lanes, by_element};
 
-/// Values that are added to a result at once.
+/// Columns of values that are added to a result at once.
 const TOGETHER: usize = 4;
 
-/// Columns of narrow numbers that are widened at once; whole blocks of [`TOGETHER`].
-const COLUMNS: usize = 2 * TOGETHER;
+/// Elements that a thread needs for one new column: per head a score of each column, the lanes of [`LANES`] scores that
+/// are not yet added up, its query, and its result.
+fn per_thread(heads: usize, columns: usize, width: usize) -> usize {
+    heads * (scores(columns) + LANES * LANES + 2 * padded(width))
+}
 
-/// Elements that a thread needs for one new column: a score per head and column, and some columns in f32.
-fn per_thread(heads: usize, columns: usize, groups: usize, width: usize) -> usize {
-    heads * columns + COLUMNS * groups * width
+/// Elements of a head's scores of so many columns: whole vectors, of which the last may begin at the last column.
+fn scores(columns: usize) -> usize {
+    padded(columns) + LANES
 }
 
 /// Bytes that all threads need at once.
 pub(super) fn workspace(q: &[usize], k: &[usize], threads: usize) -> usize {
-    let one = threads.max(1) * per_thread(q[2], k[1], k[2], k[3]) * size_of::<f32>();
-    if q[1] > 1 { one.max(attention::workspace(q[3], false, threads)) } else { one }
+    let one = threads.max(1) * per_thread(q[2], k[1], k[3]) * size_of::<f32>();
+    if q[1] > 1 { one.max(attention::workspace(q[1], q[3], threads)) } else { one }
 }
 
 /// Runs `cached_attention`.
 pub(super) fn run(l: &mut Launch, scale: f64, window: usize) -> Result<(), String> {
+    by_element!(l, run_of(l, scale, window))
+}
+
+fn run_of<E: Element>(l: &mut Launch, scale: f64, window: usize) -> Result<(), String> {
     let (q, k) = (l.shape(l.op.args[0]), l.shape(l.op.args[1]));
     let first = place(l, 4, q[1], k[1])?;
-    let heads = Heads { first, ..Heads::new(l, 5, true, scale, window) };
+    let heads = Heads::<E> { first, ..Heads::new(l, 5, true, scale, window) };
     if heads.is_empty() {
         return Ok(());
     }
@@ -50,11 +54,9 @@ pub(super) fn run(l: &mut Launch, scale: f64, window: usize) -> Result<(), Strin
 }
 
 /// One new column: each thread some heads of keys, of one row after the other.
-fn step(l: &mut Launch, h: &Heads) {
-    let keys = l.op.args[1];
-    let narrow = narrow::is_kept(&l.op.op, 1, l.dtype(keys), l.graph.ty(l.op.args[0]));
-    let share = per_thread(h.heads, h.columns, h.groups, h.width);
-    let (out, scratch): (Ptr<f32>, Ptr<f32>) = (l.out(0), l.workspace());
+fn step<E: Element>(l: &mut Launch, h: &Heads<E>) {
+    let share = per_thread(h.heads, h.columns, h.width);
+    let (out, scratch): (Ptr<E>, Ptr<f32>) = (l.out(0), l.workspace());
     let tasks = h.rows * h.groups;
     let parts = l.threads.count().min(tasks);
     let weight = 4 * (h.first + 1) * h.width * h.heads * h.rows;
@@ -66,7 +68,7 @@ fn step(l: &mut Launch, h: &Heads) {
                 let groups = at % h.groups..h.groups.min(at % h.groups + end - at);
                 at += groups.len();
                 // SAFETY: a thread writes the results of its own rows and heads, and uses a workspace of its own.
-                unsafe { attend(h, narrow, row, groups, out, scratch.add(part * share)) }
+                unsafe { h.kind.run(Step { h, row, groups, out, work: scratch.add(part * share) }) };
             }
         }
     });
@@ -84,132 +86,177 @@ fn runs(segments: &[i32], own: i32, from: usize) -> impl Iterator<Item = Range<u
 }
 
 /// The result of some heads of a row.
-///
-/// # Safety
-/// Nobody else uses these results or the workspace of a thread. Keys and values are bf16 if `narrow`.
-unsafe fn attend(h: &Heads, narrow: bool, row: usize, groups: Range<usize>, out: Ptr<f32>, scratch: Ptr<f32>) {
-    let (width, stride, shared) = (h.width, h.k_stride(), h.heads / h.groups);
-    let (heads, at) = (groups.len() * shared, row * h.heads + groups.start * shared);
-    let own_width = groups.len() * width;
-    // SAFETY: the caller's, and offsets come from the shapes of the operands.
-    unsafe {
-        let segments = &h.segments_of(row)[..=h.first];
-        let from = if h.window == 0 { 0 } else { (h.first + 1).saturating_sub(h.window) };
-        let own = segments[h.first];
-        let seen: usize = runs(segments, own, from).map(|run| run.len()).sum();
-        let (q, out) = (h.q.slice(at * width, heads * width), out.slice_mut(at * width, heads * width));
-        let scores = scratch.slice_mut(0, heads * seen);
-        let wide = scratch.add(h.heads * h.columns).slice_mut(0, COLUMNS * own_width);
-        // Runs of columns as these heads use them: elements from the first to the last, and from one column to the next.
-        let mut columns = |x: Ptr<f32>, work: &mut dyn FnMut(usize, &[f32], usize)| {
+struct Step<'a, E> {
+    h: &'a Heads<E>,
+    row: usize,
+    /// Heads of keys.
+    groups: Range<usize>,
+    out: Ptr<E>,
+    work: Ptr<f32>,
+}
+
+/// Nobody else uses these results or the workspace of a thread.
+impl<E: Element> Code for Step<'_, E> {
+    type Result = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let h = self.h;
+        let (shared, wide) = (h.shared(), padded(h.width));
+        let (heads, first) = (self.groups.len() * shared, self.groups.start * shared);
+        // SAFETY: the caller's, and offsets come from the shapes of the operands.
+        unsafe {
+            let segments = &h.segments_of(self.row)[..=h.first];
+            let from = if h.window == 0 { 0 } else { (h.first + 1).saturating_sub(h.window) };
+            let seen = || runs(segments, segments[h.first], from);
+            let columns: usize = seen().map(|run| run.len()).sum();
+            let (scores, stride) = (self.work, scores(columns));
+            let lanes = scores.add(heads * stride);
+            let (q, sums) = (lanes.add(heads * LANES * LANES), lanes.add(heads * (LANES * LANES + wide)));
+            let at = (self.row * h.heads + first) * h.width;
+            for head in 0..heads {
+                for d in (0..wide).step_by(LANES) {
+                    let from = h.q.add(at + head * h.width + d).0.cast_const();
+                    E::load_some::<L>(from, h.width - d).mul(L::splat(h.scale)).store(q.add(head * wide + d).0);
+                    L::zero().store(sums.add(head * wide + d).0);
+                }
+                // Behind the last column nothing is seen.
+                L::splat(f32::NEG_INFINITY).store(scores.add(head * stride + columns / LANES * LANES).0);
+            }
             let mut done = 0;
-            for run in runs(segments, own, from) {
-                let begin = |s: usize| (row * h.columns + s) * stride + groups.start * width;
-                if !narrow {
-                    work(done, x.slice(begin(run.start), (run.len() - 1) * stride + own_width), stride);
-                    done += run.len();
-                    continue;
+            for run in seen() {
+                for from in run.clone().step_by(LANES) {
+                    let some = from..run.end.min(from + LANES);
+                    self.score::<L>(some.clone(), q, lanes, scores.add(done), stride);
+                    done += some.len();
                 }
-                for first in run.clone().step_by(COLUMNS) {
-                    let count = COLUMNS.min(run.end - first);
-                    for (s, line) in (first..first + count).zip(wide.chunks_exact_mut(own_width)) {
-                        let from = x.0.cast::<u16>().add(begin(s)).cast();
-                        narrow::widen(DType::Bf16, from, line.as_mut_ptr(), own_width);
+            }
+            for head in 0..heads {
+                soften::<L>(scores.add(head * stride), columns);
+            }
+            let mut done = 0;
+            for run in seen() {
+                for from in run.clone().step_by(TOGETHER) {
+                    let some = from..run.end.min(from + TOGETHER);
+                    self.mix::<L>(some.clone(), scores.add(done), stride, sums);
+                    done += some.len();
+                }
+            }
+            for head in 0..heads {
+                for d in (0..wide).step_by(LANES) {
+                    let to = self.out.add(at + head * h.width + d).0;
+                    let lanes = L::load(sums.add(head * wide + d).0);
+                    E::store_some(lanes, to, h.width - d);
+                }
+            }
+        }
+    }
+}
+
+impl<E: Element> Step<'_, E> {
+    /// Where the keys, or values, of these heads in a column begin.
+    fn column(&self, s: usize) -> usize {
+        (self.row * self.h.columns + s) * self.h.k_stride() + self.groups.start * self.h.width
+    }
+
+    /// Scores of up to [`LANES`] columns, minus infinity behind the last: of each head [`LANES`] numbers, `stride` apart,
+    /// which those of the next columns may overwrite.
+    ///
+    /// # Safety
+    /// As for `run`.
+    #[inline(always)]
+    unsafe fn score<L: Lanes>(
+        &self,
+        some: Range<usize>,
+        q: Ptr<f32>,
+        lanes: Ptr<f32>,
+        scores: Ptr<f32>,
+        stride: usize,
+    ) {
+        let (h, wide, shared) = (self.h, padded(self.h.width), self.h.shared());
+        let heads = self.groups.len() * shared;
+        // SAFETY: the caller's.
+        unsafe {
+            for (j, s) in some.clone().enumerate() {
+                let keys = h.k.add(self.column(s));
+                for head in 0..heads {
+                    let key = keys.add(head / shared * h.width);
+                    let mut sum = L::zero();
+                    for d in (0..wide).step_by(LANES) {
+                        let key: L = E::load_some(key.add(d).0.cast_const(), h.width - d);
+                        sum = sum.add_product(L::load(q.add(head * wide + d).0), key);
                     }
-                    work(done, &wide[..count * own_width], own_width);
-                    done += count;
+                    sum.store(lanes.add((head * LANES + j) * LANES).0);
                 }
             }
-        };
-        columns(h.k, &mut |done, keys, stride| {
-            score(q, keys, (stride, width, shared), h.scale, &mut scores[done..], seen);
-        });
-        for (head, line) in scores.chunks_exact_mut(seen.max(1)).enumerate() {
-            let slope = h.slope(groups.start * shared + head);
-            if slope != 0.0 {
-                let places = runs(segments, own, from).flatten();
-                line.iter_mut().zip(places).for_each(|(score, s)| *score -= slope * (h.first - s) as f32);
+            let there = u16::MAX >> (LANES - some.len());
+            let places: [f32; LANES] = std::array::from_fn(|j| j as f32);
+            // How far each column is before the new one.
+            let away = L::splat((h.first - some.start) as f32).sub(L::load(places.as_ptr()));
+            for head in 0..heads {
+                let mut rows = [L::zero(); LANES];
+                for (j, row) in rows.iter_mut().enumerate().take(some.len()) {
+                    *row = L::load(lanes.add((head * LANES + j) * LANES).0);
+                }
+                let slope = h.slope(self.groups.start * shared + head);
+                let sums = folded(rows).add_product(L::splat(-slope), away);
+                sums.choose(there, L::splat(f32::NEG_INFINITY)).store(scores.add(head * stride).0);
             }
-            soften(line);
         }
-        out.fill(0.0);
-        columns(h.v, &mut |done, values, stride| {
-            mix(&scores[done..], seen, values, (stride, width, shared), out);
-        });
     }
-}
 
-/// The sum of all lanes, by halves.
-#[inline(always)]
-fn folded(mut lanes: [f32; LANES]) -> f32 {
-    let mut half = LANES / 2;
-    while half > 0 {
-        for j in 0..half {
-            lanes[j] += lanes[j + half];
-        }
-        half /= 2;
-    }
-    lanes[0]
-}
-
-/// `scores[head * seen + s] = scale * q[head] . k[s]`: keys lie `stride` elements apart, and `shared` heads use the same.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn score(
-    q: &[f32],
-    keys: &[f32],
-    (stride, width, shared): (usize, usize, usize),
-    scale: f32,
-    scores: &mut [f32],
-    seen: usize,
-) {
-    let whole = width / LANES * LANES;
-    for (s, key) in keys.chunks(stride).enumerate() {
-        for (head, q) in q.chunks_exact(width).enumerate() {
-            let key = &key[head / shared * width..][..width];
-            let mut lanes = [0.0f32; LANES];
-            for (x, y) in q.chunks_exact(LANES).zip(key.chunks_exact(LANES)) {
-                for j in 0..LANES {
-                    lanes[j] += x[j] * y[j];
+    /// Adds values of up to [`TOGETHER`] columns times their probabilities, which are laid out as scores are.
+    ///
+    /// # Safety
+    /// As for `run`.
+    #[inline(always)]
+    unsafe fn mix<L: Lanes>(&self, some: Range<usize>, p: Ptr<f32>, stride: usize, sums: Ptr<f32>) {
+        let (h, wide, shared) = (self.h, padded(self.h.width), self.h.shared());
+        // SAFETY: the caller's.
+        unsafe {
+            let values = h.v.add(self.column(some.start));
+            for head in 0..self.groups.len() * shared {
+                let value = values.add(head / shared * h.width);
+                let mut factors = [L::zero(); TOGETHER];
+                for (j, factor) in factors.iter_mut().enumerate().take(some.len()) {
+                    *factor = L::splat(*p.add(head * stride + j).0);
+                }
+                for d in (0..wide).step_by(LANES) {
+                    let sum = sums.add(head * wide + d).0;
+                    let mut lanes = L::load(sum);
+                    for (j, factor) in factors.iter().enumerate().take(some.len()) {
+                        let value: L = E::load_some(value.add(j * h.k_stride() + d).0.cast_const(), h.width - d);
+                        lanes = lanes.add_product(*factor, value);
+                    }
+                    lanes.store(sum);
                 }
             }
-            let tail: f32 = q[whole..].iter().zip(&key[whole..]).map(|(a, b)| a * b).sum();
-            scores[head * seen + s] = scale * (folded(lanes) + tail);
         }
     }
 }
 
 /// Scores to probabilities.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn soften(scores: &mut [f32]) {
-    let most = scores.iter().fold(f32::NEG_INFINITY, |a, &b| larger(a, b));
-    let mut sums = [0.0f32; LANES];
-    for chunk in scores.chunks_mut(LANES) {
-        for (score, sum) in chunk.iter_mut().zip(&mut sums) {
-            *score = exp(*score - most);
-            *sum += *score;
+///
+/// # Safety
+/// There are so many, and up to a whole vector minus infinity; nobody else uses them. The machine has what `L` needs.
+#[inline(always)]
+unsafe fn soften<L: Lanes>(scores: Ptr<f32>, count: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        let at = |i: usize| scores.add(i).0;
+        let mut most = L::splat(f32::MIN);
+        for i in (0..count).step_by(LANES) {
+            most = L::load(at(i)).larger(most);
         }
-    }
-    let inverse = 1.0 / folded(sums);
-    scores.iter_mut().for_each(|p| *p *= inverse);
-}
-
-/// `out[head] += sum of p[head * seen + s] * v[s]`, laid out as for `score`.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn mix(p: &[f32], seen: usize, values: &[f32], (stride, width, shared): (usize, usize, usize), out: &mut [f32]) {
-    for (block, values) in values.chunks(TOGETHER * stride).enumerate() {
-        for (head, out) in out.chunks_exact_mut(width).enumerate() {
-            let p = &p[head * seen + block * TOGETHER..];
-            let value = |i: usize| &values[i * stride + head / shared * width..][..width];
-            if values.len() > (TOGETHER - 1) * stride {
-                let (p, v) = ([p[0], p[1], p[2], p[3]], [value(0), value(1), value(2), value(3)]);
-                for d in 0..width {
-                    out[d] = (((out[d] + p[0] * v[0][d]) + p[1] * v[1][d]) + p[2] * v[2][d]) + p[3] * v[3][d];
-                }
-            } else {
-                for (i, p) in p.iter().enumerate().take(values.len().div_ceil(stride)) {
-                    out.iter_mut().zip(value(i)).for_each(|(out, v)| *out += p * v);
-                }
-            }
+        let most = most.numbers().into_iter().fold(f32::MIN, f32::max);
+        let (mut sum, most) = (L::zero(), L::splat(most));
+        for i in (0..count).step_by(LANES) {
+            let p = L::load(at(i)).sub(most).exp();
+            p.store(at(i));
+            sum = sum.add(p);
+        }
+        let inverse = L::splat(1.0 / sum.numbers().iter().sum::<f32>());
+        for i in (0..count).step_by(LANES) {
+            L::load(at(i)).mul(inverse).store(at(i));
         }
     }
 }

@@ -25,11 +25,13 @@ mod narrow;
 mod norm;
 mod parallel;
 mod reduce;
+mod rope;
 mod skinny;
 mod small;
 mod structure;
 mod tokens;
 mod update;
+mod vectors;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -105,8 +107,8 @@ fn own_workspace(op: &Op, args: &[Type], bounds: &Bindings, threads: usize) -> u
         Op::TokenLogp {} | Op::TokenLogpGrad {} => {
             tokens::workspace(args[0].dtype, shape(0).last().copied().unwrap_or(0), threads)
         }
-        Op::Attention { .. } => attention::workspace(shape(0).last().copied().unwrap_or(0), false, threads),
-        Op::AttentionGrad { .. } => attention::workspace(shape(0).last().copied().unwrap_or(0), true, threads),
+        Op::Attention { .. } => attention::workspace(shape(0)[1], shape(0)[3], threads),
+        Op::AttentionGrad { .. } => attention::grad_workspace(&shape(0), &shape(1), threads),
         _ => 0,
     }
 }
@@ -385,7 +387,7 @@ impl Launch<'_> {
                 Ok(())
             }
             Op::Rope { inverse } => {
-                tokens::rope(self, *inverse);
+                rope::run(self, *inverse);
                 Ok(())
             }
             Op::Recurrence { axis, decay, reverse } => {

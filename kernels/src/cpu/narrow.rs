@@ -4,7 +4,7 @@
 //! widening are bound by memory, or hidden in the first-level cache where a kernel works block by block.
 
 use dsgc_ir::infer::{infer, product_type};
-use dsgc_ir::{Bindings, Buffer, Class, DType, Dim, Op, Region, Type, Value};
+use dsgc_ir::{Bindings, Buffer, Class, DType, Op, Region, Type, Value};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
@@ -113,16 +113,13 @@ pub(super) fn is_widened(op: &Op, types: &[DType]) -> bool {
         // Products of bf16 have kernels of their own, and what they take beside f32 is kept in fewer bits.
         Op::Contract { .. } | Op::ContractEach { .. } => product_type(types[0], types[1]) != Some(DType::F16),
         Op::Cast { .. } if types.iter().any(|dtype| dtype.is_quantized()) => true,
+        // These have kernels of their own for bf16.
+        Op::Attention { .. } | Op::AttentionGrad { .. } | Op::CachedAttention { .. } | Op::Rope { .. } => {
+            types[0] == DType::Bf16
+        }
         op => !matches!(op.class(), Class::Contraction | Class::Reduction | Class::Composite),
     };
     !own && types.iter().any(|dtype| dtype.is_narrow())
-}
-
-/// Whether an operand of an op that is widened goes to the kernel as it is, given the queries' type: keys and values of a
-/// cache, of which one new column reads every number once.
-pub(super) fn is_kept(op: &Op, operand: usize, dtype: DType, queries: &Type) -> bool {
-    let one = queries.dims.get(1).and_then(Dim::constant) == Some(1);
-    matches!(op, Op::CachedAttention { .. }) && [1, 2].contains(&operand) && dtype == DType::Bf16 && one
 }
 
 /// Bytes of workspace for an op whose kernel needs `own`: behind that, all narrow operands and results in f32.
@@ -132,9 +129,7 @@ pub(super) fn workspace(op: &Op, args: &[Type], bounds: &Bindings, own: usize) -
     if !is_widened(op, &types) {
         return own;
     }
-    let kept = |i: usize, ty: &Type| is_kept(op, i, ty.dtype, &args[0]);
-    let narrow = args.iter().chain(&results).enumerate();
-    let narrow = narrow.filter(|(i, ty)| ty.dtype.is_narrow() && !kept(*i, ty)).map(|(_, ty)| ty);
+    let narrow = args.iter().chain(&results).filter(|ty| ty.dtype.is_narrow());
     let wide = narrow.map(|ty| ty.with(DType::F32).bytes(bounds).unwrap_or(usize::MAX));
     wide.fold(own, |sum, bytes| sum.next_multiple_of(ALIGNMENT).saturating_add(bytes))
 }
@@ -147,8 +142,7 @@ pub(super) fn run(l: &mut Launch, program: &dsgc_ir::Planned) -> Result<(), Stri
     l.scratch = offset;
     let mut moved: Vec<(Value, Buffer, DType)> = Vec::new();
     for (i, &value) in values.iter().enumerate() {
-        let kept = is_kept(&l.op.op, i, l.dtype(value), l.graph.ty(values[0]));
-        if !l.dtype(value).is_narrow() || kept || moved.iter().any(|m| m.0 == value) {
+        if !l.dtype(value).is_narrow() || moved.iter().any(|m| m.0 == value) {
             continue;
         }
         offset = offset.next_multiple_of(ALIGNMENT);

@@ -6,7 +6,7 @@ use dsgc_ir::DType;
 use dsgc_ir::segment::counts;
 use dsgc_ir::stage::Sampling;
 
-use super::lanes::{Kernel, LANES, Lanes, fence, for_vectors, stream_zeros, streams, widest};
+use super::lanes::{fence, stream_zeros, streams};
 use super::logp::{logp_and_grad_row, logp_row};
 use super::memory::{ALIGNMENT, Ptr};
 use super::narrow::{round, widen};
@@ -209,71 +209,6 @@ pub(super) fn position_in(l: &mut Launch) {
                 unsafe { (segments.slice(row * places, places), out.slice_mut(row * places, places)) };
             for t in 0..places {
                 out[t] = segments[..t].iter().filter(|&&earlier| counts(segments[t], earlier)).count() as i32;
-            }
-        }
-    });
-}
-
-/// Turns pairs of elements, half a head apart, of all heads of a place.
-struct Turn<'a> {
-    x: *const f32,
-    out: *mut f32,
-    heads: usize,
-    cos: &'a [f32],
-    sin: &'a [f32],
-}
-
-impl Kernel for Turn<'_> {
-    type Output = ();
-    /// # Safety
-    /// Both places hold `heads` heads of twice as many elements as there are angles, and are apart or the same; nobody else
-    /// touches them.
-    #[inline(always)]
-    unsafe fn run<L: Lanes>(self) {
-        let half = self.cos.len();
-        for head in 0..self.heads {
-            let at = 2 * half * head;
-            // SAFETY: the caller's; both elements of a pair are read before either is written.
-            unsafe {
-                let zero = L::splat(0.0);
-                for_vectors!((i, n) in half => {
-                    let (cos, sin) = (zero.take(self.cos.as_ptr().add(i), n), zero.take(self.sin.as_ptr().add(i), n));
-                    let (low, high) = (at + i, at + half + i);
-                    let (a, b) = (zero.take(self.x.add(low), n), zero.take(self.x.add(high), n));
-                    (a * cos - b * sin).put(self.out.add(low), n);
-                    (b * cos + a * sin).put(self.out.add(high), n);
-                });
-            }
-        }
-    }
-}
-
-/// Runs `rope`, in place where the plan says so. The rows of a batch go together, since most have the same position in a
-/// column, and its angles are dear.
-pub(super) fn rope(l: &mut Launch, inverse: bool) {
-    let shape = l.shape(l.result());
-    let (batch, columns, heads, width) = (shape[0], shape[1], shape[2], shape[3]);
-    let half = width / 2;
-    let (x, positions, freq, out): (Ptr<f32>, Ptr<i32>, Ptr<f32>, Ptr<f32>) = (l.arg(0), l.arg(1), l.arg(2), l.out(0));
-    l.threads.run(batch * columns, 3 * heads * width + 20 * half, |r| {
-        let (mut cos, mut sin) = (vec![0.0f32; half], vec![0.0f32; half]);
-        let mut turned = None;
-        for t in r {
-            let place = t % batch * columns + t / batch;
-            // SAFETY: there is a position per row of heads, and half as many frequencies as elements of a head; rows
-            // of the result are apart.
-            unsafe {
-                let position = *positions.add(place).0;
-                if turned != Some(position) {
-                    for (i, &freq) in freq.slice(0, half).iter().enumerate() {
-                        let angle = f64::from(position) * f64::from(freq);
-                        let (s, c) = if inverse { (-angle).sin_cos() } else { angle.sin_cos() };
-                        (cos[i], sin[i]) = (c as f32, s as f32);
-                    }
-                    turned = Some(position);
-                }
-                let at = place * heads * width;
-                widest(Turn { x: x.add(at).0, out: out.add(at).0, heads, cos: &cos, sin: &sin });
             }
         }
     });

@@ -1,190 +1,168 @@
-//! What is done to scores between the products of attention, in the widest vectors of the machine.
+//! What is done to scores between the products of attention.
 
-use dsgc_ir::segment::sees;
-use multiversion::multiversion;
-
-use super::super::elementwise::{exp, larger};
 use super::super::memory::Ptr;
-use super::super::small::LANES;
+use super::super::vectors::{LANES, Lanes};
+use super::BLOCK;
+use super::sight::Sight;
 
-/// Queries, and keys, that are worked on together: their scores, and a block of keys of the usual width, stay in the
-/// second-level cache, and a sum over a block is long enough for the products.
-pub(super) const BLOCK: usize = 64;
-
-/// [`LANES`] queries and the keys of a block that they may see.
-pub(super) struct Group<'a> {
-    /// Segments of the queries.
-    pub own: [i32; LANES],
-    /// How many places the first query is behind the first key.
-    pub distance: i32,
-    /// Segments of the keys.
-    pub segments: &'a [i32],
-    /// Whether some of the keys are hidden from some of the queries.
-    pub masked: bool,
-    pub causal: bool,
-    /// 0 for none.
-    pub window: i32,
+/// Scores of [`LANES`] lanes in the rows of a block that they see.
+pub(super) struct Lane<'a> {
+    pub sight: &'a Sight,
+    /// The number among the block's vectors.
+    pub vector: usize,
+    /// How much less a score is per place of distance.
     pub slope: f32,
+    /// How many places the first lane of the block is behind its first row.
+    pub distance: isize,
 }
 
-impl Group<'_> {
-    /// The scores of a key, less what the distance takes, and minus infinity where it is hidden.
+impl Lane<'_> {
+    /// The scores of a row, less what the distance takes, and minus infinity where nothing is seen.
+    ///
+    /// # Safety
+    /// The machine has what `L` needs.
     #[inline(always)]
-    fn line(&self, s: usize, scores: &[f32]) -> [f32; LANES] {
-        let (segment, distance) = (self.segments[s], self.distance - s as i32);
-        let mut line: [f32; LANES] = std::array::from_fn(|j| scores[s * BLOCK + j]);
-        if self.slope != 0.0 {
-            for (j, score) in line.iter_mut().enumerate() {
-                *score -= self.slope * (distance + j as i32).abs() as f32;
+    unsafe fn line<L: Lanes>(&self, row: usize, mut scores: L) -> L {
+        // SAFETY: the caller's.
+        unsafe {
+            if self.slope != 0.0 {
+                let places: [f32; LANES] = std::array::from_fn(|j| j as f32);
+                let begin = self.distance + (self.vector * LANES) as isize - row as isize;
+                let away = L::load(places.as_ptr()).add(L::splat(begin as f32));
+                scores = scores.add_product(L::splat(-self.slope), away.larger(L::zero().sub(away)));
             }
-        }
-        if self.masked {
-            let window = if self.window == 0 { i32::MAX } else { self.window };
-            let least = if self.causal { 0 } else { -window };
-            for (j, score) in line.iter_mut().enumerate() {
-                let away = distance + j as i32;
-                let text = sees(self.own[j], segment);
-                let near = (away >= least) & (away.abs() < window);
-                *score = if text & near { *score } else { f32::NEG_INFINITY };
+            if self.sight.masked[self.vector] {
+                scores = scores.choose(self.bits(row), L::splat(f32::NEG_INFINITY));
             }
+            scores
         }
-        line
+    }
+
+    /// The lanes of a row that see.
+    #[inline(always)]
+    fn bits(&self, row: usize) -> u16 {
+        (self.sight.bits[row] >> (self.vector * LANES)) as u16
+    }
+
+    /// Whether scores are what the product gave.
+    fn is_plain(&self) -> bool {
+        self.slope == 0.0 && !self.sight.masked[self.vector]
     }
 }
 
-/// Largest score and divisor of queries so far.
+/// Largest score and divisor of the queries in the lanes so far.
 #[derive(Clone, Copy)]
 pub(super) struct Running {
-    most: [f32; LANES],
-    sum: [f32; LANES],
+    pub most: [f32; LANES],
+    pub sum: [f32; LANES],
 }
+
+/// Less than any score that is a number: so the probability of what is hidden is 0, and not that of infinity less
+/// infinity.
+const LEAST: f32 = f32::MIN;
 
 impl Default for Running {
     fn default() -> Running {
-        Running { most: [f32::NEG_INFINITY; LANES], sum: [0.0; LANES] }
+        Running { most: [LEAST; LANES], sum: [0.0; LANES] }
     }
 }
 
-impl Running {
-    /// Largest score and divisor of one query.
-    pub(super) fn of(&self, lane: usize) -> (f32, f32) {
-        (self.most[lane], self.sum[lane])
-    }
-}
+/// Rows at a time, so that no maximum and no sum waits for the one before.
+const TOGETHER: usize = 4;
 
-/// Scores of more keys to probabilities, not yet divided; the factors for what was summed with the former ones.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-pub(super) fn soften(group: &Group<'_>, scores: &mut [f32], running: &mut Running) -> [f32; LANES] {
-    let mut most = running.most;
-    for s in 0..group.segments.len() {
-        let line = group.line(s, scores);
-        for j in 0..LANES {
-            most[j] = larger(most[j], line[j]);
-        }
-        scores[s * BLOCK..][..LANES].copy_from_slice(&line);
-    }
-    let (mut base, mut factor, mut sum) = (most, [0.0; LANES], running.sum);
-    for j in 0..LANES {
-        // Nothing seen so far: every probability is 0, and not that of infinity less infinity.
-        base[j] = if most[j] == f32::NEG_INFINITY { 0.0 } else { most[j] };
-        factor[j] = exp(running.most[j] - base[j]);
-        sum[j] *= factor[j];
-    }
-    for s in 0..group.segments.len() {
-        let line = &mut scores[s * BLOCK..][..LANES];
-        for j in 0..LANES {
-            let p = exp(line[j] - base[j]);
-            line[j] = p;
-            sum[j] += p;
-        }
-    }
-    *running = Running { most, sum };
-    factor
-}
-
-/// Scores and gradients of probabilities to probabilities and gradients of scores:
-/// `p = exp(score - divisor)`, `ds = scale * p * (dp - delta)`.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-pub(super) fn gradients(
-    group: &Group<'_>,
-    scores: &mut [f32],
-    dp: &mut [f32],
-    divisors: &[f32; LANES],
-    deltas: &[f32; LANES],
-    scale: f32,
-) {
-    for s in 0..group.segments.len() {
-        let line = group.line(s, scores);
-        let (scores, dp) = (&mut scores[s * BLOCK..][..LANES], &mut dp[s * BLOCK..][..LANES]);
-        for j in 0..LANES {
-            // A key that is not seen gives nothing, whatever its value is: 0 times infinity would be NaN.
-            let hidden = line[j] == f32::NEG_INFINITY;
-            let p = exp(line[j] - divisors[j]);
-            let ds = scale * p * (dp[j] - deltas[j]);
-            scores[j] = if hidden { 0.0 } else { p };
-            dp[j] = if hidden { 0.0 } else { ds };
-        }
-    }
-}
-
-/// Rows of queries, times a factor, as columns `[width, BLOCK]`; up to a whole vector, columns without a query are 0.
+/// Scores of more keys, which are rows, to probabilities, not yet divided; the factors for what was summed with the
+/// former ones.
 ///
 /// # Safety
-/// There are `count` rows, up to [`BLOCK`], of `width` elements, `stride` apart; nobody else uses the columns.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-pub(super) unsafe fn transpose(
-    rows: Ptr<f32>,
-    stride: usize,
-    count: usize,
-    width: usize,
-    factor: f32,
-    columns: Ptr<f32>,
-) {
-    const TOGETHER: usize = 4;
+/// The scores are the block's, and nobody else uses them. The machine has what `L` needs.
+#[inline(always)]
+pub(super) unsafe fn soften<L: Lanes>(lane: &Lane<'_>, scores: Ptr<f32>, running: &mut Running) -> [f32; LANES] {
+    let (from, to) = lane.sight.rows[lane.vector];
     // SAFETY: the caller's.
     unsafe {
-        let columns = columns.slice_mut(0, width * BLOCK);
-        let whole = count / TOGETHER * TOGETHER;
-        for first in (0..whole).step_by(TOGETHER) {
-            let lines: [&[f32]; TOGETHER] = std::array::from_fn(|i| rows.slice((first + i) * stride, width));
-            for d in 0..width {
-                for i in 0..TOGETHER {
-                    columns[d * BLOCK + first + i] = factor * lines[i][d];
+        let at = |row: usize| scores.add(row * BLOCK + lane.vector * LANES).0;
+        let before = L::load(running.most.as_ptr());
+        let mut most = [before; TOGETHER];
+        if lane.is_plain() {
+            let mut row = from;
+            while row + TOGETHER <= to {
+                for (i, most) in most.iter_mut().enumerate() {
+                    *most = L::load(at(row + i)).larger(*most);
                 }
+                row += TOGETHER;
+            }
+            for row in row..to {
+                most[0] = L::load(at(row)).larger(most[0]);
+            }
+        } else {
+            for row in from..to {
+                let line = lane.line(row, L::load(at(row)));
+                most[0] = line.larger(most[0]);
+                line.store(at(row));
             }
         }
-        for i in whole..count.next_multiple_of(LANES) {
-            for d in 0..width {
-                columns[d * BLOCK + i] = if i < count { factor * *rows.add(i * stride + d).0 } else { 0.0 };
+        let most = most[0].larger(most[1]).larger(most[2].larger(most[3]));
+        let factor = before.sub(most).exp();
+        let mut sums = [L::load(running.sum.as_ptr()).mul(factor), L::zero(), L::zero(), L::zero()];
+        let mut row = from;
+        while row + TOGETHER <= to {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                let p = L::load(at(row + i)).sub(most).exp();
+                p.store(at(row + i));
+                *sum = sum.add(p);
             }
+            row += TOGETHER;
         }
+        for row in row..to {
+            let p = L::load(at(row)).sub(most).exp();
+            p.store(at(row));
+            sums[0] = sums[0].add(p);
+        }
+        most.store(running.most.as_mut_ptr());
+        sums[0].add(sums[1]).add(sums[2].add(sums[3])).store(running.sum.as_mut_ptr());
+        let before = before.numbers();
+        let mut factor = factor.numbers();
+        // Where nothing was summed there is nothing to correct.
+        factor.iter_mut().zip(before).filter(|(_, before)| *before == LEAST).for_each(|(factor, _)| *factor = 1.0);
+        factor
     }
 }
 
-/// `sum of a * b`.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0.0f32; LANES];
-    let (x, y) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tail: f32 = x.remainder().iter().zip(y.remainder()).map(|(a, b)| a * b).sum();
-    for (x, y) in x.zip(y) {
-        for j in 0..LANES {
-            sums[j] += x[j] * y[j];
-        }
-    }
-    sums.iter().sum::<f32>() + tail
-}
-
-/// Whether all elements of some rows are finite.
+/// Scores and gradients of probabilities of queries, which are rows, to probabilities and gradients of scores:
+/// `p = exp(score - divisor)`, `ds = scale * p * (dp - delta)`. Gradients in rows outside of what is seen become 0.
 ///
 /// # Safety
-/// There are `count` rows of `width` elements, `stride` apart, which nobody writes.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-pub(super) unsafe fn all_finite(rows: Ptr<f32>, stride: usize, count: usize, width: usize) -> bool {
-    const INFINITE: u32 = f32::INFINITY.to_bits();
-    (0..count).all(|i| {
-        // SAFETY: the caller's.
-        let row = unsafe { rows.slice(i * stride, width) };
-        !row.iter().fold(false, |odd, x| odd | (x.to_bits() & INFINITE == INFINITE))
-    })
+/// Scores and gradients are the block's, of `rows` rows, and nobody else uses them. The machine has what `L` needs.
+#[inline(always)]
+pub(super) unsafe fn gradients<L: Lanes>(
+    lane: &Lane<'_>,
+    rows: usize,
+    (scores, dp): (Ptr<f32>, Ptr<f32>),
+    (divisors, deltas): (&[f32], &[f32]),
+    scale: f32,
+) {
+    let (from, to) = lane.sight.rows[lane.vector];
+    // SAFETY: the caller's.
+    unsafe {
+        let at = |of: Ptr<f32>, row: usize| of.add(row * BLOCK + lane.vector * LANES).0;
+        for row in (0..from).chain(to..rows) {
+            L::zero().store(at(dp, row));
+        }
+        let plain = lane.is_plain();
+        for row in from..to {
+            let mut line = L::load(at(scores, row));
+            if !plain {
+                line = lane.line(row, line);
+            }
+            let mut p = line.sub(L::splat(divisors[row])).exp();
+            let mut ds = L::load(at(dp, row)).sub(L::splat(deltas[row])).mul(p.mul(L::splat(scale)));
+            if lane.sight.masked[lane.vector] {
+                // A key that is not seen gives nothing, whatever its value is: 0 times infinity would be NaN.
+                p = p.choose(lane.bits(row), L::zero());
+                ds = ds.choose(lane.bits(row), L::zero());
+            }
+            p.store(at(scores, row));
+            ds.store(at(dp, row));
+        }
+    }
 }
