@@ -68,11 +68,11 @@ pub(super) trait Lanes:
     /// # Safety
     /// There is room, at a multiple of [`LANES`] floats.
     unsafe fn stream(self, to: *mut f32);
-    /// Adds the numbers of several to doubles at an address, one after the other.
+    /// Adds the numbers to doubles at an address.
     ///
     /// # Safety
     /// There are [`LANES`] doubles.
-    unsafe fn add_to_doubles<const N: usize>(all: [Self; N], to: *mut f64);
+    unsafe fn add_to_doubles(self, to: *mut f64);
 
     /// The first `n` numbers at an address, at most as many as lanes, and those of `self` behind them.
     ///
@@ -464,13 +464,9 @@ impl Lanes for Portable {
         unsafe { self.store(to) }
     }
     #[inline(always)]
-    unsafe fn add_to_doubles<const N: usize>(all: [Self; N], to: *mut f64) {
+    unsafe fn add_to_doubles(self, to: *mut f64) {
         let to = unsafe { &mut *to.cast::<[f64; LANES]>() };
-        for x in &all {
-            for i in 0..LANES {
-                to[i] += f64::from(x.0[i]);
-            }
-        }
+        to.iter_mut().zip(self.0).for_each(|(to, x)| *to += f64::from(x));
     }
 }
 
@@ -534,7 +530,8 @@ mod tests {
                     x.put(room.as_mut_ptr().add(1), 5);
                     y.put(room.as_mut_ptr().add(9), LANES);
                     out.extend(room);
-                    L::add_to_doubles([x, y], doubles.as_mut_ptr());
+                    x.add_to_doubles(doubles.as_mut_ptr());
+                    y.add_to_doubles(doubles.as_mut_ptr());
                 }
             }
             (out, doubles)

@@ -65,8 +65,7 @@ impl<const CENTERED: bool, const STREAM: bool> Kernel for Forward<CENTERED, STRE
     }
 }
 
-/// Mean and `1 / sqrt(var + eps)` of a row, in all lanes. Asks for the next row, and for where
-/// its result goes.
+/// Mean and `1 / sqrt(var + eps)` of a row, in all lanes. Asks for the next row, and for where its result goes.
 ///
 /// # Safety
 /// There are `width` numbers, and the machine has the instructions of `L`.
@@ -145,7 +144,7 @@ impl<const CENTERED: bool> Kernel for Backward<CENTERED> {
                     (inverse * (grad * weight - mean_h - normal * mean_hn)).put(dx.add(i), n);
                     (L::load(self.dw.add(i)) + grad * normal).store(self.dw.add(i));
                     if CENTERED {
-                        L::add_to_doubles([grad], self.db.add(i));
+                        grad.add_to_doubles(self.db.add(i));
                     }
                 });
             }

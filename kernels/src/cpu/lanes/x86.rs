@@ -116,15 +116,12 @@ impl Lanes for Avx512 {
         unsafe { _mm512_stream_ps(to, self.0) }
     }
     #[inline(always)]
-    unsafe fn add_to_doubles<const N: usize>(all: [Self; N], to: *mut f64) {
+    unsafe fn add_to_doubles(self, to: *mut f64) {
         unsafe {
-            let (mut low, mut high) = (_mm512_loadu_pd(to), _mm512_loadu_pd(to.add(8)));
-            for x in &all {
-                low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(x.0)));
-                high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(x.0)));
-            }
-            _mm512_storeu_pd(to, low);
-            _mm512_storeu_pd(to.add(8), high);
+            let low = _mm512_cvtps_pd(_mm512_castps512_ps256(self.0));
+            let high = _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(self.0));
+            _mm512_storeu_pd(to, _mm512_add_pd(_mm512_loadu_pd(to), low));
+            _mm512_storeu_pd(to.add(8), _mm512_add_pd(_mm512_loadu_pd(to.add(8)), high));
         }
     }
 }
@@ -259,17 +256,14 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn add_to_doubles<const N: usize>(all: [Self; N], to: *mut f64) {
+    unsafe fn add_to_doubles(self, to: *mut f64) {
         unsafe {
-            for quarter in 0..4 {
-                let to = to.add(4 * quarter);
-                let mut sum = _mm256_loadu_pd(to);
-                for x in &all {
-                    let x = x.0[quarter / 2];
-                    let x = if quarter % 2 == 0 { _mm256_castps256_ps128(x) } else { _mm256_extractf128_ps::<1>(x) };
-                    sum = _mm256_add_pd(sum, _mm256_cvtps_pd(x));
+            for (i, half) in self.0.into_iter().enumerate() {
+                let quarters = [_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half)];
+                for (j, quarter) in quarters.into_iter().enumerate() {
+                    let to = to.add(8 * i + 4 * j);
+                    _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), _mm256_cvtps_pd(quarter)));
                 }
-                _mm256_storeu_pd(to, sum);
             }
         }
     }
