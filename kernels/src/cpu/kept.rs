@@ -203,8 +203,8 @@ unsafe fn decode<K: Kept, L: Lanes>(row: *const u8, format: Format, at: usize, n
         for i in (0..whole).step_by(STEP) {
             K::load::<L>(row, format, at + i).store(to.as_mut_ptr().add(i));
         }
-        for i in whole..n {
-            to[i] = K::one(row, at + i);
+        for (i, number) in to[..n].iter_mut().enumerate().skip(whole) {
+            *number = K::one(row, at + i);
         }
     }
 }
