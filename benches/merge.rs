@@ -1,7 +1,9 @@
-//! What the pass `merge` saves: one optimizer step with it and without, interleaved in one process.
+//! What the pass `merge` saves, or products that regions finish: one optimizer step with it and without, interleaved in one
+//! process.
 //!
-//! `cargo bench --bench merge [-- <model>]` prints for a model (`tiny`, `llama`, `opt`; the first two without an argument)
-//! the kernels of a step, the memory that is planned, and the best of several steps of each, f32, random weights.
+//! `cargo bench --bench merge [-- <model>] [finish]` prints for a model (`tiny`, `llama`, `opt`; the first two without an
+//! argument) the kernels of a step, the memory that is planned, and the best and the median of several steps of each, f32,
+//! random weights.
 
 use std::io;
 use std::path::Path;
@@ -10,7 +12,7 @@ use std::time::{Duration, Instant};
 use dsgc_ir::diag::Diag;
 use dsgc_ir::op::Class;
 use dsgc_ir::stage::{Statement, UpdateSteps};
-use dsgc_ir::{Graph, Planned, Program, Tensor, parse};
+use dsgc_ir::{Bindings, Graph, Op, Planned, Program, Target, Tensor, Type, parse};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 use dsgc_passes::{PIPELINE, PassContext, merge, plan_memory};
@@ -57,7 +59,7 @@ const CASES: &[Case] = &[
         vocab: 50265,
         rows: 4,
         tokens: 256,
-        steps: 3,
+        steps: 5,
     },
 ];
 
@@ -90,14 +92,45 @@ stages:
     }
 }
 
-/// The case's only stage, planned with all passes, or without `merge`.
-fn plan(case: &Case, threads: usize, merge: bool) -> Planned {
+/// What a step is compared without.
+#[derive(Clone, Copy, PartialEq)]
+enum Without {
+    Nothing,
+    Merge,
+    Finish,
+}
+
+/// A CPU that finishes no products.
+struct Unfinished(CpuTarget);
+
+impl Target for Unfinished {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+    fn alignment(&self) -> usize {
+        self.0.alignment()
+    }
+    fn missing_kernel(&self, op: &Op, args: &[Type]) -> Option<String> {
+        if matches!(op, Op::ContractFused { .. }) { Some(String::new()) } else { self.0.missing_kernel(op, args) }
+    }
+    fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize {
+        self.0.workspace(op, args, bounds)
+    }
+    fn memory(&self) -> Option<usize> {
+        self.0.memory()
+    }
+}
+
+/// The case's only stage, planned with all passes, or without something.
+fn plan(case: &Case, threads: usize, without: Without) -> Planned {
     let loaded = load(Path::new("bench.yaml"), &Options::default(), &Bare(case))
         .unwrap_or_else(|failed| panic!("{}", render(&failed.diags, &failed.sources, Look::Plain)));
     let mut program: Program = loaded.stages.into_iter().next().expect("there is one stage");
-    let target = CpuTarget { threads };
-    for pass in PIPELINE.iter().filter(|pass| merge || pass.name != "merge") {
-        program = (pass.run)(program, &PassContext::new(&target)).unwrap_or_else(|diags| panic!("{}", diags[0]));
+    let cpu = CpuTarget { threads };
+    let unfinished = Unfinished(cpu);
+    let target: &dyn Target = if without == Without::Finish { &unfinished } else { &cpu };
+    for pass in PIPELINE.iter().filter(|pass| without != Without::Merge || pass.name != "merge") {
+        program = (pass.run)(program, &PassContext::new(target)).unwrap_or_else(|diags| panic!("{}", diags[0]));
     }
     Planned::new(program).unwrap_or_else(|fault| panic!("{fault}"))
 }
@@ -114,9 +147,9 @@ fn kernels(graph: &Graph) -> usize {
     graph.ops().filter(|(_, op)| !matches!(op.op.class(), Class::View | Class::State)).count()
 }
 
-fn run(case: &Case, threads: usize) {
+fn run(case: &Case, threads: usize, without: Without) {
     println!("{}: {} x {} tokens, f32, {threads} threads", case.name, case.rows, case.tokens);
-    let plans = [false, true].map(|merge| plan(case, threads, merge));
+    let plans = [without, Without::Nothing].map(|without| plan(case, threads, without));
     let step = step_of(&plans[0]);
     let mut devices = plans.map(|plan| {
         let (mib, graph) =
@@ -137,25 +170,28 @@ fn run(case: &Case, threads: usize) {
     let (shape, n) = ([case.rows, case.tokens], case.rows * case.tokens);
     let tokens = Tensor::i32(&shape, (0..n).map(|i| (i * 7919 % case.vocab) as i32).collect());
     let (segment, trained) = (Tensor::i32(&shape, vec![1; n]), Tensor::bool(&shape, vec![true; n]));
-    let mut best = [Duration::MAX; 2];
+    let mut times = [Vec::new(), Vec::new()];
     // The first step touches all memory for the first time.
     for t in 1..=case.steps + 1 {
         let (lr, at) = (Tensor::f32(&[], vec![1e-5]), Tensor::i32(&[], vec![t as i32]));
         let inputs =
             [("text.tokens", &tokens), ("text.segment", &segment), ("text.trained", &trained), ("lr", &lr), ("t", &at)];
         let mut losses = Vec::new();
-        for (device, best) in devices.iter_mut().zip(&mut best) {
+        for (device, times) in devices.iter_mut().zip(&mut times) {
             let started = Instant::now();
             let outputs = device.run(&step, &inputs).unwrap_or_else(|e| panic!("{e}"));
             if t > 1 {
-                *best = started.elapsed().min(*best);
+                times.push(started.elapsed().as_secs_f64());
             }
             losses.extend(outputs.iter().find(|(name, _)| name == "loss").map(|(_, x)| x.scalar()));
         }
         assert!((losses[0] - losses[1]).abs() < 1e-5 * losses[0].abs(), "losses {losses:?}");
     }
-    let [without, with] = best.map(|t| 1e3 * t.as_secs_f64());
-    println!("  best of {}: {without:.3} ms without the pass, {with:.3} ms with it: {:.3}", case.steps, without / with);
+    times.iter_mut().for_each(|times| times.sort_by(f64::total_cmp));
+    for (what, at) in [("best", 0), ("median", case.steps / 2)] {
+        let [without, with] = [&times[0], &times[1]].map(|times| 1e3 * times[at]);
+        println!("  {what} of {}: {without:.3} ms without, {with:.3} ms with: {:.3}", case.steps, without / with);
+    }
 }
 
 /// Queries, keys and values of a few rows, as a step of decoding makes them: three products, and the same in one op.
@@ -195,11 +231,16 @@ fn few_rows(width: usize, threads: usize) {
 
 fn main() {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let mut wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let finish = wanted.iter().any(|arg| arg == "finish");
+    wanted.retain(|arg| arg != "finish");
     let named = |case: &&Case| match &wanted[..] {
         [] => case.name != "opt",
         names => names.iter().any(|name| name == case.name),
     };
-    CASES.iter().filter(named).for_each(|case| run(case, threads));
-    [288, 768].into_iter().for_each(|width| few_rows(width, threads));
+    let without = if finish { Without::Finish } else { Without::Merge };
+    CASES.iter().filter(named).for_each(|case| run(case, threads, without));
+    if !finish {
+        [288, 768].into_iter().for_each(|width| few_rows(width, threads));
+    }
 }

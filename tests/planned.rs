@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use dsgc_ir::fuzz::{Rng, random_bindings, random_inputs, random_program, random_tensor};
-use dsgc_ir::{Bindings, DType, Op, Planned, Program, StateId, Tensor};
+use dsgc_ir::{Bindings, DType, Op, Planned, Program, StateId, Target, Tensor, Type, parse};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 use dsgc_kernels::interp::{Interp, Precision};
@@ -88,7 +88,7 @@ fn plan_without(without: &str, program: &Program, threads: usize) -> Planned {
 
 #[test]
 fn fused_regions_have_the_bits_of_their_ops() {
-    let (mut regions, mut steps) = (0, 0);
+    let (mut regions, mut steps, mut products) = (0, 0, 0);
     for seed in 0..150 {
         let program = random_program(9000 + seed, 40);
         let apart = format!("{:?}", run(Cpu::new(plan_without("fuse", &program, 2), 2), &program, seed));
@@ -97,13 +97,130 @@ fn fused_regions_have_the_bits_of_their_ops() {
             let fused = format!("{:?}", run(Cpu::poisoned(planned.clone(), threads), &program, seed));
             assert_eq!(fused, apart, "seed {seed}, {threads} threads\n{}", *planned);
             for (_, op) in planned.graphs.iter().flat_map(|g| g.ops()) {
-                if let Op::Fused { body, .. } = &op.op {
-                    (regions, steps) = (regions + 1, steps + body.work());
+                match &op.op {
+                    Op::Fused { body, .. } => (regions, steps) = (regions + 1, steps + body.work()),
+                    Op::ContractFused { bodies, .. } => products += bodies.len(),
+                    _ => {}
                 }
             }
         }
     }
     assert!(regions > 500 && 2 * steps > 3 * regions, "only {regions} regions with {steps} steps");
+    assert!(products > 100, "only {products} products are finished by regions");
+}
+
+/// A CPU that finishes no products.
+struct Unfinished(CpuTarget);
+
+impl Target for Unfinished {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+    fn alignment(&self) -> usize {
+        self.0.alignment()
+    }
+    fn missing_kernel(&self, op: &Op, args: &[Type]) -> Option<String> {
+        if matches!(op, Op::ContractFused { .. }) { Some("none".into()) } else { self.0.missing_kernel(op, args) }
+    }
+    fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize {
+        self.0.workspace(op, args, bounds)
+    }
+    fn memory(&self) -> Option<usize> {
+        self.0.memory()
+    }
+}
+
+/// Products that are finished by a bias and a function whose operand is kept, a scaled residual, an accumulator, a region of
+/// a result that lies the other way, regions of products in one op, and regions of bf16.
+fn finished_products(m: usize, n: usize, k: usize) -> Program {
+    let text = format!(
+        "level logical
+state @sum : f32[{n}, {k}]
+
+graph @activation(%x: f32[{m}, {k}], %w: f32[{n}, {k}], %bias: f32[{n}]) {{
+  %h = contract %x, %w spec=bi,oi->bo
+  %stretched = broadcast %bias shape=[{m}, {n}]
+  %before = add %h, %stretched
+  %y = gelu %before
+  return before=%before, y=%y
+}}
+
+graph @residual(%x: f32[{m}, {k}], %w: f32[{n}, {k}], %rows: f32[{m}, 1], %rest: f32[{m}, {n}]) {{
+  %h = contract %x, %w spec=bi,oi->bo
+  %stretched = broadcast %rows shape=[{m}, {n}]
+  %scaled = mul %h, %stretched
+  %y = add %rest, %scaled
+  return y=%y
+}}
+
+graph @accumulate(%x: f32[{m}, {k}], %y: f32[{m}, {n}]) {{
+  %grad = contract %y, %x spec=bo,bi->oi
+  %sum = read @sum
+  %new = add %sum, %grad
+  write @sum %new
+  return
+}}
+
+graph @turned(%x: f32[{m}, {k}], %w: f32[{n}, {k}], %rows: f32[{n}, 1]) {{
+  %h = contract %x, %w spec=bi,oi->ob
+  %stretched = broadcast %rows shape=[{n}, {m}]
+  %y = max %h, %stretched
+  return y=%y
+}}
+
+graph @each(%x: f32[{m}, {k}], %w: f32[{n}, {k}], %v: f32[{n}, {k}], %bias: f32[{n}]) {{
+  %a = contract %x, %w spec=bi,oi->bo
+  %b = contract %x, %v spec=bi,oi->bo
+  %stretched = broadcast %bias shape=[{m}, {n}]
+  %c = add %a, %stretched
+  %d = relu %b
+  return c=%c, d=%d
+}}
+
+graph @narrow(%x: f32[{m}, {k}], %w: f32[{n}, {k}], %bias: f32[{n}]) {{
+  %x.1 = cast %x dtype=bf16
+  %w.1 = cast %w dtype=bf16
+  %bias.1 = cast %bias dtype=bf16
+  %stretched = broadcast %bias.1 shape=[{m}, {n}]
+  %a = contract %x.1, %w.1 spec=bi,oi->bo
+  %b = add %a, %stretched
+  %c = tanh %b
+  %d = contract %w.1, %x.1 spec=oi,bi->bo:f32
+  %e = neg %d
+  %f = cast %e dtype=bf16
+  %g = contract %x.1, %w.1 spec=bi,oi->ob
+  %h = cast %g dtype=f32
+  return c=%c, f=%f, h=%h
+}}
+"
+    );
+    parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"))
+}
+
+#[test]
+fn finished_products_have_the_bits_of_products_and_regions() {
+    // One element; few rows of a large matrix; sums of several blocks; more columns and more rows than a block of panels;
+    // sums that lie in the workspace as a whole.
+    for (m, n, k) in
+        [(1, 1, 1), (3, 80, 900), (40, 70, 900), (300, 40, 9), (17, 600, 33), (150, 650, 3300), (2, 3, 66_000)]
+    {
+        let program = finished_products(m, n, k);
+        let unfinished = Unfinished(CpuTarget { threads: 2 });
+        let apart =
+            compile(program.clone(), &PassContext::new(&unfinished), &mut |_| {}).unwrap_or_else(|e| panic!("{e:?}"));
+        assert!(!apart.op_counts().contains_key("contract_fused"));
+        let expected = run(Cpu::new(apart, 2), &program, 7);
+        for threads in 1..=3 {
+            let planned = plan(&program, threads);
+            assert_eq!(planned.op_counts().get("contract_fused"), Some(&8), "{}", *planned);
+            let found = run(Cpu::poisoned(planned.clone(), threads), &program, 7);
+            assert!(found == expected, "{m} x {n} x {k} on {threads} threads\n{}", *planned);
+        }
+        if m * n * k < 100_000 {
+            let fused = run(Interp::planned(plan(&program, 1), Precision::F32), &program, 7);
+            assert!(fused == run(Interp::new(program.clone(), Precision::F32), &program, 7), "{m} x {n} x {k}");
+        }
+    }
 }
 
 #[test]

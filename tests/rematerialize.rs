@@ -94,6 +94,7 @@ fn backward_work(program: &Program) -> usize {
         .map(|(_, op)| match op.op {
             Op::Contract { .. } | Op::RowUniform { .. } | Op::LayerNorm { .. } | Op::RmsNorm { .. } => 1,
             Op::ContractEach { .. } => op.results().len(),
+            Op::ContractFused { bodies, .. } => bodies.len(),
             _ => 0,
         })
         .sum()

@@ -8,6 +8,7 @@
 //! ```
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::infer::infer;
@@ -128,6 +129,29 @@ impl Body {
         }
         Err(bad())
     }
+}
+
+/// One product of an [`Op::ContractFused`], by the places of the op's operands and results.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProductPart {
+    /// The operand that it does not have in common with others.
+    pub other: usize,
+    /// The operands of its body behind the product.
+    pub operands: Range<usize>,
+    /// The results of its body.
+    pub results: Range<usize>,
+}
+
+/// The products of an [`Op::ContractFused`] with these bodies.
+pub fn product_parts(bodies: &[Body]) -> Vec<ProductPart> {
+    let (mut operand, mut result) = (1 + bodies.len(), 0);
+    let part = |(i, body): (usize, &Body)| {
+        let operands = operand..operand + body.operands().saturating_sub(1);
+        let results = result..result + body.results().len();
+        (operand, result) = (operands.end, results.end);
+        ProductPart { other: 1 + i, operands, results }
+    };
+    bodies.iter().enumerate().map(part).collect()
 }
 
 /// Steps are constants and elementwise ops that cannot fail.

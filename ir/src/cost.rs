@@ -6,6 +6,7 @@
 //!
 //! [`time`] makes one figure of both, by which passes choose between programs.
 
+use crate::body::product_parts;
 use crate::dim::{Bindings, Symbol};
 use crate::graph::{Graph, OpData};
 use crate::infer::Contraction;
@@ -68,6 +69,18 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
             for (&other, &result) in args[1..].iter().zip(results) {
                 let pair = if *common == 0 { [args[0], other] } else { [other, args[0]] };
                 flops = flops.saturating_add(cost(&one, &pair, &[result], bindings)?.flops);
+            }
+            flops
+        }
+        (Op::ContractFused { spec, common, bodies }, _) => {
+            let one = Op::Contract { spec: spec.clone() };
+            let mut flops = 0u64;
+            for (part, body) in product_parts(bodies).into_iter().zip(bodies) {
+                let result = results[part.results.start];
+                let mut pair = [args[0], args[part.other]];
+                pair.rotate_left(*common);
+                let finished = len(result)?.saturating_mul(body.work() as u64);
+                flops = flops.saturating_add(cost(&one, &pair, &[result], bindings)?.flops).saturating_add(finished);
             }
             flops
         }

@@ -339,6 +339,7 @@ impl<'a> Draw<'a> {
             "fused" => self.fused(),
             "contract" => self.contract(),
             "contract_each" => self.contract_each(),
+            "contract_fused" => self.contract_fused(),
             "sum_squares" => self.sum_squares(),
             "add_rows" => self.add_rows(),
             "reduce_sum" | "reduce_max" | "reduce_min" => {
@@ -390,7 +391,9 @@ impl<'a> Draw<'a> {
                     let bias = self.value_of(&row_ty);
                     self.push(Op::LayerNorm { eps: 1e-5 }, &[x, weight, bias]);
                 } else {
+                    // Most of the gradient cancels: of large numbers only what was rounded is left.
                     let grad = self.same_as(x);
+                    let [weight, grad] = [weight, grad].map(|value| self.must(Op::Tanh {}, &[value]));
                     self.push(Op::LayerNormGrad { eps: 1e-5 }, &[x, weight, grad]);
                 }
             }

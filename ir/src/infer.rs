@@ -1,5 +1,6 @@
 //! Result types: one rule per op.
 
+use crate::body::product_parts;
 use crate::dim::Dim;
 use crate::op::{Arity, Op};
 use crate::types::{DType, DimList, Type};
@@ -159,6 +160,30 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
         Op::Contract { spec } => {
             let labels = Contraction::parse(spec)?;
             one(labels.result(&args[0], &args[1])?)
+        }
+        Op::ContractFused { spec, common, bodies } => {
+            let parts = product_parts(bodies);
+            let count = parts.last().map_or(0, |part| part.operands.end);
+            if *common > 1 || args.len() != count {
+                return Err(format!(
+                    "`{op}` of {} operands, expected {count}, of which the first or second is common",
+                    args.len()
+                ));
+            }
+            let mut results = Vec::new();
+            for (part, body) in parts.into_iter().zip(bodies) {
+                let mut pair = [args[0].clone(), args[part.other].clone()];
+                pair.rotate_left(*common);
+                let product = infer(&Op::Contract { spec: spec.clone() }, &pair, None)?.swap_remove(0);
+                let mut operands = vec![product.dtype];
+                for arg in &args[part.operands] {
+                    broadcasts(&arg.dims, &product.dims)?;
+                    operands.push(arg.dtype);
+                }
+                let all = body.dtypes(&operands)?;
+                results.extend(body.results().iter().map(|&r| product.with(all[r])));
+            }
+            Ok(results)
         }
         Op::ContractEach { spec, common } => {
             if *common > 1 || args.len() < 2 {

@@ -58,7 +58,7 @@ pub mod trained;
 mod types;
 pub mod verify;
 
-pub use body::{Body, Step};
+pub use body::{Body, ProductPart, Step};
 pub use dim::{Bindings, Dim, Symbol};
 pub use graph::{
     Buffer, Builder, DimRange, Graph, Loc, OpData, OpId, Phase, Reason, Region, Site, StateId, Tag, Value,

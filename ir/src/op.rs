@@ -6,7 +6,7 @@
 
 use std::fmt::Display;
 
-use crate::body::Body;
+use crate::body::{Body, ProductPart, product_parts};
 use crate::dim::Dim;
 use crate::graph::StateId;
 use crate::types::{DType, DimList};
@@ -151,6 +151,16 @@ impl Attribute for Body {
     }
     fn read(text: &str) -> Result<Self, String> {
         Body::parse(text)
+    }
+}
+
+impl Attribute for Vec<Body> {
+    fn show(&self) -> String {
+        format!("[{}]", self.iter().map(Body::show).collect::<Vec<_>>().join(", "))
+    }
+    fn read(text: &str) -> Result<Self, String> {
+        let inner = text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).ok_or(format!("`{text}` is no list"))?;
+        inner.split_inclusive('}').map(|body| Body::parse(body.trim_start_matches([',', ' ']))).collect()
     }
 }
 
@@ -352,6 +362,13 @@ ops! {
     ContractEach "contract_each" Contraction many { /// Labels of both operands and the result, of every one.
         spec: String, /// Which operand they have in common: 0 the first, 1 the second.
         common: usize }
+    /// [`Op::ContractEach`], of one product or several, each finished by a body before it is stored: operands the one in
+    /// common, the others, and per body its operands but the first, which is the product. They are stretched to the
+    /// product's dims. Results of all bodies, one after the other. Made by the pass `fuse`.
+    ContractFused "contract_fused" Contraction many { /// Labels of both operands and the product, of every one.
+        spec: String, /// Which operand they have in common: 0 the first, 1 the second.
+        common: usize, /// What is computed for one element of each product.
+        bodies: Vec<Body> }
     /// Sum over dims, which go away; that of narrow floats is f32.
     ReduceSum "reduce_sum" Reduction 1 { /// The dims, ascending.
         axes: Vec<usize> }
@@ -526,6 +543,12 @@ impl Op {
             Op::Cast { .. } | Op::WriteAt { .. } | Op::Rope { .. } | Op::AddRows {} => vec![(0, 0)],
             Op::Fused { body, .. } => {
                 (0..body.results().len()).flat_map(|result| (0..operands).map(move |arg| (result, arg))).collect()
+            }
+            Op::ContractFused { bodies, .. } => {
+                let pairs = |part: ProductPart| {
+                    part.results.flat_map(move |result| part.operands.clone().map(move |arg| (result, arg)))
+                };
+                product_parts(bodies).into_iter().flat_map(pairs).collect()
             }
             _ if self.class() == Class::Elementwise => (0..operands).map(|arg| (0, arg)).collect(),
             _ => vec![],

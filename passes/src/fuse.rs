@@ -17,6 +17,10 @@
 //! never read later than the op that makes the new one, which may lie in its place.
 //!
 //! Bits do not change: every step of a region rounds as the op did.
+//!
+//! Then regions finish products (`products`), where the target has a kernel for that.
+
+mod products;
 
 use std::collections::BTreeMap;
 
@@ -33,10 +37,11 @@ use crate::rebuild::{Rebuild, without_dead_ops};
 pub const PASS: Pass = Pass { name: "fuse", requires: &[Fact::Typed], provides: &[], numerics: Numerics::Exact, run };
 
 /// Runs the pass.
-pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> {
+pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
     // Every value of a region has a use; operands that regions take without a broadcast leave it dead.
     let alive = |g: &Graph| without_dead_ops(g, &program);
-    program.graphs = program.graphs.iter().map(|g| alive(&fuse(&alive(g), &program))).collect();
+    let fused = |g: &Graph| products::finish(&alive(&fuse(&alive(g), &program)), &program, context);
+    program.graphs = program.graphs.iter().map(fused).collect();
     Ok(program)
 }
 

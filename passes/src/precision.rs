@@ -130,6 +130,7 @@ fn policy(op: &Op) -> Policy {
         | Op::AttentionGrad { .. }
         | Op::TokenLogpGrad {}
         | Op::ContractEach { .. }
+        | Op::ContractFused { .. }
         | Op::SumSquares {}
         | Op::AddRows {}
         | Op::HeadLogp {}

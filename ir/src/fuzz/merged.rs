@@ -34,6 +34,43 @@ impl Draw<'_> {
         }
     }
 
+    /// Products with one operand in common that are finished by bodies.
+    pub(super) fn contract_fused(&mut self) {
+        let x = self.any_with_dims(DType::F32);
+        let dims = self.ty(x).dims;
+        let own: String = ('a'..='z').take(dims.len()).collect();
+        let kept = self.rng.below(dims.len());
+        let (summed, out) = own.split_at(own.len() - kept);
+        let common = self.rng.below(2);
+        let other = format!("z{summed}");
+        let (lhs, rhs) = if common == 0 { (&own, &other) } else { (&other, &own) };
+        let out = if self.rng.once_in(2) { format!("{out}z") } else { format!("z{out}") };
+        let spec = format!("{lhs},{rhs}->{out}");
+        let (mut others, mut operands, mut bodies) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..self.rng.between(1, 3) {
+            let first = self.dim();
+            let kept = &dims[summed.len()..];
+            let rows = if out.starts_with('z') {
+                [&[first.clone()], kept].concat()
+            } else {
+                [kept, &[first.clone()]].concat()
+            };
+            if !self.fits(&Type::new(DType::F32, rows.clone())) {
+                return;
+            }
+            others.push(self.value_of(&Type::new(DType::F32, [&[first], &dims[..summed.len()]].concat())));
+            let mut dtypes = vec![DType::F32];
+            for _ in 0..self.rng.below(3) {
+                let from = self.rng.below(rows.len() + 1);
+                let dtype = self.rng.choose(&[DType::F32, DType::F32, DType::I32, DType::Bool]);
+                operands.push(self.value_of(&Type::new(dtype, &rows[from..])));
+                dtypes.push(dtype);
+            }
+            bodies.push(super::region::random_body(self.rng, &dtypes));
+        }
+        self.push(Op::ContractFused { spec, common, bodies }, &[vec![x], others, operands].concat());
+    }
+
     /// A sum of sums of squares, in one op or apart.
     pub(super) fn sum_squares(&mut self) {
         let tensors: Vec<Value> = (0..self.rng.between(1, 4)).map(|_| self.any(DType::F32)).collect();

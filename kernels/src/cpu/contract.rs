@@ -20,29 +20,29 @@ use super::structure::strides;
 
 /// A letter: its extent, and its strides in the left operand, the right operand and the result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Letter {
-    extent: usize,
-    left: usize,
-    right: usize,
-    out: usize,
+pub(super) struct Letter {
+    pub(super) extent: usize,
+    pub(super) left: usize,
+    pub(super) right: usize,
+    pub(super) out: usize,
 }
 
 /// Independent products from which on every one is a task of its own.
 const MANY: usize = 8;
 
 /// The letters of a contraction by the matrix products that it is.
-struct Groups {
+pub(super) struct Groups {
     /// Loops around all products.
     loops: Vec<Letter>,
-    m: Letter,
-    n: Letter,
-    k: Letter,
+    pub(super) m: Letter,
+    pub(super) n: Letter,
+    pub(super) k: Letter,
     /// Sums of products.
     sums: Vec<Letter>,
 }
 
 impl Groups {
-    fn new(labels: &Contraction, a: &[usize], b: &[usize]) -> Groups {
+    pub(super) fn new(labels: &Contraction, a: &[usize], b: &[usize]) -> Groups {
         let extent = |letter| {
             let left = labels.lhs.iter().position(|&x| x == letter).map(|i| a[i]);
             left.or_else(|| labels.rhs.iter().position(|&x| x == letter).map(|i| b[i])).unwrap_or(1)
@@ -73,6 +73,39 @@ impl Groups {
         Groups { loops, m, n, k, sums }
     }
 
+    /// Whether it is one product whose sums can be finished block by block. The sums of a longer one are several.
+    pub(super) fn in_blocks(&self) -> bool {
+        let Groups { loops, m, n, k, sums } = self;
+        loops.is_empty()
+            && sums.is_empty()
+            && k.extent <= gemm::LONGEST
+            && !self.is_dot()
+            && !self.has_few_rows()
+            && (m.out == 1 || n.out == 1)
+    }
+
+    /// Elements of a product that is at most so large, where it may not come in blocks.
+    pub(super) fn whole(&self) -> usize {
+        let Groups { loops, m, n, .. } = self;
+        if self.in_blocks() {
+            return (m.extent * n.extent).min(skinny::ROWS * m.extent.max(n.extent));
+        }
+        loops.iter().chain([m, n]).map(|x| x.extent).product()
+    }
+
+    /// Whether it is a sum of products of two rows.
+    fn is_dot(&self) -> bool {
+        let Groups { loops, m, n, k, sums } = self;
+        loops.is_empty() && sums.is_empty() && (m.extent, n.extent) == (1, 1) && (k.left, k.right) == (1, 1)
+    }
+
+    /// Whether it is a product of a few rows with a large matrix.
+    fn has_few_rows(&self) -> bool {
+        let Groups { loops, m, n, k, sums } = self;
+        let dense = (k.left, k.right, n.out) == (1, 1, 1);
+        loops.is_empty() && sums.is_empty() && dense && skinny::fits(m.extent, n.extent, k.extent)
+    }
+
     /// Whether a narrow result must not be added to, as it would be rounded each time.
     fn rounds_once(&self, labels: &Contraction, operands: DType) -> bool {
         !self.sums.is_empty() && operands.is_narrow() && !labels.wide
@@ -95,6 +128,12 @@ fn own_workspace(left: usize, right: usize, out: usize, threads: usize) -> usize
 
 /// Runs a contraction.
 pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
+    let out = l.out(0);
+    run_into(l, spec, out)
+}
+
+/// Runs a contraction, and puts what it gives there.
+pub(super) fn run_into(l: &mut Launch, spec: &str, out: Ptr<u8>) -> Result<(), String> {
     let labels = Contraction::parse(spec)?;
     let groups = Groups::new(&labels, &l.shape(l.op.args[0]), &l.shape(l.op.args[1]));
     if l.len(l.result()) == 0 {
@@ -107,39 +146,28 @@ pub(super) fn run(l: &mut Launch, spec: &str) -> Result<(), String> {
             // SAFETY: the result in f32 lies behind the rest of the workspace, which is as large at every launch.
             let wide: Ptr<f32> =
                 unsafe { Ptr(l.workspace::<u8>().add(own_workspace(left, right, n, l.threads.count())).0.cast()) };
-            products::<bf16, f32>(l, &groups, Some(wide));
-            let out: Ptr<u8> = l.out(0);
+            products::<bf16, f32>(l, &groups, wide);
             l.threads.run(n, 1, |r| {
                 // SAFETY: both places hold `n` elements; ranges of threads are apart.
                 unsafe { round(DType::Bf16, wide.add(r.start).0, out.add(2 * r.start).0, r.len()) };
             });
         }
-        (DType::Bf16, false) => products::<bf16, bf16>(l, &groups, None),
-        (DType::Bf16, true) => products::<bf16, f32>(l, &groups, None),
-        _ if dot(l, &groups) => {}
-        _ => products::<f32, f32>(l, &groups, None),
+        (DType::Bf16, false) => products::<bf16, bf16>(l, &groups, Ptr(out.0.cast())),
+        (DType::Bf16, true) => products::<bf16, f32>(l, &groups, Ptr(out.0.cast())),
+        _ if groups.is_dot() => {
+            let (left, right) = (l.arg(0), l.arg(1));
+            reduce::dot(l, left, right, Ptr(out.0.cast()), groups.k.extent);
+        }
+        _ => products::<f32, f32>(l, &groups, Ptr(out.0.cast())),
     }
     Ok(())
 }
 
-/// Runs a sum of products of two rows, if the contraction is one.
-fn dot(l: &mut Launch, groups: &Groups) -> bool {
-    let Groups { loops, m, n, k, sums } = groups;
-    let is_dot = loops.is_empty() && sums.is_empty() && (m.extent, n.extent) == (1, 1) && (k.left, k.right) == (1, 1);
-    if is_dot {
-        let (left, right, out) = (l.arg(0), l.arg(1), l.out(0));
-        reduce::dot(l, left, right, out, k.extent);
-    }
-    is_dot
-}
-
-/// Runs products of matrices of `T`, into another place than the result's if one is given.
-fn products<T: Source, O: Element>(l: &mut Launch, groups: &Groups, out: Option<Ptr<O>>) {
-    let out = out.unwrap_or_else(|| l.out(0));
+/// Runs products of matrices of `T` into a place.
+fn products<T: Source, O: Element>(l: &mut Launch, groups: &Groups, out: Ptr<O>) {
     let Groups { loops: batch, m, n, k, sums: more_k } = groups;
     let (left, right): (Ptr<T>, Ptr<T>) = (l.arg(0), l.arg(1));
-    let dense = (k.left, k.right, n.out) == (1, 1, 1);
-    if batch.is_empty() && more_k.is_empty() && dense && skinny::fits(m.extent, n.extent, k.extent) {
+    if groups.has_few_rows() {
         let part = skinny::Part { n: n.extent, w: (right, n.right), out: (out, m.out) };
         // SAFETY: extents and strides are those of the operands and the result.
         return unsafe { skinny::run(l.threads, (m.extent, k.extent), (left, m.left), &[part], l.workspace()) };
@@ -161,6 +189,7 @@ fn products<T: Source, O: Element>(l: &mut Launch, groups: &Groups, out: Option<
                     right: Matrix { at: right.add(at.right + sum.right), row: k.right, column: n.right },
                     out: Matrix { at: out.add(at.out), row: m.out, column: n.out },
                     accumulate: s > 0,
+                    finish: None,
                     scratch,
                 };
                 product.run();

@@ -50,16 +50,5 @@ fn alone(l: &mut Launch, spec: &str, common: usize, (i, other): (usize, Value)) 
     let shared = l.op.args[0];
     let args = if common == 0 { vec![shared, other] } else { vec![other, shared] };
     let part = l.op.part(Op::Contract { spec: spec.to_string() }, args, i..i + 1);
-    let mut one = Launch {
-        graph: l.graph,
-        op: &part,
-        dims: l.dims,
-        memory: l.memory,
-        threads: l.threads,
-        scratch: l.scratch,
-        region: None,
-        moved: l.moved.clone(),
-        unpacked: l.unpacked,
-    };
-    contract::run(&mut one, spec)
+    contract::run(&mut l.part(&part), spec)
 }

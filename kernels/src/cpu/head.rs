@@ -92,6 +92,7 @@ impl Head<'_> {
             right,
             out,
             accumulate,
+            finish: None,
             scratch: self.scratch,
         };
         // SAFETY: extents and strides are those of the operands; the caller says that the rows are there.

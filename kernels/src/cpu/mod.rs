@@ -11,6 +11,7 @@ mod attention;
 mod cached;
 mod contract;
 mod contract_each;
+mod contract_fused;
 mod elementwise;
 mod fused;
 pub mod gemm;
@@ -65,8 +66,11 @@ impl Target for CpuTarget {
         ALIGNMENT
     }
 
-    fn missing_kernel(&self, _: &Op, _: &[Type]) -> Option<String> {
-        None
+    fn missing_kernel(&self, op: &Op, args: &[Type]) -> Option<String> {
+        match op {
+            Op::ContractFused { bodies, .. } => contract_fused::missing(&args[..=bodies.len()]),
+            _ => None,
+        }
     }
 
     fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize {
@@ -98,6 +102,9 @@ fn own_workspace(op: &Op, args: &[Type], bounds: &Bindings, threads: usize) -> u
             };
             args[1..].iter().map(part).max().unwrap_or(0)
         }
+        Op::ContractFused { spec, common, bodies } => {
+            contract_fused::workspace((spec, *common, bodies), args, bounds, threads)
+        }
         Op::SumSquares {} => (0..args.len()).map(|i| reduce::workspace(shape(i).iter().product())).sum(),
         Op::HeadLogp {} | Op::HeadLogpGrad { .. } => head::workspace(shape(2).iter().product(), &shape(1), threads),
         Op::AddRows {} => tokens::rows_workspace(shape(0)[1], threads),
@@ -118,8 +125,8 @@ pub struct Cpu {
     program: Arc<Planned>,
     memory: Memory,
     threads: Arc<Threads>,
-    /// Per graph and op, what a fused region needs to run.
-    regions: Vec<Vec<Option<Arc<fused::Region>>>>,
+    /// Per graph and op, what its bodies need to run.
+    regions: Vec<Vec<Vec<Arc<fused::Region>>>>,
     /// Per graph and op, buffers that hold nothing any more afterwards; only where dead values are poisoned.
     dead: Option<Vec<Vec<Vec<Buffer>>>>,
     /// Counters of launches, while somebody wants them.
@@ -261,7 +268,7 @@ impl Cpu {
                 self.memory.poison_region(Region::Scratch);
             }
             let started = now(&self.profile);
-            let (scratch, region) = (graph.scratch[id.0 as usize], self.regions[at][id.0 as usize].as_deref());
+            let (scratch, regions) = (graph.scratch[id.0 as usize], &self.regions[at][id.0 as usize]);
             let mut launch = Launch {
                 graph,
                 op,
@@ -269,7 +276,7 @@ impl Cpu {
                 memory: &mut self.memory,
                 threads: &self.threads,
                 scratch,
-                region,
+                regions,
                 moved: Vec::new(),
                 unpacked: false,
             };
@@ -307,8 +314,8 @@ struct Launch<'a> {
     threads: &'a Threads,
     /// Bytes of workspace.
     scratch: usize,
-    /// What the op needs to run if it is a fused region.
-    region: Option<&'a fused::Region>,
+    /// What the op's bodies need to run, if it has any.
+    regions: &'a [Arc<fused::Region>],
     /// Operands and results whose elements are of another type elsewhere while a kernel runs: f32 in the place of narrow
     /// ones, and what a product computes in in the place of weights that are kept in fewer bits.
     moved: Vec<(Value, Buffer, DType)>,
@@ -348,11 +355,12 @@ impl Launch<'_> {
             }
             op if elementwise::has(op) => elementwise::run(self),
             Op::Fused { .. } => {
-                fused::run(self, self.region.expect("every region is loaded with the program"));
+                fused::run(self);
                 Ok(())
             }
             Op::Contract { spec } => contract::run(self, spec),
             Op::ContractEach { spec, common } => contract_each::run(self, spec, *common),
+            Op::ContractFused { spec, common, bodies } => contract_fused::run(self, spec, *common, bodies),
             Op::SumSquares {} => {
                 reduce::sum_squares(self);
                 Ok(())
@@ -421,6 +429,21 @@ impl Launch<'_> {
                 Ok(())
             }
             _ => structure::run(self),
+        }
+    }
+
+    /// A launch of a part of the op in the same workspace.
+    fn part<'b>(&'b mut self, part: &'b OpData) -> Launch<'b> {
+        Launch {
+            graph: self.graph,
+            op: part,
+            dims: self.dims,
+            memory: self.memory,
+            threads: self.threads,
+            scratch: self.scratch,
+            regions: &[],
+            moved: self.moved.clone(),
+            unpacked: self.unpacked,
         }
     }
 

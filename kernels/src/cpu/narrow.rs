@@ -109,7 +109,7 @@ pub(super) fn through(kernel: Row, operands: &[DType], result: DType) -> Row {
 pub(super) fn is_widened(op: &Op, types: &[DType]) -> bool {
     let own = match op {
         // Their kernels do not care what elements are, or widen row by row.
-        Op::Embed {} | Op::Fused { .. } | Op::TokenLogp {} | Op::TokenLogpGrad {} => true,
+        Op::Embed {} | Op::Fused { .. } | Op::ContractFused { .. } | Op::TokenLogp {} | Op::TokenLogpGrad {} => true,
         // Products of bf16 have kernels of their own, and what they take beside f32 is kept in fewer bits.
         Op::Contract { .. } | Op::ContractEach { .. } => product_type(types[0], types[1]) != Some(DType::F16),
         Op::Cast { .. } if types.iter().any(|dtype| dtype.is_quantized()) => true,

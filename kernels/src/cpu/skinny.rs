@@ -16,7 +16,7 @@ use super::memory::Ptr;
 use super::parallel::Threads;
 
 /// Most rows. With more of them arithmetic binds, and blocks are better at that.
-const ROWS: usize = 16;
+pub(super) const ROWS: usize = 16;
 /// Elements of the matrix below which a copy in blocks stays in the cache.
 const LARGE: usize = 64 * 1024;
 

@@ -6,6 +6,7 @@
 
 use std::cmp::Ordering;
 
+use dsgc_ir::body::product_parts;
 use dsgc_ir::infer::{Contraction, product_type};
 use dsgc_ir::stage::Sampling;
 use dsgc_ir::{Bindings, Body, DType, Data, Dim, Op, Tensor};
@@ -109,6 +110,23 @@ pub(crate) fn eval<F: Real>(
                 product::<F>(&labels, pair, dtypes, shape)
             };
             shapes.iter().enumerate().map(product).collect()
+        }
+        Op::ContractFused { spec, common, bodies } => {
+            let labels = Contraction::parse(spec)?;
+            let mut results = Vec::new();
+            for (part, body) in product_parts(bodies).into_iter().zip(bodies) {
+                let (mut pair, mut dtypes) = ([args[0], args[part.other]], [types[0], types[part.other]]);
+                pair.rotate_left(*common);
+                dtypes.rotate_left(*common);
+                let shape = &shapes[part.results.start];
+                let narrow = product_type(dtypes[0], dtypes[1]).unwrap_or(types[0]);
+                let dtype = if labels.wide { DType::F32 } else { narrow };
+                let product = F::rounded(product::<F>(&labels, pair, dtypes, shape)?, dtype);
+                let operands = [&[&product], &args[part.operands.clone()]].concat();
+                let types = [&[dtype], &types[part.operands]].concat();
+                results.extend(fused::<F>(body, (&operands, &types), shape, dims)?);
+            }
+            Ok(results)
         }
         Op::SumSquares {} => {
             let square = |x: &&Tensor| floats::<F>(x).iter().fold(F::zero(), |sum, &x| sum + x * x);

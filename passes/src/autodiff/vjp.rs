@@ -336,6 +336,7 @@ pub fn vjp(
         Op::EmbedGrad { .. }
         | Op::AddRows {}
         | Op::ContractEach { .. }
+        | Op::ContractFused { .. }
         | Op::HeadLogp {}
         | Op::HeadLogpGrad { .. }
         | Op::SumSquares {}

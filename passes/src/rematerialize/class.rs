@@ -60,6 +60,7 @@ pub(super) fn remat(op: &Op) -> Remat {
         | Op::SliceAt { .. }
         | Op::Contract { .. }
         | Op::ContractEach { .. }
+        | Op::ContractFused { .. }
         | Op::SumSquares {}
         | Op::AddRows {}
         | Op::ReduceSum { .. }

@@ -13,14 +13,16 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use dsgc_ir::{Body, DType, Dim, Graph, Op, OpData, Type};
+use dsgc_ir::body::product_parts;
+use dsgc_ir::infer::Contraction;
+use dsgc_ir::{Body, DType, Dim, Graph, Op, OpData, Type, Value};
 
 use super::Launch;
 use super::elementwise::{Row, row};
 use super::lanes::{fence, stream_copy, streams};
 use super::memory::Ptr;
 use super::narrow::round;
-use super::parallel::GRAIN;
+use super::parallel::{GRAIN, Threads};
 use super::structure::strides;
 use jit::{Code, LANES};
 use plan::{Home, Plan, Stage, step_args};
@@ -72,12 +74,13 @@ pub fn compile_time() -> CompileTime {
     CACHE.lock().unwrap_or_else(PoisonError::into_inner).time
 }
 
-/// Bytes of workspace that a region of these dims needs.
+/// Bytes of workspace that a region of these dims needs, after a product too.
 pub(super) fn workspace(shape: &[Dim], body: &Body, args: &[Type], threads: usize) -> usize {
     let operands: Vec<DType> = args.iter().map(|a| a.dtype).collect();
     let plan = Plan::new(body, &operands, jit::available());
     let stretched = may_stretch(shape, args).into_iter().filter(|&may| may).count();
-    (plan.buffers + stretched + body.results().len()) * BLOCK_BYTES * threads.max(1)
+    let rounded = usize::from(args[0].dtype.is_narrow());
+    (plan.buffers + stretched + body.results().len() + rounded) * BLOCK_BYTES * threads.max(1)
 }
 
 /// Which operands may stay in place along a row of the region and then need a buffer: all that are not as large as the
@@ -87,19 +90,33 @@ fn may_stretch(shape: &[Dim], args: &[Type]) -> Vec<bool> {
     args.iter().map(|arg| arg.dims != shape && (last.is_none() || arg.dims.last() != last)).collect()
 }
 
-fn operand_types(graph: &Graph, op: &OpData) -> Vec<DType> {
-    op.args.iter().map(|&a| graph.ty(a).dtype).collect()
+/// The bodies of an op, each with the types of its operands.
+fn bodies<'g>(graph: &Graph, op: &'g OpData) -> Vec<(&'g Body, Vec<DType>)> {
+    let types = |args: &[Value]| args.iter().map(|&a| graph.ty(a).dtype).collect::<Vec<DType>>();
+    match &op.op {
+        Op::Fused { body, .. } => vec![(body, types(&op.args))],
+        Op::ContractFused { spec, bodies, .. } => {
+            let product = product_type(spec, graph.ty(op.args[0]).dtype);
+            let parts = product_parts(bodies).into_iter().zip(bodies);
+            parts.map(|(part, body)| (body, [&[product], &types(&op.args[part.operands])[..]].concat())).collect()
+        }
+        _ => vec![],
+    }
 }
 
-/// The regions of some graphs, by graph and op; compiles those that this process has not met yet.
-pub(super) fn load(graphs: &[Graph]) -> Vec<Vec<Option<Arc<Region>>>> {
+/// The element type of a product.
+fn product_type(spec: &str, operands: DType) -> DType {
+    let wide = Contraction::parse(spec).is_ok_and(|labels| labels.wide);
+    if wide { DType::F32 } else { operands }
+}
+
+/// The regions of some graphs, by graph, op and body; compiles those that this process has not met yet.
+pub(super) fn load(graphs: &[Graph]) -> Vec<Vec<Vec<Arc<Region>>>> {
     let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut new: BTreeMap<String, (Body, Plan)> = BTreeMap::new();
     let key = |body: &Body, operands: &[DType]| format!("{operands:?} {body}");
     for graph in graphs {
-        for (_, op) in graph.ops() {
-            let Op::Fused { body, .. } = &op.op else { continue };
-            let operands = operand_types(graph, op);
+        for (body, operands) in graph.ops().flat_map(|(_, op)| bodies(graph, op)) {
             let key = key(body, &operands);
             if !cache.regions.contains_key(&key) {
                 new.entry(key).or_insert_with(|| (body.clone(), Plan::new(body, &operands, jit::available())));
@@ -123,9 +140,9 @@ pub(super) fn load(graphs: &[Graph]) -> Vec<Vec<Option<Arc<Region>>>> {
         let stages = plan.stages.iter().map(|stage| ready(&body, &plan, stage, &mut code)).collect();
         cache.regions.insert(key, Arc::new(Region { body, plan, stages }));
     }
-    let find = |graph: &Graph, op: &OpData| match &op.op {
-        Op::Fused { body, .. } => cache.regions.get(&key(body, &operand_types(graph, op))).cloned(),
-        _ => None,
+    let find = |graph: &Graph, op: &OpData| {
+        let all = bodies(graph, op).into_iter();
+        all.map(|(body, operands)| Arc::clone(&cache.regions[&key(body, &operands)])).collect()
     };
     graphs.iter().map(|graph| graph.ops().map(|(_, op)| find(graph, op)).collect()).collect()
 }
@@ -200,136 +217,213 @@ impl Space {
 }
 
 /// Runs a region.
-pub(super) fn run(l: &mut Launch, region: &Region) {
-    let shape: Vec<usize> = l.op.results().next().map(|r| l.shape(r)).expect("a region has a result");
-    let operands: Vec<Vec<usize>> = l.op.args.iter().map(|&a| l.shape(a)).collect();
-    let space = Space::new(&shape, &operands);
-    let rows = space.rows();
-    if rows == 0 || space.inner == 0 {
-        return;
+pub(super) fn run(l: &mut Launch) {
+    let op = l.op;
+    let operands = (0..op.args.len()).map(|i| (Some(l.arg(i)), op.args[i])).collect();
+    let (regions, results) = (l.regions, 0..op.results().len());
+    if let Some(run) = Run::new(l, &regions[0], operands, results, 0) {
+        run.all(l.threads);
     }
-    let types: Vec<Type> = l.op.args.iter().map(|&a| l.graph.ty(a).clone()).collect();
-    let dims = &l.graph.ty(l.op.results().next().expect("a region has a result")).dims;
-    let mut buffers = region.plan.buffers;
-    let stretched = may_stretch(dims, &types).into_iter().map(|may| {
-        buffers += usize::from(may);
-        may.then(|| buffers - 1)
-    });
-    let stretched = stretched.collect();
-    let places: Vec<Ptr<u8>> = (0..operands.len()).map(|i| l.arg(i)).collect();
-    let results: Vec<Ptr<u8>> = (0..region.body.results().len()).map(|i| l.out(i)).collect();
-    let streamed = results.iter().zip(region.body.results()).enumerate().map(|(i, (result, &value))| {
-        let row = space.inner * region.plan.dtypes[value].bytes();
-        // Where an operand was, the cache has the line already.
-        let apart = places.iter().all(|operand| operand.0 != result.0);
-        (apart && streams(result.0, rows * row, row)).then_some(buffers + i)
-    });
-    let streamed = streamed.collect();
-    buffers += results.len();
-    let run = Run {
-        region,
-        stretched,
-        streamed,
-        part: buffers * BLOCK_BYTES,
-        operands: places,
-        results,
-        workspace: l.workspace(),
-        blocks: space.inner.div_ceil(BLOCK),
-        space,
-    };
-    let units = rows * run.blocks;
-    let work = rows * run.space.inner * region.body.work();
-    // A thread needs a workspace of its own: threads take whole ranges, and the range tells them apart.
-    let parts = if work < GRAIN { 1 } else { l.threads.count().min(units) };
-    l.threads.run(parts, GRAIN, |range| {
-        for part in range {
-            run.units(units * part / parts..units * (part + 1) / parts, part);
-        }
-    });
 }
 
-struct Run<'a> {
+/// A region over a whole tensor, or over parts of one.
+pub(super) struct Run<'a> {
     region: &'a Region,
     space: Space,
-    operands: Vec<Ptr<u8>>,
+    /// None for a product that comes block by block.
+    operands: Vec<Option<Ptr<u8>>>,
     results: Vec<Ptr<u8>>,
     /// Per operand, the buffer in which it is stretched where it stays in place along a row.
     stretched: Vec<Option<usize>>,
     /// Per result, the buffer from which it goes past the caches if it is that large.
     streamed: Vec<Option<usize>>,
+    /// The buffer of a block of a product that is rounded before the region reads it.
+    rounded: Option<usize>,
     workspace: Ptr<u8>,
     /// Bytes of a thread's part of the workspace.
     part: usize,
-    /// Blocks of a row.
-    blocks: usize,
 }
 
-impl Run<'_> {
-    /// Runs blocks, counted through all rows, in the workspace of a thread.
-    fn units(&self, range: Range<usize>, thread: usize) {
-        let plan = &self.region.plan;
-        // SAFETY: the workspace is as large as `workspace` says, which is a part per thread.
-        let buffer = |i: usize| unsafe { self.workspace.add(thread * self.part + i * BLOCK_BYTES) };
-        let mut places: Vec<*mut u8> = vec![std::ptr::null_mut(); plan.homes.len()];
-        for (value, home) in plan.homes.iter().enumerate() {
-            if let Home::Buffer(i) = home {
-                places[value] = buffer(*i).0;
-                if let Op::Const { value: constant, dtype } = self.constant(value) {
-                    // SAFETY: a buffer holds a block of elements of any type of a region.
-                    unsafe { fill_constant(buffer(*i), *constant, *dtype) };
+impl<'a> Run<'a> {
+    /// A run on operands, each with its place and a value of its type, for some results of the op, in the workspace behind
+    /// so many bytes; nothing if there are no elements. Only the first operand may have no place: a product that
+    /// [`Run::finish`] is given.
+    pub(super) fn new(
+        l: &mut Launch,
+        region: &'a Region,
+        operands: Vec<(Option<Ptr<u8>>, Value)>,
+        results: Range<usize>,
+        used: usize,
+    ) -> Option<Run<'a>> {
+        let result = l.op.results().nth(results.start).expect("a region has a result");
+        let shapes: Vec<Vec<usize>> = operands.iter().map(|&(_, value)| l.shape(value)).collect();
+        let space = Space::new(&l.shape(result), &shapes);
+        if space.rows() == 0 || space.inner == 0 {
+            return None;
+        }
+        let types: Vec<Type> = operands.iter().map(|&(_, value)| l.graph.ty(value).clone()).collect();
+        let mut buffers = region.plan.buffers;
+        let stretched = may_stretch(&l.graph.ty(result).dims, &types).into_iter().map(|may| {
+            buffers += usize::from(may);
+            may.then(|| buffers - 1)
+        });
+        let stretched = stretched.collect();
+        let operands: Vec<Option<Ptr<u8>>> = operands.into_iter().map(|(at, _)| at).collect();
+        let results: Vec<Ptr<u8>> = results.map(|i| l.out(i)).collect();
+        let streamed = results.iter().zip(region.body.results()).enumerate().map(|(i, (result, &value))| {
+            let row = space.inner * region.plan.dtypes[value].bytes();
+            // Where an operand was, or sums of a product may be, the cache has the line already.
+            let apart = operands.iter().all(|operand| operand.is_some_and(|operand| operand.0 != result.0));
+            (apart && streams(result.0, space.rows() * row, row)).then_some(buffers + i)
+        });
+        let streamed = streamed.collect();
+        buffers += results.len();
+        let rounded = (operands[0].is_none() && region.plan.dtypes[0].is_narrow()).then_some(buffers);
+        let part = (buffers + usize::from(rounded.is_some())) * BLOCK_BYTES;
+        assert!(used + part * l.threads.count() <= l.scratch, "bug: a region has too little workspace");
+        // SAFETY: there are more bytes, if any are needed.
+        let workspace = unsafe { l.workspace::<u8>().add(used) };
+        Some(Run { region, space, operands, results, stretched, streamed, rounded, workspace, part })
+    }
+
+    /// Runs over all elements.
+    pub(super) fn all(&self, threads: &Threads) {
+        let units = self.space.rows() * self.blocks();
+        let work = self.space.rows() * self.space.inner * self.region.body.work();
+        // A thread needs a workspace of its own: threads take whole ranges, and the range tells them apart.
+        let parts = if work < GRAIN { 1 } else { threads.count().min(units) };
+        threads.run(parts, GRAIN, |range| {
+            for part in range {
+                self.units(units * part / parts..units * (part + 1) / parts, part);
+            }
+        });
+    }
+
+    /// Finishes a block of a product of `width` columns: its sums, whose rows lie so many elements apart, are the first
+    /// operand. The thread has this number.
+    pub(super) fn finish(
+        &self,
+        thread: usize,
+        (sums, stride): (Ptr<f32>, usize),
+        rows: Range<usize>,
+        columns: Range<usize>,
+        width: usize,
+    ) {
+        let mut places = self.places(thread);
+        let mut row_before = usize::MAX;
+        for row in rows.clone() {
+            let mut column = columns.start;
+            while column < columns.end {
+                let first = row * width + column;
+                let (now, from) = (first / self.space.inner, first % self.space.inner);
+                let n = BLOCK.min(self.space.inner - from).min(columns.end - column);
+                self.move_operands(&mut places, (now, from), now != row_before, thread);
+                row_before = now;
+                // SAFETY: the sums are those of these rows and columns; a buffer holds a block.
+                unsafe {
+                    let sums = sums.add((row - rows.start) * stride + column - columns.start).0;
+                    places[0] = sums.cast();
+                    if let Some(rounded) = self.rounded {
+                        places[0] = self.buffer(thread, rounded).0;
+                        round(self.region.plan.dtypes[0], sums, places[0], n);
+                    }
                 }
+                self.block(&mut places, first, n, thread);
+                column += n;
             }
         }
+    }
+
+    /// Blocks of a row.
+    fn blocks(&self) -> usize {
+        self.space.inner.div_ceil(BLOCK)
+    }
+
+    /// A buffer of a thread.
+    fn buffer(&self, thread: usize, i: usize) -> Ptr<u8> {
+        // SAFETY: the workspace is as large as `workspace` says, which is a part per thread.
+        unsafe { self.workspace.add(thread * self.part + i * BLOCK_BYTES) }
+    }
+
+    /// Runs blocks, counted through all rows, in the workspace of a thread.
+    fn units(&self, range: Range<usize>, thread: usize) {
+        let mut places = self.places(thread);
         let mut row = usize::MAX;
         for unit in range {
-            let (now, from) = (unit / self.blocks, unit % self.blocks * BLOCK);
+            let (now, from) = (unit / self.blocks(), unit % self.blocks() * BLOCK);
             let n = BLOCK.min(self.space.inner - from);
-            for (i, &operand) in self.operands.iter().enumerate() {
-                let width = plan.dtypes[i].bytes();
-                let at = self.space.start(now, i);
-                // SAFETY: the offset lies in the operand, whose dims it comes from; a buffer holds a block.
-                unsafe {
-                    if self.space.runs[i] {
-                        places[i] = operand.add((at + from) * width).0;
-                    } else if row != now {
-                        let to = buffer(self.stretched[i].expect("the operand may be stretched"));
-                        places[i] = to.0;
-                        stretch(operand.add(at * width), to, width, self.space.inner.min(BLOCK));
-                    }
-                }
-            }
+            self.move_operands(&mut places, (now, from), now != row, thread);
             row = now;
-            // SAFETY: results are dense and have the region's dims; units of threads are apart.
-            let result =
-                |i: usize, width: usize| unsafe { self.results[i].add((now * self.space.inner + from) * width) };
-            for (value, home) in plan.homes.iter().enumerate() {
-                if let Home::Result(i) = home {
-                    places[value] = match self.streamed[*i] {
-                        Some(from) => buffer(from).0,
-                        None => result(*i, plan.dtypes[value].bytes()).0,
-                    };
-                }
-            }
-            self.region.stages.iter().for_each(|stage| stage.run(plan, &places, n));
-            let streamed = plan.homes.iter().enumerate().filter_map(|(value, home)| match home {
-                Home::Result(i) if self.streamed[*i].is_some() => Some((value, *i)),
-                _ => None,
-            });
-            for (value, i) in plan.copies.iter().copied().chain(streamed) {
-                let width = plan.dtypes[value].bytes();
-                let to = result(i, width).0;
-                // SAFETY: both hold `n` elements, and the workspace is no result; a streamed result has rows of whole
-                // lines.
-                unsafe {
-                    match self.streamed[i] {
-                        Some(_) => stream_copy(places[value], to, n * width),
-                        None => std::ptr::copy_nonoverlapping(places[value], to, n * width),
-                    }
-                }
-            }
+            self.block(&mut places, now * self.space.inner + from, n, thread);
         }
         if self.streamed.iter().any(Option::is_some) {
             fence();
+        }
+    }
+
+    /// The places of all values in buffers of a thread, which hold constants already.
+    fn places(&self, thread: usize) -> Vec<*mut u8> {
+        let plan = &self.region.plan;
+        let mut places: Vec<*mut u8> = vec![std::ptr::null_mut(); plan.homes.len()];
+        for (value, home) in plan.homes.iter().enumerate() {
+            if let Home::Buffer(i) = home {
+                places[value] = self.buffer(thread, *i).0;
+                if let Op::Const { value: constant, dtype } = self.constant(value) {
+                    // SAFETY: a buffer holds a block of elements of any type of a region.
+                    unsafe { fill_constant(self.buffer(thread, *i), *constant, *dtype) };
+                }
+            }
+        }
+        places
+    }
+
+    /// Moves to an element of a row, in which nobody was before if it is new.
+    fn move_operands(&self, places: &mut [*mut u8], (row, from): (usize, usize), new: bool, thread: usize) {
+        for (i, operand) in self.operands.iter().enumerate() {
+            let Some(operand) = operand else { continue };
+            let width = self.region.plan.dtypes[i].bytes();
+            let at = self.space.start(row, i);
+            // SAFETY: the offset lies in the operand, whose dims it comes from; a buffer holds a block.
+            unsafe {
+                if self.space.runs[i] {
+                    places[i] = operand.add((at + from) * width).0;
+                } else if new {
+                    let to = self.buffer(thread, self.stretched[i].expect("the operand may be stretched"));
+                    places[i] = to.0;
+                    stretch(operand.add(at * width), to, width, self.space.inner.min(BLOCK));
+                }
+            }
+        }
+    }
+
+    /// Runs all stages on `n` elements from `first` on.
+    fn block(&self, places: &mut [*mut u8], first: usize, n: usize, thread: usize) {
+        let plan = &self.region.plan;
+        // SAFETY: results are dense and have the region's dims; elements of threads are apart.
+        let result = |i: usize, width: usize| unsafe { self.results[i].add(first * width) };
+        for (value, home) in plan.homes.iter().enumerate() {
+            if let Home::Result(i) = home {
+                places[value] = match self.streamed[*i] {
+                    Some(from) => self.buffer(thread, from).0,
+                    None => result(*i, plan.dtypes[value].bytes()).0,
+                };
+            }
+        }
+        self.region.stages.iter().for_each(|stage| stage.run(plan, places, n));
+        let streamed = plan.homes.iter().enumerate().filter_map(|(value, home)| match home {
+            Home::Result(i) if self.streamed[*i].is_some() => Some((value, *i)),
+            _ => None,
+        });
+        for (value, i) in plan.copies.iter().copied().chain(streamed) {
+            let width = plan.dtypes[value].bytes();
+            let to = result(i, width).0;
+            // SAFETY: both hold `n` elements, and the workspace is no result; a streamed result has rows of whole lines.
+            unsafe {
+                match self.streamed[i] {
+                    Some(_) => stream_copy(places[value], to, n * width),
+                    None => std::ptr::copy_nonoverlapping(places[value], to, n * width),
+                }
+            }
         }
     }
 

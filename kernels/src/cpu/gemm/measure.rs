@@ -81,6 +81,7 @@ impl Products {
             right: matrix(right, k, n),
             out: Matrix { at: Ptr(out.as_mut_ptr()), row: n, column: 1 },
             accumulate: false,
+            finish: None,
             scratch: Ptr(at.wrapping_add(at.align_offset(64))),
         };
         // SAFETY: the slices have the elements and are apart; the workspace was just compared with what it must be.

@@ -45,6 +45,8 @@ struct Most {
 
 /// Of all threads together, whose shared panels stay in the last-level cache.
 const TEAM: Most = Most { lanes: 2048, bytes: 8 << 20, k: 64 * 1024 };
+/// Longest sums that may be finished block by block.
+pub(super) const LONGEST: usize = TEAM.k;
 /// Of a thread alone, beside others: in its second-level cache.
 const ALONE: Most = Most { lanes: 512, bytes: 1 << 20, k: 8 * 1024 };
 
@@ -106,7 +108,7 @@ pub(super) struct Matrix<T> {
 }
 
 impl<T> Matrix<T> {
-    fn transposed(self) -> Matrix<T> {
+    pub(super) fn transposed(self) -> Matrix<T> {
         Matrix { at: self.at, row: self.column, column: self.row }
     }
 
@@ -154,6 +156,16 @@ fn sums_bytes(out: usize, most: Most) -> usize {
     (out * 4).min(CHUNK * most.lanes * 4).next_multiple_of(64)
 }
 
+/// What becomes of sums, block by block, as soon as they are whole.
+#[derive(Clone, Copy)]
+pub(super) struct Finish<'a> {
+    /// Takes the number of the thread, the first sum of a block, the stride of its rows, and the rows and columns of the
+    /// result that it is. Sums of a row lie one behind the other.
+    pub(super) run: &'a (dyn Fn(usize, Ptr<f32>, usize, Range<usize>, Range<usize>) + Sync),
+    /// Whether sums must not be in the result meanwhile; then they never come there.
+    pub(super) apart: bool,
+}
+
 /// A product for all threads, or one for this thread alone.
 #[derive(Clone, Copy)]
 pub(super) struct Product<'a, T, O> {
@@ -166,6 +178,8 @@ pub(super) struct Product<'a, T, O> {
     pub(super) out: Matrix<O>,
     /// Adds to what the result holds.
     pub(super) accumulate: bool,
+    /// What finishes the sums. Columns of the result are neighbours then, and a sum has at most [`LONGEST`] elements.
+    pub(super) finish: Option<Finish<'a>>,
     /// [`workspace`] bytes, or [`workspace_alone`] if there are no threads; aligned to 64.
     pub(super) scratch: Ptr<u8>,
 }
@@ -272,16 +286,16 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
         let columns = right.panels() > left.panels();
         let (shared, own) = if columns { (left, right) } else { (right, left) };
         let most = if product.threads.is_some() { TEAM } else { ALONE };
-        let k = if O::WIDE && product.out.column == 1 { k } else { k.min(most.k) };
-        let units = k.div_ceil(micro.depth);
-        let depth = units.div_ceil(units.div_ceil(DEPTH).max(1)) * micro.depth;
-        Blocks { product, micro, shared, own, columns, most, depth }
+        let mut blocks = Blocks { product, micro, shared, own, columns, most, depth: 0 };
+        let units = if blocks.direct() { k } else { k.min(most.k) }.div_ceil(micro.depth);
+        blocks.depth = units.div_ceil(units.div_ceil(DEPTH).max(1)) * micro.depth;
+        blocks
     }
 
     /// # Safety
     /// As for [`Product::run`].
     unsafe fn run(&self) {
-        let Product { size: (m, n, k), accumulate, scratch, out, .. } = self.product;
+        let Product { size: (m, n, k), accumulate, finish, scratch, out, .. } = self.product;
         let (bytes, units) = (whole_bytes(m * n, self.most), k.div_ceil(self.micro.depth));
         // A long sum of few results is cheaper with all sums in the workspace.
         if !self.direct() && bytes >= m * n * 4 && self.shared.lanes * units * 4 > self.most.bytes {
@@ -290,8 +304,13 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
             // SAFETY: the workspace begins with room for these sums; every row is written once.
             unsafe {
                 let scratch = scratch.add(bytes);
-                let wide = Product { threads, size: (m, n, k), left, right, out: sums, accumulate: false, scratch };
+                let finish = finish.map(|finish| Finish { apart: false, ..finish });
+                let wide =
+                    Product { threads, size: (m, n, k), left, right, out: sums, accumulate: false, finish, scratch };
                 Blocks::new(wide, self.micro).run();
+                if finish.is_some() {
+                    return;
+                }
                 let rows = |rows: Range<usize>| finish_rows(sums.from(rows.start, 0).at, n, out, (rows, 0), accumulate);
                 return match threads {
                     Some(threads) => threads.run(m, n, rows),
@@ -337,7 +356,7 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
 
     /// Whether sums can be in the result.
     fn direct(&self) -> bool {
-        O::WIDE && self.product.out.column == 1
+        O::WIDE && self.product.out.column == 1 && self.product.finish.is_none_or(|finish| !finish.apart)
     }
 
     /// Blocks of `k`: where each begins in `0..k`, and its elements.
@@ -422,7 +441,17 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
             } else {
                 (temporary, columns.1 - columns.0)
             };
-            for (at, k) in self.depths(k) {
+            // Sums that are whole are finished as soon as rows of all columns are there.
+            let finish = self.product.finish.filter(|_| from + k == self.product.size.2);
+            let finish = |from: usize, to: usize| {
+                if let Some(finish) = finish {
+                    // SAFETY: the rows are this part's.
+                    let sums = unsafe { target.0.add(from * target.1) };
+                    (finish.run)(part, sums, target.1, rows.0 + from..rows.0 + to, columns.0..columns.1);
+                }
+            };
+            let all = k;
+            for (at, k) in self.depths(all) {
                 let units = k.div_ceil(depth);
                 let (panel_shared, panel_own) = (self.shared.width * units, self.own.width * units);
                 // SAFETY: a chunk of panels fits into this part's workspace.
@@ -442,20 +471,24 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
                             (micro.tile)(units, left.0, right.0, to, target.1, size, add);
                         }
                     }
+                    if self.columns && at + k == all {
+                        finish(s * micro.rows, ((s + 1) * micro.rows).min(rows.1 - rows.0));
+                    }
                 }
             }
-            if !direct {
-                if k == 0 {
-                    // SAFETY: the sums are this part's alone.
-                    unsafe { temporary.slice_mut(0, (rows.1 - rows.0) * target.1) }.fill(0.0);
-                }
-                // SAFETY: sums and results are this part's alone.
-                unsafe { finish_rows(temporary, target.1, out, (rows.0..rows.1, columns.0), accumulate) };
-            } else if k == 0 && !accumulate {
+            if k == 0 && !(direct && accumulate) {
                 for row in 0..rows.1 - rows.0 {
-                    // SAFETY: the row is the result's, and this part's alone.
+                    // SAFETY: the row is of the result or of the sums, and this part's alone.
                     unsafe { target.0.add(row * target.1).slice_mut(0, columns.1 - columns.0) }.fill(0.0);
                 }
+            }
+            if self.product.finish.is_some() {
+                if k == 0 || !self.columns {
+                    finish(0, rows.1 - rows.0);
+                }
+            } else if !direct {
+                // SAFETY: sums and results are this part's alone.
+                unsafe { finish_rows(temporary, target.1, out, (rows.0..rows.1, columns.0), accumulate) };
             }
         }
     }

@@ -71,6 +71,7 @@ fn run<T: Element, O: Element>(case: Case, micro: &Micro<T>, threads: Option<usi
         right: matrix(&mut b, right, k, n),
         out: matrix(&mut c, out, m, n),
         accumulate: case.accumulate,
+        finish: None,
         scratch: Ptr(unsafe { at.add(at.align_offset(64)) }),
     };
     // SAFETY: all matrices have their elements, and are apart.
@@ -217,6 +218,7 @@ fn special_numbers_of_bf16() {
                 right: matrix(b.as_mut_ptr(), 1, 1),
                 out: Matrix { at: Ptr(c.as_mut_ptr()), row: 1, column: 1 },
                 accumulate: false,
+                finish: None,
                 scratch: Ptr(unsafe { at.add(at.align_offset(64)) }),
             };
             // SAFETY: all matrices have their elements.
@@ -224,5 +226,58 @@ fn special_numbers_of_bf16() {
             let near = c[0] == expected || (c[0] - expected).abs() <= tiny.to_f32();
             assert!(near || (c[0].is_nan() && expected.is_nan()), "{}: {special} * {other} is {}", named(&micro), c[0]);
         }
+    }
+}
+
+/// Sums of a product, taken block by block from the result or from apart, are those that it has without.
+fn check_finished<T: Element>(size: (usize, usize, usize), micro: &Micro<T>) {
+    let (m, n, k) = size;
+    let (mut a, mut b): (Vec<T>, Vec<T>) = (random(m * k, 1), random(k * n, 2));
+    let mut whole = Vec::new();
+    for (threads, apart) in [(1, None), (1, Some(false)), (2, Some(false)), (3, Some(true)), (1, Some(true))] {
+        let (mut c, mut taken) = (vec![0.0f32; m * n], vec![0.0f32; m * n]);
+        let mut scratch = vec![[0xFFu8; 64]; workspace(m * k, k * n, m * n, threads) / 64 + 2];
+        let at: *mut u8 = scratch.as_mut_ptr().cast();
+        let to = Ptr(taken.as_mut_ptr());
+        let take = |thread: usize, sums: Ptr<f32>, stride: usize, rows: Range<usize>, columns: Range<usize>| {
+            assert!(thread < threads);
+            for row in rows.clone() {
+                for column in columns.clone() {
+                    // SAFETY: blocks of the result are apart; a second time would be seen.
+                    unsafe {
+                        let sum = *sums.add((row - rows.start) * stride + column - columns.start).0;
+                        *to.add(row * n + column).0 += sum;
+                    }
+                }
+            }
+        };
+        let pool = Threads::new(threads);
+        let product = Product {
+            threads: Some(&pool),
+            size,
+            left: Matrix { at: Ptr(a.as_mut_ptr()), row: k, column: 1 },
+            right: Matrix { at: Ptr(b.as_mut_ptr()), row: 1, column: k },
+            out: Matrix { at: Ptr(c.as_mut_ptr()), row: n, column: 1 },
+            accumulate: false,
+            finish: apart.map(|apart| Finish { run: &take, apart }),
+            scratch: Ptr(unsafe { at.add(at.align_offset(64)) }),
+        };
+        // SAFETY: all matrices have their elements, and are apart.
+        unsafe { product.run_on(micro) };
+        match apart {
+            None => whole = c,
+            Some(apart) => {
+                assert!(taken == whole, "{size:?}, {}: {threads} threads, apart {apart}", named(micro));
+                assert!(!apart || c.iter().all(|&x| x == 0.0), "{size:?}, {}: a sum is in the result", named(micro));
+            }
+        }
+    }
+}
+
+#[test]
+fn sums_are_finished_once() {
+    for size in [(1, 1, 1), (5, 7, 0), (33, 5, 800), (5, 300, 800), (300, 70, 40), (40, 700, 3300)] {
+        f32::tiles().iter().for_each(|micro| check_finished(size, micro));
+        bf16::tiles().iter().for_each(|micro| check_finished(size, micro));
     }
 }
