@@ -91,7 +91,7 @@ fn planned(program: Program) -> Planned {
 fn backward_work(program: &Program) -> usize {
     let ops = program.graphs.iter().flat_map(|g| g.ops());
     ops.filter(|(_, op)| op.site.phase != Phase::Forward)
-        .map(|(_, op)| match op.op {
+        .map(|(_, op)| match &op.op {
             Op::Contract { .. } | Op::RowUniform { .. } | Op::LayerNorm { .. } | Op::RmsNorm { .. } => 1,
             Op::ContractEach { .. } => op.results().len(),
             Op::ContractFused { bodies, .. } => bodies.len(),
