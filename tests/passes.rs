@@ -43,7 +43,7 @@ fn every_pass_has_filetests() {
 #[test]
 fn exact_passes_keep_every_bit_of_random_programs() {
     let others = PIPELINE.iter().filter(|p| p.numerics != Numerics::Exact).map(|p| p.name);
-    let tested = ["adapt", "share_prefix", "precision"];
+    let tested = ["adapt", "share_prefix", "precision", "quantize"];
     assert!(
         others.eq(tested),
         "a pass that is not exact needs a test of its own, as tests/adapt, tests/precision and tests/shared_prefix.rs"

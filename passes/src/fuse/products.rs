@@ -78,6 +78,11 @@ impl<'a> Plan<'a> {
             Op::ContractEach { spec, common } => (spec, *common),
             _ => return None,
         };
+        // Weights that are kept in fewer bits than their product computes in have kernels of their own.
+        let dtype = |value: Value| self.graph.ty(value).dtype;
+        if op.args.iter().any(|&arg| dtype(arg) != dtype(op.args[0])) {
+            return None;
+        }
         let (mut args, mut bodies, mut regions) = (op.args.clone(), Vec::new(), Vec::new());
         for product in op.results() {
             let region =
