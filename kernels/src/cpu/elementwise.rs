@@ -143,7 +143,7 @@ functions! {
     };
     // x * sigmoid(2u) is x / 2 * (1 + tanh u), with u = sqrt(2 / pi) * (x + 0.044715 x^3).
     GeluTanh(x) {
-        let u = x * (x * x).mul_add(x.all(-0.071_354_814), x.all(-1.595_769_1));
+        let u = x * (x * x).mul_add(x.all(-0.071_354_814), x.all(-1.595_769));
         x / (x.all(1.0) + u.exp())
     };
 }

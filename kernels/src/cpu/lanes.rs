@@ -152,7 +152,7 @@ pub(super) trait Lanes:
     #[inline(always)]
     fn tanh(self) -> Self {
         let (size, square) = (self.abs(), self * self);
-        let p = [-5.704_988_7e-3, 2.063_908_8e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328_2e-1];
+        let p = [-5.704_988_7e-3, 2.063_908_8e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328e-1];
         let near = (square.polynomial(p) * square).mul_add(self, self);
         let one = self.all(1.0);
         let far = one - self.all(2.0) / ((size + size).exp() + one);
@@ -347,6 +347,7 @@ pub(super) struct Portable([f32; LANES]);
 
 impl Portable {
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // As the formula is written.
     fn each(self, other: Portable, f: impl Fn(f32, f32) -> f32) -> Portable {
         let mut all = self.0;
         for i in 0..LANES {
@@ -401,6 +402,7 @@ impl Lanes for Portable {
         unsafe { std::ptr::copy_nonoverlapping(self.0.as_ptr(), to, n) };
     }
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // As the formula is written.
     fn mul_add(self, a: Self, b: Self) -> Self {
         // Every machine of this architecture has the instruction; elsewhere a library would compute it.
         let mut all = self.0;
@@ -427,6 +429,7 @@ impl Lanes for Portable {
         self.each(other, f32::copysign)
     }
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // As the formula is written.
     fn choose_below(self, bound: Self, a: Self, b: Self) -> Self {
         let mut all = b.0;
         for i in 0..LANES {

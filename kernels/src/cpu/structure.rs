@@ -169,6 +169,7 @@ const TILE: usize = 16;
 ///
 /// # Safety
 /// There are [`TILE`] rows of as many elements at both places, `step` and `down` elements apart.
+#[allow(clippy::needless_range_loop)] // A column is no slice.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
 unsafe fn turn<T: Copy + Default>(from: *const T, step: usize, to: *mut T, down: usize) {
     let mut tile = [[T::default(); TILE]; TILE];
