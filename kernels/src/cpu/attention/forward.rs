@@ -122,7 +122,7 @@ impl<E: Element> Code for Forward<'_, E> {
             let empty = Queries { block: none, columns: own, sums: own, running: Default::default() };
             let mut all = [empty; TOGETHER];
             let all = &mut all[..self.blocks.len()];
-            let mut seen = usize::MAX..0;
+            let (mut begin, mut end) = (usize::MAX, 0);
             for (i, (queries, number)) in all.iter_mut().zip(self.blocks.clone()).enumerate() {
                 let block = Block::nth(number, h.queries);
                 let columns = own.add(i * (width + wide) * BLOCK);
@@ -131,9 +131,9 @@ impl<E: Element> Code for Forward<'_, E> {
                 self.queries(h.q, block).turn::<L>(h.scale, columns);
                 sums.slice_mut(0, block.count * wide).fill(0.0);
                 let blocks = h.key_blocks(block);
-                seen = seen.start.min(blocks.start)..seen.end.max(blocks.end);
+                (begin, end) = (begin.min(blocks.start), end.max(blocks.end));
             }
-            for number in seen {
+            for number in begin..end {
                 let keys = Block::nth(number, h.columns);
                 let mut finite = None;
                 for queries in all.iter_mut() {
