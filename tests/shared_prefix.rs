@@ -178,7 +178,7 @@ fn answers_to_one_prompt_are_scored_as_rows_apart() {
         let sets = ["batch_size=8", "max_steps=2", &format!("micro_batch_size={micro}")];
         let program = in_groups(folder.path(), model, &sets);
         let ((with, together), (_, apart)) = (interp(&program, None), interp(&program, Some(PASS)));
-        assert_eq!(with.stage.prefixes, [prefix.clone()], "{model}");
+        assert_eq!(with.stage.prefixes, std::slice::from_ref(&prefix), "{model}");
         let error = distance(&together, &apart);
         assert!(error < 1e-9, "{model}: {error:e}");
         assert!(together.0.last().is_some_and(|step| step["kl"] > 0.0), "{:?}", together.0);

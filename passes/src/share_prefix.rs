@@ -100,7 +100,8 @@ fn groups(program: &Program) -> BTreeMap<String, Group> {
     stage.evaluate.iter().for_each(|evaluation| collect(&evaluation.body, &mut generated, &mut found));
     // Micro-batches must fall between groups.
     let fits = |samples: usize| {
-        let one = |s: &Source| s.micro_batch_size % samples == 0 || s.batch_size * samples <= s.micro_batch_size;
+        let one =
+            |s: &Source| s.micro_batch_size.is_multiple_of(samples) || s.batch_size * samples <= s.micro_batch_size;
         stage.sources.iter().all(one)
     };
     let groups = found.into_iter().filter_map(|(graph, group)| Some((graph, group?)));

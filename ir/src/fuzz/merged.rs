@@ -51,9 +51,9 @@ impl Draw<'_> {
             let first = self.dim();
             let kept = &dims[summed.len()..];
             let rows = if out.starts_with('z') {
-                [&[first.clone()], kept].concat()
+                [std::slice::from_ref(&first), kept].concat()
             } else {
-                [kept, &[first.clone()]].concat()
+                [kept, std::slice::from_ref(&first)].concat()
             };
             if !self.fits(&Type::new(DType::F32, rows.clone())) {
                 return;
