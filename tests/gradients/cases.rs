@@ -146,6 +146,7 @@ pub const WITHOUT: &[(&str, &str)] = &[
     ("embed_grad", "made by autodiff only"),
     ("add_rows", "made by merge only"),
     ("contract_each", "made by merge only"),
+    ("contract_fused", "made by fuse only"),
     ("head_logp", "made by merge only"),
     ("head_logp_grad", "made by merge only"),
     ("sum_squares", "made by merge only"),

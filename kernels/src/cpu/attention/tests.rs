@@ -65,7 +65,7 @@ fn run<E: FromFloat>(kind: Kind, causal: bool, window: usize, slopes: &[f32], se
         k: Ptr(k.as_mut_ptr()),
         v: Ptr(v.as_mut_ptr()),
         segments: Ptr(segments.as_mut_ptr()),
-        slopes: (!slopes.is_empty()).then(|| Ptr(slopes.as_mut_ptr())),
+        slopes: (!slopes.is_empty()).then_some(Ptr(slopes.as_mut_ptr())),
         kind,
     };
     let (shape, shape_k) = ([ROWS, PLACES, HEADS, WIDTH], [ROWS, PLACES, GROUPS, WIDTH]);
