@@ -6,7 +6,7 @@ use std::fmt;
 use dsgc_ir::cost::graph_cost;
 use dsgc_ir::stage::{CallSteps, Role, Rows, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::verify::last_uses;
-use dsgc_ir::{Class, DType, Graph, Planned, Program, Region, State, StateKind, Target};
+use dsgc_ir::{Class, DType, Graph, Planned, Program, Region, State, StateId, StateKind, Target};
 use dsgc_passes::{Step, live_bytes};
 use serde_json::{Value, json};
 
@@ -39,6 +39,8 @@ struct RoleSize {
     weights: Option<DType>,
     /// Whether it is trained, so that they are kept so to generate only.
     is_trained: bool,
+    /// Whether parameters are kept so themselves, or copies of them.
+    kept: [bool; 2],
     /// Bytes of copies in fewer bits beside parameters in f32.
     copies: usize,
     /// Bytes that parameters without f32 need less.
@@ -55,6 +57,7 @@ impl RoleSize {
             precision: role.precision,
             weights: role.weights,
             is_trained: role.trained,
+            kept: [false; 2],
             copies: 0,
             saved: 0,
         };
@@ -66,6 +69,9 @@ impl RoleSize {
                 _ => &mut size.frozen,
             };
             *part += state.ty.len().constant().unwrap_or(0) as u64;
+            let kept = |id: StateId| Some(program.state(id).ty.dtype) == role.weights;
+            size.kept[0] |= kept(id);
+            size.kept[1] |= program.copies_of(id).any(kept);
             size.copies += program.copies_of(id).map(|copy| program.state(copy).bytes()).sum::<usize>();
             let wide = State { ty: state.ty.with(DType::F32), ..state.clone() };
             size.saved += wide.bytes() - state.bytes();
@@ -81,9 +87,11 @@ impl fmt::Display for RoleSize {
         let parts: Vec<String> = parts.map(|(count, what)| format!("{} {what}", grouped(*count))).collect();
         write!(f, "{:<13} {}", self.name, parts.join(", "))?;
         let precision = self.precision.map(|dtype| format!("computes in {dtype}"));
-        let weights = self.weights.map(|dtype| match self.is_trained {
-            true => format!("generates with weights in {dtype}"),
-            false => format!("weights in {dtype}"),
+        let weights = self.weights.map(|dtype| match self.kept {
+            [true, _] => format!("weights in {dtype}"),
+            [_, true] => format!("generates with weights in {dtype}"),
+            _ if self.is_trained => format!("has no use for weights in {dtype}, as it never generates"),
+            _ => format!("has no weights that could be in {dtype}"),
         });
         let changes: Vec<String> = precision.into_iter().chain(weights).collect();
         if changes.is_empty() {

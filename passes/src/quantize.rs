@@ -55,7 +55,8 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         }
     }
     let mut generating = BTreeSet::new();
-    generating_graphs(&program.stage.plan, &mut generating);
+    let evaluations = program.stage.evaluate.iter().map(|evaluation| &evaluation.body);
+    [&program.stage.plan].into_iter().chain(evaluations).for_each(|body| generating_graphs(body, &mut generating));
     let graph = |graph: &Graph| {
         let rounds = |id: StateId| {
             let dtype = kept.get(&id).copied();
