@@ -20,6 +20,10 @@ mod region;
 /// Elements of the largest value: enough for every structure, small enough for thousands of graphs a second.
 const MOST_ELEMENTS: i64 = 512;
 
+/// What norms add to a variance. Rows of equal numbers are frequent here, whose distances from their mean are nothing but
+/// roundings; a small number would magnify them beyond all other values.
+const EPS: f64 = 1.0;
+
 /// Random numbers: splitmix64 (Steele, Lea and Flood 2014).
 #[derive(Clone, Debug)]
 pub struct Rng(u64);
@@ -389,22 +393,22 @@ impl<'a> Draw<'a> {
                 let weight = self.value_of(&row_ty);
                 if row == "layer_norm" {
                     let bias = self.value_of(&row_ty);
-                    self.push(Op::LayerNorm { eps: 1e-5 }, &[x, weight, bias]);
+                    self.push(Op::LayerNorm { eps: EPS }, &[x, weight, bias]);
                 } else {
                     // Most of the gradient cancels: of large numbers only what was rounded is left.
                     let grad = self.same_as(x);
                     let [weight, grad] = [weight, grad].map(|value| self.must(Op::Tanh {}, &[value]));
-                    self.push(Op::LayerNormGrad { eps: 1e-5 }, &[x, weight, grad]);
+                    self.push(Op::LayerNormGrad { eps: EPS }, &[x, weight, grad]);
                 }
             }
             "rms_norm" | "rms_norm_grad" => {
                 let x = self.any_with_dims(DType::F32);
                 let weight = self.value_of(&Type::new(DType::F32, &self.ty(x).dims[self.ty(x).rank() - 1..]));
                 if row == "rms_norm" {
-                    self.push(Op::RmsNorm { eps: 1e-5 }, &[x, weight]);
+                    self.push(Op::RmsNorm { eps: EPS }, &[x, weight]);
                 } else {
                     let grad = self.same_as(x);
-                    self.push(Op::RmsNormGrad { eps: 1e-5 }, &[x, weight, grad]);
+                    self.push(Op::RmsNormGrad { eps: EPS }, &[x, weight, grad]);
                 }
             }
             "rope" => {

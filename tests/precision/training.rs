@@ -40,18 +40,19 @@ fn losses_stay_near_those_of_f32() {
 }
 
 /// The CPU rounds where the interpreter does. Sums in another order are rounded to another number now and then, which
-/// the optimizer's division by small gradients makes larger with every step.
+/// the optimizer's division by small gradients makes larger with every step: so beside the interpreter stand the steps before
+/// that, and beside each other, for any number of threads, all of them.
 #[test]
 fn the_cpu_agrees_for_any_number_of_threads() {
     for family in [OPT, LLAMA] {
         let plan = planned(stage(family, BF16), &InterpTarget);
-        let expected = losses(&mut Interp::planned(plan.clone(), Precision::F32), &plan, 8);
+        let expected = losses(&mut Interp::planned(plan.clone(), Precision::F32), &plan, 5);
         let found = [1, 2, 3].map(|threads| {
             let plan = planned(stage(family, BF16), &CpuTarget { threads });
             losses(&mut Cpu::poisoned(plan.clone(), threads), &plan, 8)
         });
         assert_eq!((&found[0], &found[1]), (&found[1], &found[2]));
-        assert!(apart(&found[0], &expected) < 1e-5, "{:?} and {expected:?}", found[0]);
+        assert!(apart(&found[0][..5], &expected) < 1e-6, "{:?} and {expected:?}", found[0]);
     }
 }
 
