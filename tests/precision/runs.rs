@@ -6,7 +6,7 @@ use dsgc_ir::Tensor;
 
 use super::place::Place;
 
-const PIPELINE: &str = "
+pub const PIPELINE: &str = "
 dsgc: 1
 output_dir: runs
 seed: 5

@@ -5,38 +5,18 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::place::Place;
+use super::runs::PIPELINE;
 
-const PIPELINE: &str = "
-dsgc: 1
-output_dir: runs
-seed: 5
-models:
-  base: {model: opt, tokenizer: TOKENIZER, config: {hidden: 64, layers: 2, heads: 2, ffn: 128, max_positions: 48}}
-data:
-  prefs: {path: rows.jsonl}
-stages:
-  sft: {model: base, data: prefs, batch_size: 4, max_length: 40, max_steps: 2, learning_rate: 1e-2}
-  reward: {reward: sft, data: prefs, batch_size: 4, max_length: 40, max_steps: 2, learning_rate: 1e-2}
-  ppo:
-    actor: {model: sft}
-    critic: {model: reward}
-    data: prefs
-    batch_size: 4
-    minibatch_size: 2
-    max_prompt_len: 16
-    max_new_tokens: 6
-    max_steps: 2
-    save: [actor, critic]
-    warmup_steps: 0
-    learning_rate: 1e-3
-    logging_steps: 1
-";
+/// The pipeline of `runs`, with layers wide enough for groups.
+fn pipeline() -> String {
+    PIPELINE.replace("hidden: 16, layers: 2, heads: 2, ffn: 32", "hidden: 64, layers: 2, heads: 2, ffn: 128")
+}
 
 /// Numbers in the weights of the two layers: four of attention, two of the feed-forward block.
 const WEIGHTS: usize = 2 * (4 * 64 * 64 + 2 * 64 * 128);
 
 fn begun() -> Place {
-    let place = Place::with(PIPELINE);
+    let place = Place::with(&pipeline());
     place.out(&["run", "pipeline.yaml", "--stage", "sft"], &[]);
     place.out(&["run", "pipeline.yaml", "--stage", "reward"], &[]);
     place
@@ -135,7 +115,7 @@ fn scores(place: &Place, model: &Path, args: &[&str]) -> Vec<f64> {
 
 #[test]
 fn log_probabilities_move_little() {
-    let place = Place::with(PIPELINE);
+    let place = Place::with(&pipeline());
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     for family in ["opt", "llma"] {
         let exact = scores(&place, &golden.join(family), &[]);

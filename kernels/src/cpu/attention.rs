@@ -24,8 +24,8 @@ use std::ops::Range;
 use dsgc_ir::segment;
 
 use super::Launch;
+use super::lanes::{Element, Kind, by_element};
 use super::memory::Ptr;
-use super::vectors::{Element, Kind, by_element};
 pub(super) use backward::workspace as grad_workspace;
 pub(super) use forward::workspace;
 pub(super) use rows::{folded, padded};

@@ -10,9 +10,9 @@ use dsgc_ir::segment;
 
 use super::Launch;
 use super::attention::{self, Heads, folded, padded};
+use super::lanes::{Element, Kernel, LANES, Lanes, by_element};
 use super::memory::Ptr;
 use super::structure::place;
-use super::vectors::{Code, Element, LANES, Lanes, by_element};
 
 /// Columns of values that are added to a result at once.
 const TOGETHER: usize = 4;
@@ -96,8 +96,8 @@ struct Step<'a, E> {
 }
 
 /// Nobody else uses these results or the workspace of a thread.
-impl<E: Element> Code for Step<'_, E> {
-    type Result = ();
+impl<E: Element> Kernel for Step<'_, E> {
+    type Output = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let h = self.h;
@@ -116,7 +116,7 @@ impl<E: Element> Code for Step<'_, E> {
             for head in 0..heads {
                 for d in (0..wide).step_by(LANES) {
                     let from = h.q.add(at + head * h.width + d).0.cast_const();
-                    E::load_some::<L>(from, h.width - d).mul(L::splat(h.scale)).store(q.add(head * wide + d).0);
+                    (E::load_some::<L>(from, h.width - d) * L::splat(h.scale)).store(q.add(head * wide + d).0);
                     L::zero().store(sums.add(head * wide + d).0);
                 }
                 // Behind the last column nothing is seen.
@@ -183,7 +183,7 @@ impl<E: Element> Step<'_, E> {
                     let mut sum = L::zero();
                     for d in (0..wide).step_by(LANES) {
                         let key: L = E::load_some(key.add(d).0.cast_const(), h.width - d);
-                        sum = sum.add_product(L::load(q.add(head * wide + d).0), key);
+                        sum = key.mul_add(L::load(q.add(head * wide + d).0), sum);
                     }
                     sum.store(lanes.add((head * LANES + j) * LANES).0);
                 }
@@ -191,14 +191,14 @@ impl<E: Element> Step<'_, E> {
             let there = u16::MAX >> (LANES - some.len());
             let places: [f32; LANES] = std::array::from_fn(|j| j as f32);
             // How far each column is before the new one.
-            let away = L::splat((h.first - some.start) as f32).sub(L::load(places.as_ptr()));
+            let away = L::splat((h.first - some.start) as f32) - L::load(places.as_ptr());
             for head in 0..heads {
                 let mut rows = [L::zero(); LANES];
                 for (j, row) in rows.iter_mut().enumerate().take(some.len()) {
                     *row = L::load(lanes.add((head * LANES + j) * LANES).0);
                 }
                 let slope = h.slope(self.groups.start * shared + head);
-                let sums = folded(rows).add_product(L::splat(-slope), away);
+                let sums = away.mul_add(L::splat(-slope), folded(rows));
                 sums.choose(there, L::splat(f32::NEG_INFINITY)).store(scores.add(head * stride).0);
             }
         }
@@ -225,7 +225,7 @@ impl<E: Element> Step<'_, E> {
                     let mut lanes = L::load(sum);
                     for (j, factor) in factors.iter().enumerate().take(some.len()) {
                         let value: L = E::load_some(value.add(j * h.k_stride() + d).0.cast_const(), h.width - d);
-                        lanes = lanes.add_product(*factor, value);
+                        lanes = factor.mul_add(value, lanes);
                     }
                     lanes.store(sum);
                 }
@@ -245,18 +245,18 @@ unsafe fn soften<L: Lanes>(scores: Ptr<f32>, count: usize) {
         let at = |i: usize| scores.add(i).0;
         let mut most = L::splat(f32::MIN);
         for i in (0..count).step_by(LANES) {
-            most = L::load(at(i)).larger(most);
+            most = most.at_least(L::load(at(i)));
         }
-        let most = most.numbers().into_iter().fold(f32::MIN, f32::max);
+        let most = most.to_array().into_iter().fold(f32::MIN, f32::max);
         let (mut sum, most) = (L::zero(), L::splat(most));
         for i in (0..count).step_by(LANES) {
-            let p = L::load(at(i)).sub(most).exp();
+            let p = (L::load(at(i)) - most).exp_or_zero();
             p.store(at(i));
-            sum = sum.add(p);
+            sum = sum + p;
         }
-        let inverse = L::splat(1.0 / sum.numbers().iter().sum::<f32>());
+        let inverse = L::splat(1.0 / sum.to_array().iter().sum::<f32>());
         for i in (0..count).step_by(LANES) {
-            L::load(at(i)).mul(inverse).store(at(i));
+            (L::load(at(i)) * inverse).store(at(i));
         }
     }
 }

@@ -4,8 +4,11 @@
 //! loops. Lanes are sixteen everywhere, so sums are added in one order; only where a machine has fused multiply-adds may
 //! a result's last bits be others than where it has none.
 
+mod element;
 #[cfg(target_arch = "x86_64")]
 mod x86;
+
+pub(super) use element::{Element, by_element};
 
 use std::ops::{Add, Div, Mul, Sub};
 
@@ -17,6 +20,14 @@ pub(super) const LANES: usize = 16;
 pub(super) trait Lanes:
     Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> + Div<Output = Self>
 {
+    /// Most vectors that one row of a tile has in registers, beside as many rows as there are registers for.
+    const WIDE: usize;
+
+    /// Runs a kernel with these registers, as a function of its own.
+    ///
+    /// # Safety
+    /// The machine has the instructions of this type; and what the kernel asks for.
+    unsafe fn enter<K: Kernel>(kernel: K) -> K::Output;
     /// The same number in all.
     ///
     /// # Safety
@@ -54,6 +65,8 @@ pub(super) trait Lanes:
     fn with_sign_of(self, other: Self) -> Self;
     /// Where `self` is below a bound `a`, elsewhere (for NaN too) `b`.
     fn choose_below(self, bound: Self, a: Self, b: Self) -> Self;
+    /// This where bits are 1, the lowest for the first lane, `other` where they are 0.
+    fn choose(self, bits: u16, other: Self) -> Self;
     /// Whether any lane is larger than the other's.
     fn any_above(self, other: Self) -> bool;
     /// The next whole number, the even one of two; of numbers below 2^22.
@@ -73,6 +86,28 @@ pub(super) trait Lanes:
     /// # Safety
     /// There are [`LANES`] doubles.
     unsafe fn add_to_doubles(self, to: *mut f64);
+
+    /// Zeros.
+    ///
+    /// # Safety
+    /// The machine has the instructions of this type.
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: the caller's.
+        unsafe { Self::splat(0.0) }
+    }
+
+    /// Rows become columns.
+    #[inline(always)]
+    fn transposed(rows: [Self; LANES]) -> [Self; LANES] {
+        let rows = rows.map(Self::to_array);
+        let mut columns = [[0.0f32; LANES]; LANES];
+        for (i, column) in columns.iter_mut().enumerate() {
+            *column = std::array::from_fn(|j| rows[j][i]);
+        }
+        // SAFETY: a column is as many numbers as lanes, and there are values of this type.
+        std::array::from_fn(|i| unsafe { Self::load(columns[i].as_ptr()) })
+    }
 
     /// The first `n` numbers at an address, at most as many as lanes, and those of `self` behind them.
     ///
@@ -133,7 +168,21 @@ pub(super) trait Lanes:
     /// of Cephes' `expf` (Moshier).
     #[inline(always)]
     fn exp(self) -> Self {
-        let t = self.at_least(self.all(-104.0)).at_most(self.all(89.0));
+        self.exp_from(-104.0)
+    }
+
+    /// [`Self::exp`], but 0 where that would be subnormal: to make such a number takes a processor a hundred cycles, and
+    /// all that attention hides would be one.
+    #[inline(always)]
+    fn exp_or_zero(self) -> Self {
+        const LEAST: f32 = -87.33;
+        self.choose_below(self.all(LEAST), self.all(0.0), self.exp_from(LEAST))
+    }
+
+    /// [`Self::exp`] of `self`, or of `least` where that is more.
+    #[inline(always)]
+    fn exp_from(self, least: f32) -> Self {
+        let t = self.at_least(self.all(least)).at_most(self.all(89.0));
         let n = (t * t.all(std::f32::consts::LOG2_E)).round();
         let r = n.mul_add(n.all(2.121_944_4e-4), n.mul_add(n.all(-0.693_359_4), t));
         let p = r.polynomial([1.987_569_1e-4, 1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5]);
@@ -320,25 +369,68 @@ pub(super) trait Kernel {
     unsafe fn run<L: Lanes>(self) -> Self::Output;
 }
 
+/// A kind of registers that this machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Kind(Registers);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Registers {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+impl Kind {
+    /// All of them, the widest first.
+    fn present() -> impl Iterator<Item = Kind> {
+        #[cfg(target_arch = "x86_64")]
+        let wide = [(x86::has_avx512(), Registers::Avx512), (x86::has_avx2(), Registers::Avx2)];
+        #[cfg(not(target_arch = "x86_64"))]
+        let wide = [];
+        wide.into_iter().chain([(true, Registers::Portable)]).filter(|kind| kind.0).map(|kind| Kind(kind.1))
+    }
+
+    /// The widest.
+    #[inline]
+    pub(super) fn best() -> Kind {
+        Kind::present().next().unwrap_or(Kind(Registers::Portable))
+    }
+
+    /// All of them.
+    #[cfg(test)]
+    pub(super) fn all() -> Vec<Kind> {
+        Kind::present().collect()
+    }
+
+    /// Runs a kernel with these registers.
+    ///
+    /// # Safety
+    /// What the kernel asks for.
+    #[inline]
+    pub(super) unsafe fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        // SAFETY: the machine has the registers, as there is no other way to have a `Kind`; the rest is the caller's.
+        unsafe {
+            match self.0 {
+                #[cfg(target_arch = "x86_64")]
+                Registers::Avx512 => x86::Avx512::enter(kernel),
+                #[cfg(target_arch = "x86_64")]
+                Registers::Avx2 => x86::Avx2::enter(kernel),
+                Registers::Portable => Portable::enter(kernel),
+            }
+        }
+    }
+}
+
 /// Runs a kernel with the widest registers of the machine.
 ///
 /// # Safety
 /// What the kernel asks for.
 #[inline]
 pub(super) unsafe fn widest<K: Kernel>(kernel: K) -> K::Output {
-    // SAFETY: the machine is asked.
-    unsafe {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if x86::has_avx512() {
-                return x86::avx512(kernel);
-            }
-            if x86::has_avx2() {
-                return x86::avx2(kernel);
-            }
-        }
-        kernel.run::<Portable>()
-    }
+    // SAFETY: the caller's.
+    unsafe { Kind::best().run(kernel) }
 }
 
 /// Plain loops over an array, which the compiler turns into what vectors every machine of the architecture has.
@@ -379,6 +471,12 @@ operators! { Portable:
 }
 
 impl Lanes for Portable {
+    const WIDE: usize = 1;
+    #[inline(always)]
+    unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: the caller's.
+        unsafe { kernel.run::<Self>() }
+    }
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         Portable([x; LANES])
@@ -438,6 +536,10 @@ impl Lanes for Portable {
         Portable(all)
     }
     #[inline(always)]
+    fn choose(self, bits: u16, other: Self) -> Self {
+        Portable(std::array::from_fn(|i| if bits >> i & 1 == 1 { self.0[i] } else { other.0[i] }))
+    }
+    #[inline(always)]
     fn any_above(self, other: Self) -> bool {
         (0..LANES).fold(false, |any, i| any | (self.0[i] > other.0[i]))
     }
@@ -476,20 +578,8 @@ impl Lanes for Portable {
 /// Runs a kernel with every kind of registers that the machine has.
 #[cfg(test)]
 pub(super) fn every<K: Kernel>(kernel: impl Fn() -> K) -> Vec<K::Output> {
-    // SAFETY: the machine is asked; tests give what their kernels ask for.
-    unsafe {
-        let mut all = vec![kernel().run::<Portable>()];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if x86::has_avx2() {
-                all.push(x86::avx2(kernel()));
-            }
-            if x86::has_avx512() {
-                all.push(x86::avx512(kernel()));
-            }
-        }
-        all
-    }
+    // SAFETY: tests give what their kernels ask for.
+    Kind::all().into_iter().map(|kind| unsafe { kind.run(kernel()) }).collect()
 }
 
 #[cfg(test)]
@@ -521,6 +611,7 @@ mod tests {
                         x.abs(),
                         x.with_sign_of(y),
                         x.choose_below(y, y, x + x),
+                        x.choose(0b1010_0111_0000_1101, y),
                         x.round(),
                         x.scale(y.round()),
                         x.all(x.sum() + x.largest()),
@@ -529,6 +620,8 @@ mod tests {
                         x.polynomial([2.0, 0.5, 1.0]),
                     ];
                     all.iter().for_each(|x| out.extend(x.to_array()));
+                    let rows: [L; LANES] = std::array::from_fn(|i| x + x.all(i as f32));
+                    L::transposed(rows).iter().for_each(|x| out.extend(x.to_array()));
                     let mut room = [7.0f32; 2 * LANES];
                     x.put(room.as_mut_ptr().add(1), 5);
                     y.put(room.as_mut_ptr().add(9), LANES);
@@ -558,7 +651,7 @@ mod tests {
         let (x, y): (Vec<f32>, Vec<f32>) = (0..21).map(|i| (odd[i % 8], odd[i / 3 % 8])).unzip();
         let bits = |all: &[f32]| all.iter().map(|x| if x.is_nan() { 1 } else { x.to_bits() }).collect::<Vec<_>>();
         // Without what asks for numbers that can be rounded, or how many of a sum are NaN.
-        let comparable = |all: Vec<f32>| bits(&all[..9 * LANES]);
+        let comparable = |all: Vec<f32>| bits(&all[..10 * LANES]);
         let all: Vec<_> = every(|| All { x: &x, y: &y }).into_iter().map(|(out, _)| comparable(out)).collect();
         assert!(all.iter().all(|other| *other == all[0]), "{all:?}");
     }
@@ -605,6 +698,7 @@ mod tests {
     #[test]
     fn functions_are_within_their_units_in_the_last_place() {
         within(2.0, function!(exp), f64::exp, -87.0, 88.7);
+        within(2.0, function!(exp_or_zero), f64::exp, -87.0, 88.7);
         within(2.0, function!(tanh), f64::tanh, -12.0, 12.0);
         within(2.0, function!(erf), crate::interp::real::erf, -6.0, 6.0);
         within(4.0, function!(sigmoid), |x| 1.0 / (1.0 + (-x).exp()), -87.0, 87.0);
@@ -621,6 +715,8 @@ mod tests {
             }
         };
         check(function!(exp)(&x), [0.0, 0.0, 1.0, 1.0, inf, inf]);
+        check(function!(exp_or_zero)(&x), [0.0, 0.0, 1.0, 1.0, inf, inf]);
+        assert!(function!(exp_or_zero)(&[-87.4]).iter().all(|found| found[0] == 0.0));
         check(function!(sigmoid)(&x), [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]);
         check(function!(tanh)(&x), [-1.0, -1.0, 0.0, 0.0, 1.0, 1.0]);
         check(function!(erf)(&x), [-1.0, -1.0, 0.0, 0.0, 1.0, 1.0]);

@@ -32,7 +32,6 @@ mod small;
 mod structure;
 mod tokens;
 mod update;
-mod vectors;
 
 use std::sync::Arc;
 use std::time::Instant;

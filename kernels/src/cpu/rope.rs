@@ -1,8 +1,8 @@
 //! Rotary positions: pairs of a head's elements, half its width apart, turn by their position times a frequency.
 
 use super::Launch;
+use super::lanes::{Element, Kernel, Kind, LANES, Lanes, by_element};
 use super::memory::Ptr;
-use super::vectors::{Code, Element, Kind, LANES, Lanes, by_element};
 
 /// Runs `rope`, in place where the plan says so: both elements of a pair are read before either is written.
 pub(super) fn run(l: &mut Launch, inverse: bool) {
@@ -52,8 +52,8 @@ struct Turn<'a, E> {
 }
 
 /// All heads are there, and nobody else reads or writes the results.
-impl<E: Element> Code for Turn<'_, E> {
-    type Result = ();
+impl<E: Element> Kernel for Turn<'_, E> {
+    type Output = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let half = self.sin.len();
@@ -65,8 +65,8 @@ impl<E: Element> Code for Turn<'_, E> {
                     let [a, b] =
                         [first, first + half].map(|at| E::load_some::<L>(self.x.add(at).0.cast_const(), count));
                     let [sin, cos] = [self.sin, self.cos].map(|of| f32::load_some::<L>(of[i..].as_ptr(), count));
-                    E::store_some(a.mul(cos).sub(b.mul(sin)), self.out.add(first).0, count);
-                    E::store_some(b.mul(cos).add(a.mul(sin)), self.out.add(first + half).0, count);
+                    E::store_some(a * cos - b * sin, self.out.add(first).0, count);
+                    E::store_some(b * cos + a * sin, self.out.add(first + half).0, count);
                 }
             }
         }

@@ -3,8 +3,8 @@
 //!
 //! An element is one sum over `k` in order, whatever the extents; so results do not depend on how work is cut.
 
+use super::lanes::{Kernel, LANES, Lanes};
 use super::memory::Ptr;
-use super::vectors::{Code, LANES, Lanes};
 
 /// Most rows of a tile.
 const TALLEST: usize = 16;
@@ -27,8 +27,8 @@ pub(super) struct Product {
 }
 
 /// Computes it. All elements that extents and strides reach must lie in their buffers; the result overlaps no operand.
-impl Code for Product {
-    type Result = ();
+impl Kernel for Product {
+    type Output = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let columns = self.size.1;
@@ -82,7 +82,7 @@ impl Product {
                 for (i, sums) in sums.iter_mut().enumerate() {
                     let x = L::splat(*columns[i / APART].add(i % APART * a.1));
                     for (sum, lanes) in sums.iter_mut().zip(right) {
-                        *sum = sum.add_product(x, lanes);
+                        *sum = x.mul_add(lanes, *sum);
                     }
                 }
                 row = row.wrapping_add(b.1);
@@ -125,7 +125,7 @@ impl Product {
 
 #[cfg(test)]
 mod tests {
-    use super::super::vectors::Kind;
+    use super::super::lanes::Kind;
     use super::*;
 
     /// `x = 1, -2, 3, ...` in eighths: sums of a few products are exact.

@@ -6,9 +6,9 @@
 //! heads of a row that share keys.
 
 use super::super::Launch;
+use super::super::lanes::{Element, Kernel, Lanes};
 use super::super::memory::Ptr;
 use super::super::small::Product;
-use super::super::vectors::{Code, Element, Lanes};
 use super::rows::{Rows, padded};
 use super::scores::{Lane, gradients};
 use super::sight::{Side, VECTORS};
@@ -93,8 +93,8 @@ struct Places {
 }
 
 /// The head is one of the row's; nobody else uses the gradients of its queries and keys, or the workspace of `per_thread`.
-impl<E: Element> Code for Backward<'_, E> {
-    type Result = ();
+impl<E: Element> Kernel for Backward<'_, E> {
+    type Output = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let h = self.heads;

@@ -3,9 +3,9 @@
 use std::ops::Range;
 
 use super::super::Launch;
+use super::super::lanes::{Element, Kernel, LANES, Lanes};
 use super::super::memory::Ptr;
 use super::super::small::Product;
-use super::super::vectors::{Code, Element, LANES, Lanes};
 use super::rows::{Rows, padded};
 use super::scores::{Lane, Running, soften};
 use super::sight::{Side, VECTORS};
@@ -106,8 +106,8 @@ struct Queries {
 }
 
 /// The blocks are the head's; nobody else uses their results, or the workspace of `per_thread`.
-impl<E: Element> Code for Forward<'_, E> {
-    type Result = ();
+impl<E: Element> Kernel for Forward<'_, E> {
+    type Output = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         let h = self.heads;

@@ -1,7 +1,7 @@
 //! Rows of queries, keys and values: copies as f32 in whole vectors, as they lie or as columns, and results back.
 
+use super::super::lanes::{Element, LANES, Lanes};
 use super::super::memory::Ptr;
-use super::super::vectors::{Element, LANES, Lanes};
 use super::BLOCK;
 
 /// Rows that are copied at a time.
@@ -72,7 +72,7 @@ impl<E: Element> Rows<E> {
                 for from in (0..wide).step_by(LANES) {
                     for (i, odd) in odd.iter_mut().enumerate() {
                         let lanes: L = self.vector(first + i, from);
-                        *odd = odd.add_product(lanes, L::zero());
+                        *odd = lanes.mul_add(L::zero(), *odd);
                         lanes.store(to.add((first + i) * wide + from).0);
                     }
                 }
@@ -80,12 +80,12 @@ impl<E: Element> Rows<E> {
             for row in whole..self.count {
                 for from in (0..wide).step_by(LANES) {
                     let lanes: L = self.vector(row, from);
-                    odd[0] = odd[0].add_product(lanes, L::zero());
+                    odd[0] = lanes.mul_add(L::zero(), odd[0]);
                     lanes.store(to.add(row * wide + from).0);
                 }
             }
-            let odd = odd[0].add(odd[1]).add(odd[2].add(odd[3]));
-            odd.numbers().iter().all(|x| *x == 0.0)
+            let odd = (odd[0] + odd[1]) + (odd[2] + odd[3]);
+            odd.to_array().iter().all(|x| *x == 0.0)
         }
     }
 
@@ -104,11 +104,11 @@ impl<E: Element> Rows<E> {
                     let to = to.add(from * BLOCK + first);
                     if from + LANES <= self.width {
                         for (d, column) in columns.iter().enumerate() {
-                            column.mul(factor).store(to.add(d * BLOCK).0);
+                            (*column * factor).store(to.add(d * BLOCK).0);
                         }
                     } else {
                         for (d, column) in columns.iter().enumerate().take(self.width - from) {
-                            column.mul(factor).store(to.add(d * BLOCK).0);
+                            (*column * factor).store(to.add(d * BLOCK).0);
                         }
                     }
                 }
@@ -128,7 +128,7 @@ impl<E: Element> Rows<E> {
             for row in 0..self.count {
                 let factor = L::splat(factor(row));
                 for from in (0..wide).step_by(LANES) {
-                    let lanes = L::load(numbers.add(row * wide + from).0).mul(factor);
+                    let lanes = L::load(numbers.add(row * wide + from).0) * factor;
                     E::store_some(lanes, self.at.add(row * self.stride + from).0, self.width - from);
                 }
             }
@@ -148,33 +148,27 @@ impl<E: Element> Rows<E> {
                 for from in (0..padded(self.width)).step_by(LANES) {
                     let (a, b) = (self.vectors::<L>(first, from), other.vectors::<L>(first, from));
                     for (sum, (a, b)) in rows.iter_mut().zip(a.into_iter().zip(b)) {
-                        *sum = sum.add_product(a, b);
+                        *sum = a.mul_add(b, *sum);
                     }
                 }
                 let sums = &mut sums[first..];
                 let count = sums.len().min(LANES);
-                sums[..count].copy_from_slice(&folded(rows).numbers()[..count]);
+                sums[..count].copy_from_slice(&folded(rows).to_array()[..count]);
             }
         }
     }
 }
 
 /// The sum of the lanes of each of [`LANES`] vectors.
-///
-/// # Safety
-/// The machine has what `L` needs.
 #[inline(always)]
-pub(in super::super) unsafe fn folded<L: Lanes>(rows: [L; LANES]) -> L {
-    // SAFETY: the caller's.
-    unsafe {
-        let mut columns = L::transposed(rows);
-        let mut half = LANES / 2;
-        while half > 0 {
-            for j in 0..half {
-                columns[j] = columns[j].add(columns[j + half]);
-            }
-            half /= 2;
+pub(in super::super) fn folded<L: Lanes>(rows: [L; LANES]) -> L {
+    let mut columns = L::transposed(rows);
+    let mut half = LANES / 2;
+    while half > 0 {
+        for j in 0..half {
+            columns[j] = columns[j] + columns[j + half];
         }
-        columns[0]
+        half /= 2;
     }
+    columns[0]
 }

@@ -1,7 +1,7 @@
 //! What is done to scores between the products of attention.
 
+use super::super::lanes::{LANES, Lanes};
 use super::super::memory::Ptr;
-use super::super::vectors::{LANES, Lanes};
 use super::BLOCK;
 use super::sight::Sight;
 
@@ -28,8 +28,8 @@ impl Lane<'_> {
             if self.slope != 0.0 {
                 let places: [f32; LANES] = std::array::from_fn(|j| j as f32);
                 let begin = self.distance + (self.vector * LANES) as isize - row as isize;
-                let away = L::load(places.as_ptr()).add(L::splat(begin as f32));
-                scores = scores.add_product(L::splat(-self.slope), away.larger(L::zero().sub(away)));
+                let away = L::load(places.as_ptr()) + L::splat(begin as f32);
+                scores = away.abs().mul_add(L::splat(-self.slope), scores);
             }
             if self.sight.masked[self.vector] {
                 scores = scores.choose(self.bits(row), L::splat(f32::NEG_INFINITY));
@@ -87,41 +87,41 @@ pub(super) unsafe fn soften<L: Lanes>(lane: &Lane<'_>, scores: Ptr<f32>, running
             let mut row = from;
             while row + TOGETHER <= to {
                 for (i, most) in most.iter_mut().enumerate() {
-                    *most = L::load(at(row + i)).larger(*most);
+                    *most = most.at_least(L::load(at(row + i)));
                 }
                 row += TOGETHER;
             }
             for row in row..to {
-                most[0] = L::load(at(row)).larger(most[0]);
+                most[0] = most[0].at_least(L::load(at(row)));
             }
         } else {
             for row in from..to {
                 let line = lane.line(row, L::load(at(row)));
-                most[0] = line.larger(most[0]);
+                most[0] = most[0].at_least(line);
                 line.store(at(row));
             }
         }
-        let most = most[0].larger(most[1]).larger(most[2].larger(most[3]));
-        let factor = before.sub(most).exp();
-        let mut sums = [L::load(running.sum.as_ptr()).mul(factor), L::zero(), L::zero(), L::zero()];
+        let most = most[0].at_least(most[1]).at_least(most[2].at_least(most[3]));
+        let factor = (before - most).exp_or_zero();
+        let mut sums = [L::load(running.sum.as_ptr()) * factor, L::zero(), L::zero(), L::zero()];
         let mut row = from;
         while row + TOGETHER <= to {
             for (i, sum) in sums.iter_mut().enumerate() {
-                let p = L::load(at(row + i)).sub(most).exp();
+                let p = (L::load(at(row + i)) - most).exp_or_zero();
                 p.store(at(row + i));
-                *sum = sum.add(p);
+                *sum = *sum + p;
             }
             row += TOGETHER;
         }
         for row in row..to {
-            let p = L::load(at(row)).sub(most).exp();
+            let p = (L::load(at(row)) - most).exp_or_zero();
             p.store(at(row));
-            sums[0] = sums[0].add(p);
+            sums[0] = sums[0] + p;
         }
         most.store(running.most.as_mut_ptr());
-        sums[0].add(sums[1]).add(sums[2].add(sums[3])).store(running.sum.as_mut_ptr());
-        let before = before.numbers();
-        let mut factor = factor.numbers();
+        ((sums[0] + sums[1]) + (sums[2] + sums[3])).store(running.sum.as_mut_ptr());
+        let before = before.to_array();
+        let mut factor = factor.to_array();
         // Where nothing was summed there is nothing to correct.
         factor.iter_mut().zip(before).filter(|(_, before)| *before == LEAST).for_each(|(factor, _)| *factor = 1.0);
         factor
@@ -154,8 +154,8 @@ pub(super) unsafe fn gradients<L: Lanes>(
             if !plain {
                 line = lane.line(row, line);
             }
-            let mut p = line.sub(L::splat(divisors[row])).exp();
-            let mut ds = L::load(at(dp, row)).sub(L::splat(deltas[row])).mul(p.mul(L::splat(scale)));
+            let mut p = (line - L::splat(divisors[row])).exp_or_zero();
+            let mut ds = (L::load(at(dp, row)) - L::splat(deltas[row])) * (p * L::splat(scale));
             if lane.sight.masked[lane.vector] {
                 // A key that is not seen gives nothing, whatever its value is: 0 times infinity would be NaN.
                 p = p.choose(lane.bits(row), L::zero());

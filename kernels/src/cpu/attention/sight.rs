@@ -2,7 +2,7 @@
 
 use dsgc_ir::segment;
 
-use super::super::vectors::{Element, LANES};
+use super::super::lanes::{Element, LANES};
 use super::{BLOCK, Block, Heads};
 
 /// Vectors of a block's lanes.

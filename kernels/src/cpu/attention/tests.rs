@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::super::vectors::Kind;
+use super::super::lanes::Kind;
 use super::backward::{self, Backward, Operands};
 use super::forward::{self, Forward};
 use super::*;

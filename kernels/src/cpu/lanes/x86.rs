@@ -7,7 +7,11 @@ use super::*;
 /// Whether the machine has what [`Avx512`] needs.
 #[inline(always)]
 pub(in crate::cpu) fn has_avx512() -> bool {
-    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq")
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && has_avx2()
 }
 
 /// Whether the machine has what [`Avx2`] needs.
@@ -18,8 +22,8 @@ pub(in crate::cpu) fn has_avx2() -> bool {
 
 /// # Safety
 /// The machine has the instructions; and what the kernel asks for.
-#[target_feature(enable = "avx512f,avx512dq")]
-pub(in crate::cpu) unsafe fn avx512<K: Kernel>(kernel: K) -> K::Output {
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+unsafe fn avx512<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
     unsafe { kernel.run::<Avx512>() }
 }
@@ -27,7 +31,7 @@ pub(in crate::cpu) unsafe fn avx512<K: Kernel>(kernel: K) -> K::Output {
 /// # Safety
 /// As for `avx512`.
 #[target_feature(enable = "avx2,fma")]
-pub(in crate::cpu) unsafe fn avx2<K: Kernel>(kernel: K) -> K::Output {
+unsafe fn avx2<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: the caller's.
     unsafe { kernel.run::<Avx2>() }
 }
@@ -45,6 +49,12 @@ operators! { Avx512:
 }
 
 impl Lanes for Avx512 {
+    const WIDE: usize = 4;
+    #[inline(always)]
+    unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: the caller's.
+        unsafe { avx512(kernel) }
+    }
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         // SAFETY: the caller's promise in all that is unsafe; elsewhere the value of this type.
@@ -93,6 +103,38 @@ impl Lanes for Avx512 {
     #[inline(always)]
     fn choose_below(self, bound: Self, a: Self, b: Self) -> Self {
         unsafe { Avx512(_mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, bound.0), b.0, a.0)) }
+    }
+    #[inline(always)]
+    fn choose(self, bits: u16, other: Self) -> Self {
+        Avx512(unsafe { _mm512_mask_mov_ps(other.0, bits, self.0) })
+    }
+    /// Of pairs of rows, of four, of all.
+    #[inline(always)]
+    fn transposed(rows: [Self; LANES]) -> [Self; LANES] {
+        let r = rows.map(|row| row.0);
+        let (mut fours, mut columns) = ([r[0]; LANES], [r[0]; LANES]);
+        unsafe {
+            for i in (0..LANES).step_by(4) {
+                let (a, b) = (_mm512_unpacklo_ps(r[i], r[i + 1]), _mm512_unpackhi_ps(r[i], r[i + 1]));
+                let (c, d) = (_mm512_unpacklo_ps(r[i + 2], r[i + 3]), _mm512_unpackhi_ps(r[i + 2], r[i + 3]));
+                let [a, b, c, d] = [_mm512_castps_pd(a), _mm512_castps_pd(b), _mm512_castps_pd(c), _mm512_castps_pd(d)];
+                // Column `j` of these rows, and every fourth after it.
+                fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+                fours[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+                fours[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+                fours[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+            }
+            for j in 0..4 {
+                let [a, b, c, d] = [fours[j], fours[4 + j], fours[8 + j], fours[12 + j]];
+                let (x, y) = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(c, d));
+                let (z, w) = (_mm512_shuffle_f32x4::<0xDD>(a, b), _mm512_shuffle_f32x4::<0xDD>(c, d));
+                columns[j] = _mm512_shuffle_f32x4::<0x88>(x, y);
+                columns[4 + j] = _mm512_shuffle_f32x4::<0x88>(z, w);
+                columns[8 + j] = _mm512_shuffle_f32x4::<0xDD>(x, y);
+                columns[12 + j] = _mm512_shuffle_f32x4::<0xDD>(z, w);
+            }
+        }
+        columns.map(Avx512)
     }
     #[inline(always)]
     fn any_above(self, other: Self) -> bool {
@@ -158,6 +200,14 @@ fn choose_below(x: __m256, bound: __m256, a: __m256, b: __m256) -> __m256 {
 
 #[inline]
 #[target_feature(enable = "avx2,fma")]
+fn choose(x: __m256, bits: u16, other: __m256) -> __m256 {
+    let each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    let chosen = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(i32::from(bits)), each), each);
+    _mm256_blendv_ps(other, x, _mm256_castsi256_ps(chosen))
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma")]
 fn scale(x: __m256, n: __m256) -> __m256 {
     // In two factors, since one would leave the exponents of normal numbers.
     let n = _mm256_cvtps_epi32(n);
@@ -177,6 +227,12 @@ operators! { Avx2:
 }
 
 impl Lanes for Avx2 {
+    const WIDE: usize = 1;
+    #[inline(always)]
+    unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
+        // SAFETY: the caller's.
+        unsafe { avx2(kernel) }
+    }
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
         // SAFETY: the caller's promise in all that is unsafe; elsewhere the value of this type.
@@ -229,6 +285,10 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn choose_below(self, bound: Self, a: Self, b: Self) -> Self {
         both!(choose_below: self, bound, a, b)
+    }
+    #[inline(always)]
+    fn choose(self, bits: u16, other: Self) -> Self {
+        unsafe { Avx2([choose(self.0[0], bits, other.0[0]), choose(self.0[1], bits >> 8, other.0[1])]) }
     }
     #[inline(always)]
     fn any_above(self, other: Self) -> bool {
