@@ -87,21 +87,23 @@ impl fmt::Display for RoleSize {
         let parts: Vec<String> = parts.map(|(count, what)| format!("{} {what}", grouped(*count))).collect();
         write!(f, "{:<13} {}", self.name, parts.join(", "))?;
         let precision = self.precision.map(|dtype| format!("computes in {dtype}"));
-        let weights = self.weights.map(|dtype| match self.kept {
-            [true, _] => format!("weights in {dtype}"),
-            [_, true] => format!("generates with weights in {dtype}"),
-            _ if self.is_trained => format!("has no use for weights in {dtype}, as it never generates"),
-            _ => format!("has no weights that could be in {dtype}"),
+        let weights = self.weights.and_then(|dtype| match self.kept {
+            [true, _] => Some(format!("weights in {dtype}")),
+            [_, true] => Some(format!("generates with weights in {dtype}")),
+            _ => None,
         });
         let changes: Vec<String> = precision.into_iter().chain(weights).collect();
-        if changes.is_empty() {
-            return Ok(());
+        if !changes.is_empty() {
+            write!(f, "; changes numbers: {}", changes.join(", "))?;
         }
-        write!(f, "; changes numbers: {}", changes.join(", "))?;
         for (bytes, what) in [(self.copies, "of copies"), (self.saved, "saved")] {
             if bytes > 0 {
                 write!(f, ", {} {what}", self::size(bytes))?;
             }
+        }
+        if let (Some(dtype), [false, false]) = (self.weights, self.kept) {
+            let why = if self.is_trained { ", as it is trained and never generates" } else { "" };
+            write!(f, "; has no weights in {dtype}{why}")?;
         }
         Ok(())
     }

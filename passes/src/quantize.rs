@@ -38,11 +38,18 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         return Ok(program);
     }
     let changes = changes(&program);
+    let mut generating = BTreeSet::new();
+    let evaluations = program.stage.evaluate.iter().map(|evaluation| &evaluation.body);
+    [&program.stage.plan].into_iter().chain(evaluations).for_each(|body| generating_graphs(body, &mut generating));
+    // Parameters that generation reads.
+    let read: BTreeSet<StateId> =
+        program.graphs.iter().filter(|g| generating.contains(g.name.as_str())).flat_map(reads_of).collect();
     // Per weight, what it is kept in. A shared one belongs to the role that others share it with.
     let mut kept: BTreeMap<StateId, DType> = BTreeMap::new();
     for role in &program.stage.roles {
         let Some(dtype) = role.weights else { continue };
-        for id in weights_of_layers(&program, &role.name) {
+        let used = |id: &StateId| !changes[id.0 as usize] || read.contains(id);
+        for id in weights_of_layers(&program, &role.name).into_iter().filter(used) {
             kept.insert(id, dtype);
             context.matched(&format!("weights in {dtype}"), 1);
             if changes[id.0 as usize] {
@@ -54,9 +61,6 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
             }
         }
     }
-    let mut generating = BTreeSet::new();
-    let evaluations = program.stage.evaluate.iter().map(|evaluation| &evaluation.body);
-    [&program.stage.plan].into_iter().chain(evaluations).for_each(|body| generating_graphs(body, &mut generating));
     let graph = |graph: &Graph| {
         let rounds = |id: StateId| {
             let dtype = kept.get(&id).copied();
@@ -66,6 +70,11 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     };
     program.graphs = program.graphs.iter().map(graph).collect();
     Ok(program)
+}
+
+/// The parameters and states that a graph reads.
+fn reads_of(graph: &Graph) -> impl Iterator<Item = StateId> {
+    graph.ops().filter_map(|(_, op)| if let Op::Read { state } = op.op { Some(state) } else { None })
 }
 
 /// The graphs that continue sequences.
