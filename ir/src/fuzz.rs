@@ -86,11 +86,29 @@ pub fn random_program(seed: u64, size: usize) -> Program {
         };
         program.declare(format!("model/layers.{i}.weight"), ty, kind, span);
     }
+    draw_graphs(&mut rng, &mut program, size, 0);
+    program
+}
+
+/// As [`random_program`], with four matrices that are parameters of `model` and stand in many products.
+pub fn random_model(seed: u64, size: usize) -> Program {
+    let mut rng = Rng::new(seed);
+    let mut program = Program { sources: vec!["random.yaml".into()], ..Program::default() };
+    for i in 0..4_usize {
+        let ty = Type::new(DType::F32, [2 + i % 2, 2 + i / 2].map(Dim::from));
+        let kind = StateKind::Param { trained: rng.once_in(2) };
+        program.declare(format!("model/layers.{i}.weight"), ty, kind, Span::NONE);
+    }
+    draw_graphs(&mut rng, &mut program, size, 4);
+    program
+}
+
+/// Up to three graphs, of whose ops one in `products` is a product with a parameter; none if that is 0.
+fn draw_graphs(rng: &mut Rng, program: &mut Program, size: usize, products: usize) {
     for i in 0..rng.between(1, 3) {
-        let graph = Draw::new(&mut rng, &program, &format!("g{i}")).graph(size);
+        let graph = Draw::new(rng, program, &format!("g{i}")).graph(size, products);
         program.graphs.push(graph);
     }
-    program
 }
 
 /// Values of a graph's dims, each in its range.
@@ -152,7 +170,7 @@ impl<'a> Draw<'a> {
         Draw { rng, program, graph, bindings }
     }
 
-    fn graph(mut self, size: usize) -> Graph {
+    fn graph(mut self, size: usize, products: usize) -> Graph {
         let [b, t, n] = ["B", "T", "N"].map(Dim::symbol);
         // The first input shows all dims.
         let mut input = |name: &str, dtype, dims: &[&Dim]| {
@@ -166,6 +184,9 @@ impl<'a> Draw<'a> {
         input("key", DType::Key, &[]);
         let mut row = self.rng.choose(ROWS).name;
         while self.graph.len() < size {
+            if products > 0 && self.rng.once_in(products) {
+                self.product_with_param();
+            }
             // Equal ops in a row meet rules that join them.
             if !self.rng.once_in(3) {
                 row = self.rng.choose(ROWS).name;
@@ -552,6 +573,22 @@ impl<'a> Draw<'a> {
         let out: String = self.order(out.len()).into_iter().map(|i| out[i]).collect();
         let y = self.value_of(&Type::new(DType::F32, rhs_dims));
         self.push(Op::Contract { spec: format!("{},{rhs}->{out}", String::from_iter(lhs)) }, &[x, y]);
+    }
+
+    /// A product over the first dim of a parameter, or over none where no value ends with such a dim.
+    fn product_with_param(&mut self) {
+        let state = StateId(self.rng.below(self.program.states.len()) as u32);
+        let ty = self.program.state(state).ty.clone();
+        let [weight] = self.push_with(Op::Read { state }, &[], Some(&ty))[..] else { return };
+        let fits = |t: &Type| t.dtype == DType::F32 && t.rank() < 6 && t.dims.last() == Some(&ty.dims[0]);
+        let found = self.find(fits).filter(|_| !self.rng.once_in(3));
+        let x = found.unwrap_or_else(|| self.any_with_dims(DType::F32));
+        let own: String = ('a'..='w').take(self.ty(x).rank()).collect();
+        let spec = match own.char_indices().next_back() {
+            Some((at, last)) if found.is_some() => format!("{own},{last}z->{}z", &own[..at]),
+            _ => format!("{own},yz->{own}yz"),
+        };
+        self.push(Op::Contract { spec }, &[x, weight]);
     }
 
     /// A part at a place that fits whatever the dims are, and the part written elsewhere.

@@ -338,18 +338,7 @@ impl Narrowing<'_> {
                 _ => None,
             },
         };
-        let operands = match op.op {
-            Op::Rope { .. } | Op::TokenLogp {} | Op::Embed {} => 1,
-            // Slopes are f32 always.
-            Op::Attention { .. } | Op::CachedAttention { .. } => 3,
-            _ => op.args.len(),
-        };
-        let mut args = Vec::new();
-        for (i, &arg) in op.args.iter().enumerate() {
-            let own = self.rebuild.old.ty(arg).dtype;
-            let dtype = narrow.filter(|_| own == DType::F32 && i < operands).unwrap_or(own);
-            args.push(self.of_type(arg, dtype));
-        }
+        let args = self.operands(op, narrow);
         let new = match (&op.op, narrow) {
             (Op::Contract { spec }, Some(_)) if self.plan.narrow(op.result()).is_none() => {
                 let labels = Contraction::parse(spec).expect("verified ops have readable specs");
@@ -358,6 +347,24 @@ impl Narrowing<'_> {
             (op, _) => op.clone(),
         };
         self.rebuild.push(op, new, &args, self.program);
+    }
+
+    /// The operands of an op whose floats are to be of a type.
+    fn operands(&mut self, op: &OpData, narrow: Option<DType>) -> Vec<Value> {
+        let floats = match op.op {
+            Op::TokenLogp {} | Op::Embed {} => 1,
+            // Frequencies are f32 always, and so are slopes.
+            Op::Rope { .. } => 1,
+            Op::Attention { .. } | Op::CachedAttention { .. } => 3,
+            _ => op.args.len(),
+        };
+        let mut args = Vec::new();
+        for (i, &arg) in op.args.iter().enumerate() {
+            let own = self.rebuild.old.ty(arg).dtype;
+            let dtype = narrow.filter(|_| own == DType::F32 && i < floats).unwrap_or(own);
+            args.push(self.of_type(arg, dtype));
+        }
+        args
     }
 
     /// What became of an old value, as elements of a type.
@@ -378,10 +385,7 @@ impl Narrowing<'_> {
                 Builder::new(&mut self.rebuild.new, site).one(Op::Const { value, dtype }, &[])
             }
             Some(op) if flexible && policy(&op.op) == Policy::Follows => {
-                let floats = |a: Value| self.rebuild.old.ty(a).dtype == DType::F32;
-                let types: Vec<DType> =
-                    op.args.iter().map(|&a| if floats(a) { dtype } else { self.rebuild.old.ty(a).dtype }).collect();
-                let args: Vec<Value> = op.args.iter().zip(types).map(|(&a, dtype)| self.of_type(a, dtype)).collect();
+                let args = self.operands(&op, Some(dtype));
                 Builder::new(&mut self.rebuild.new, site).one(op.op, &args)
             }
             _ => Builder::new(&mut self.rebuild.new, site).cast(new, dtype),

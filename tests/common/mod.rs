@@ -3,7 +3,7 @@
 use dsgc_ir::diag::Diag;
 use dsgc_ir::fuzz::{Rng, random_bindings, random_inputs, random_tensor};
 use dsgc_ir::verify::verify;
-use dsgc_ir::{Bindings, Graph, Level, Planned, Program, StateKind, Tensor, parse};
+use dsgc_ir::{Bindings, Data, Graph, Level, Planned, Program, StateKind, Tensor, parse};
 use dsgc_kernels::Device;
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_passes::{Numerics, Pass, PassContext};
@@ -62,11 +62,14 @@ fn values(program: &Program, graph: &Graph, bindings: &Bindings, seed: u64) -> V
             Interp::planned(planned, Precision::F64)
         }
     };
+    // A parameter may become narrow, and must not become another number by that.
+    let narrow = program.stage.roles.iter().any(|role| role.precision.is_some());
     // Copies follow what they copy.
     for (id, state) in program.state_ids().filter(|(_, state)| !matches!(state.kind, StateKind::Copy { .. })) {
         // Equal names have equal values in both programs.
         let own = state.name.bytes().fold(seed, |hash, byte| hash.wrapping_mul(31).wrapping_add(u64::from(byte)));
-        interp.set_state(id, &random_tensor(&state.ty, &Bindings::new(), &mut Rng::new(own)));
+        let value = random_tensor(&state.ty, &Bindings::new(), &mut Rng::new(own));
+        interp.set_state(id, &if narrow { of_few_bits(value) } else { value });
     }
     let inputs = random_inputs(graph, bindings, seed);
     let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
@@ -77,10 +80,19 @@ fn values(program: &Program, graph: &Graph, bindings: &Bindings, seed: u64) -> V
     all.into_iter().map(|(name, tensor)| (name, (tensor.shape.clone(), bits(&tensor)))).collect()
 }
 
+/// The tensor with floats that every type of floats has.
+fn of_few_bits(tensor: Tensor) -> Tensor {
+    let rounded = |x: f64| (x * 64.0).round() / 64.0;
+    match &tensor.data {
+        Data::F64(values) => Tensor::f64(&tensor.shape, values.iter().copied().map(rounded).collect()),
+        _ => tensor,
+    }
+}
+
 /// Exact contents: bits, with one NaN.
 fn bits(tensor: &Tensor) -> Vec<u64> {
     match &tensor.data {
-        dsgc_ir::Data::Key(v) => v.iter().map(|k| u64::from(k[0]) << 32 | u64::from(k[1])).collect(),
+        Data::Key(v) => v.iter().map(|k| u64::from(k[0]) << 32 | u64::from(k[1])).collect(),
         _ => tensor.to_f64().into_iter().map(|x| if x.is_nan() { u64::MAX } else { x.to_bits() }).collect(),
     }
 }

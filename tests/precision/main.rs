@@ -1,8 +1,11 @@
 //! Mixed precision as a user asks for it: what is computed narrow, that devices agree on it, and how far it is from f32.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod fp16;
 #[path = "../common/place.rs"]
 mod place;
+mod random;
 mod runs;
 #[path = "../common/sines.rs"]
 mod sines;
