@@ -11,12 +11,26 @@ use dsgc_yaml::render::{Look, render};
 pub struct Failure {
     diags: Vec<Diag>,
     sources: Sources,
+    code: u8,
 }
+
+/// The exit code where it is the user's input that is wrong.
+const INPUT: u8 = 1;
 
 impl Failure {
     /// Messages that point into these files.
     pub fn new(diags: Vec<Diag>, sources: &Sources) -> Failure {
-        Failure { diags, sources: sources.clone() }
+        Failure { diags, sources: sources.clone(), code: INPUT }
+    }
+
+    /// An end that is no error but has a code of its own; what it is has been said.
+    pub fn ended(code: u8) -> Failure {
+        Failure { diags: vec![], sources: Sources::default(), code }
+    }
+
+    /// The exit code of the program.
+    pub fn code(&self) -> u8 {
+        self.code
     }
 
     /// Writes all messages to standard error.
@@ -27,19 +41,19 @@ impl Failure {
 
 impl From<Diag> for Failure {
     fn from(diag: Diag) -> Failure {
-        Failure { diags: vec![diag], sources: Sources::default() }
+        Failure { diags: vec![diag], sources: Sources::default(), code: INPUT }
     }
 }
 
 impl From<Vec<Diag>> for Failure {
     fn from(diags: Vec<Diag>) -> Failure {
-        Failure { diags, sources: Sources::default() }
+        Failure { diags, sources: Sources::default(), code: INPUT }
     }
 }
 
 impl From<Failed> for Failure {
     fn from(failed: Failed) -> Failure {
-        Failure { diags: failed.diags, sources: failed.sources }
+        Failure { diags: failed.diags, sources: failed.sources, code: INPUT }
     }
 }
 

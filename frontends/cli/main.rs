@@ -1,6 +1,7 @@
 //! `dsgc`: compiles and runs training pipelines.
 //!
-//! One file per command in `commands/`. Exit codes: 0 done, 1 the user's input (usage errors too), 2 ours.
+//! One file per command in `commands/`. Exit codes: 0 done, 1 the user's input (usage errors too), 2 ours, 3 nothing is left
+//! to resume, 128 and a signal's number where that stopped a run after a checkpoint.
 
 mod answers;
 mod commands;
@@ -75,7 +76,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             failure.show();
-            ExitCode::from(1)
+            ExitCode::from(failure.code())
         }
     }
 }

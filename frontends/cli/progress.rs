@@ -1,6 +1,7 @@
 //! What a user sees of a running stage: a bar with rate and remaining time on a terminal, plain lines elsewhere.
 
 use std::io::IsTerminal;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use dsgc_ir::stage::Stage;
@@ -21,6 +22,8 @@ pub struct Progress {
     before: Option<Metrics>,
     /// Since the first step began.
     training: Option<Training>,
+    /// Steps that an earlier run took.
+    first: u64,
 }
 
 struct Training {
@@ -38,7 +41,7 @@ impl Progress {
             ProgressBar::new(0).with_style(style).with_prefix(stage.name.clone())
         });
         let every = stage.logging_steps.max(1);
-        let progress = Progress { stage: stage.name.clone(), every, bar, before: None, training: None };
+        let progress = Progress { stage: stage.name.clone(), every, bar, before: None, training: None, first: 0 };
         for role in stage.roles.iter().filter(|r| !r.model.unused.is_empty()) {
             let unused = role.model.unused.join(", ");
             progress.line(format!("`{}`: config.json has keys that are kept and not used: {unused}", role.name));
@@ -51,6 +54,12 @@ impl Progress {
         if new.regions > 0 {
             self.line(format!("compiled {} fused regions in {:.3} s", new.regions, new.spent.as_secs_f64()));
         }
+    }
+
+    /// Shows where the stage goes on.
+    pub fn resumed(&mut self, step: u64, checkpoint: &Path) {
+        self.line(format!("goes on after step {step}, from {}", checkpoint.display()));
+        self.first = step;
     }
 
     /// Shows an event.
@@ -93,8 +102,9 @@ impl Progress {
                     if step == steps {
                         bar.finish();
                     }
-                } else if step.is_multiple_of(self.every) || *step == 1 || step == steps {
-                    let left = training.started.elapsed().as_secs_f64() * (steps - step) as f64 / *step as f64;
+                } else if step.is_multiple_of(self.every) || *step == self.first + 1 || step == steps {
+                    let left =
+                        training.started.elapsed().as_secs_f64() * (steps - step) as f64 / (*step - self.first) as f64;
                     let eta = HumanDuration(Duration::try_from_secs_f64(left).unwrap_or(Duration::MAX));
                     self.line(format!("step {step}/{steps} epoch {epoch:.2} {text}, {eta:#} left"));
                 }
@@ -109,6 +119,9 @@ impl Progress {
             }
             Event::NoRows { table, rows } => {
                 self.line(format!("warning: none of the {rows} rows of `{table}` takes part in this step"));
+            }
+            Event::Checkpoint { step, folder, seconds } => {
+                self.line(format!("step {step}: checkpoint {} ({seconds:.1} s)", folder.display()));
             }
             Event::Saved { role, folder } => self.line(format!("wrote `{role}` to {}", folder.display())),
         }

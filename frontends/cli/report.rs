@@ -160,7 +160,7 @@ impl StageReport {
         let count = |trained_only: bool| {
             let params = program.states.iter().filter(|s| match s.kind {
                 StateKind::Param { trained } => trained || !trained_only,
-                StateKind::Copy { .. } | StateKind::State => false,
+                StateKind::Copy { .. } | StateKind::State | StateKind::Scratch => false,
             });
             params.map(|s| s.ty.len().constant().unwrap_or(0) as u64).sum()
         };

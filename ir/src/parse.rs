@@ -80,12 +80,14 @@ impl<'a> Reader<'a> {
         self.expect(":")?;
         let ty = self.ty()?;
         let trained = self.take_word("trained");
+        let scratch = self.take_word("scratch");
         let copied = if self.take_word("copy") { Some(self.declared()?) } else { None };
         let buffer = self.buffer()?;
         let span = if self.take_word("loc") { self.span()? } else { Span::NONE };
         let kind = match copied {
             _ if is_param => StateKind::Param { trained },
             Some(of) => StateKind::Copy { of },
+            None if scratch => StateKind::Scratch,
             None => StateKind::State,
         };
         if self.program.state_named(&name).is_some() {

@@ -25,6 +25,7 @@ impl fmt::Display for Program {
                 StateKind::Param { trained } => ("param", if trained { " trained".into() } else { String::new() }),
                 StateKind::Copy { of } => ("state", format!(" copy @{}", self.state(of).name)),
                 StateKind::State => ("state", String::new()),
+                StateKind::Scratch => ("state", " scratch".into()),
             };
             write!(f, "{kind} @{} : {}{what}", state.name, state.ty)?;
             write_buffer(f, state.buffer)?;

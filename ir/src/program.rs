@@ -22,8 +22,11 @@ pub enum StateKind {
         /// The parameter.
         of: StateId,
     },
-    /// Anything else that outlives a call: moments, gradient accumulators, sums. Zero when a session begins.
+    /// Anything else that outlives a call: moments, a recipe's states. Zero when a session begins.
     State,
+    /// What calls of one step hand to each other, and no step to the next: accumulators, which are zero between steps,
+    /// and keys and values of earlier columns. Zero when a session begins.
+    Scratch,
 }
 
 /// A parameter or state.

@@ -61,6 +61,9 @@ pub struct Stage {
     /// What may be computed twice to need less memory.
     #[serde(skip_serializing_if = "Memory::is_default")]
     pub memory: Memory,
+    /// When the stage writes down where it stands.
+    #[serde(skip_serializing_if = "Checkpoints::is_default")]
+    pub checkpoints: Checkpoints,
     /// Whether roles in fp16 whose updates follow each other step together: where the gradients of one overflow, no role
     /// takes its step.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -86,6 +89,23 @@ fn one() -> usize {
 
 fn is_one(samples: &usize) -> bool {
     *samples == 1
+}
+
+/// When a stage writes down where it stands, so that it can go on from there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Checkpoints {
+    /// After every so many optimizer steps.
+    pub every: Option<u64>,
+    /// How many are kept, the newest ones; all where nothing is said.
+    pub keep: Option<u64>,
+}
+
+impl Checkpoints {
+    /// Whether nothing is asked for.
+    fn is_default(&self) -> bool {
+        *self == Checkpoints::default()
+    }
 }
 
 /// How much memory a stage may take, and what it may compute twice to need no more.

@@ -130,7 +130,7 @@ fn logical(program: &Program, graph: &Graph) -> Result<(), Fault> {
     }
     let behind = program.state_ids().find(|(id, state)| match state.kind {
         StateKind::Copy { of } => written.contains(&of) != written.contains(id),
-        StateKind::Param { .. } | StateKind::State => false,
+        StateKind::Param { .. } | StateKind::State | StateKind::Scratch => false,
     });
     if let Some((_, copy)) = behind {
         return fault(None, format!("`@{}` and what it copies are not written together", copy.name));

@@ -297,7 +297,7 @@ impl Derive {
         }
         update::append(&mut graph, program, training, settings, others, &gradients, all);
         for &param in all.keys() {
-            let accumulator = update::companion(program, param, "grad");
+            let accumulator = update::companion(program, param, "grad", StateKind::Scratch);
             let state = program.state(param);
             let mut b = Builder::new(&mut graph, update::site(program, param, all));
             let zero = b.fill(0.0, &state.ty.dims);
@@ -310,7 +310,7 @@ impl Derive {
 /// Reads the accumulators of parameters.
 fn gradients_in_states(graph: &mut Graph, program: &mut Program, params: &Layers) -> BTreeMap<StateId, Value> {
     let read = |&param: &StateId| {
-        let accumulator = update::companion(program, param, "grad");
+        let accumulator = update::companion(program, param, "grad", StateKind::Scratch);
         let mut b = Builder::new(graph, update::site(program, param, params));
         (param, b.read(accumulator, &program.state(param).ty))
     };

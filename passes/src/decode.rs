@@ -283,7 +283,7 @@ fn cache(program: &mut Program, role: &str, name: &str, ty: &Type, site: &Site) 
         match program.state_named(&name) {
             Some(id) if program.state(id).ty == *ty => return id,
             Some(_) => {}
-            None => return program.declare(name, ty.clone(), StateKind::State, site.loc.span),
+            None => return program.declare(name, ty.clone(), StateKind::Scratch, site.loc.span),
         }
     }
     unreachable!("there are fewer shapes than numbers")

@@ -195,7 +195,7 @@ impl Plan {
                 StateKind::Param { .. } | StateKind::Copy { .. } => {
                     asked(program, state).map_or(Nature::Plain, Nature::Param)
                 }
-                StateKind::State => Nature::Free,
+                StateKind::State | StateKind::Scratch => Nature::Free,
             };
         }
         if constant(graph, op.results().next().expect("it has a result")).is_some() {
@@ -304,7 +304,9 @@ fn narrow_states(program: &Program, plans: &[Plan]) -> BTreeMap<StateId, DType> 
             }
         }
     }
-    let states = found.into_iter().filter(|(state, _)| program.state(*state).kind == StateKind::State);
+    let states = found
+        .into_iter()
+        .filter(|(state, _)| matches!(program.state(*state).kind, StateKind::State | StateKind::Scratch));
     states.filter_map(|(state, dtype)| Some((state, dtype?))).collect()
 }
 

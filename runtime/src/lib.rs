@@ -10,6 +10,7 @@
 //! A [`Scorer`] and a [`Generator`] run a model without training it.
 
 pub mod calls;
+mod checkpoint;
 pub mod data;
 mod evaluate;
 mod generate;
@@ -23,9 +24,10 @@ mod session;
 mod steps;
 mod values;
 
+pub use checkpoint::{Checkpoint, Keeper, stage_of};
 pub use generate::{Decoder, Next};
 pub use generator::Generator;
 pub use metrics::MetricsFile;
 pub use schedule::learning_rate;
 pub use score::{Score, Scorer};
-pub use session::{Event, Metrics, Observer, Session};
+pub use session::{Ended, Event, Metrics, Observer, Session};

@@ -27,14 +27,33 @@ impl MetricsFile {
     /// Begins `metrics.jsonl` in a folder, which is made if it is not there. The file of an earlier run is kept as
     /// `metrics.<n>.jsonl`.
     pub fn create(folder: &Path, stage: &str) -> Result<MetricsFile, Diag> {
+        MetricsFile::begin(folder, stage, |_| String::new())
+    }
+
+    /// Goes on with `metrics.jsonl` after a step. Lines of later steps, which are yet to come again, are left in
+    /// `metrics.<n>.jsonl` with all others.
+    pub fn resume(folder: &Path, stage: &str, step: u64) -> Result<MetricsFile, Diag> {
+        let before = |line: &&str| match serde_json::from_str::<Value>(line) {
+            Ok(line) => line["step"].as_u64().is_some_and(|of| of <= step),
+            // Half a line, of a run that was killed.
+            Err(_) => false,
+        };
+        MetricsFile::begin(folder, stage, |old| old.lines().filter(before).map(|line| format!("{line}\n")).collect())
+    }
+
+    /// Puts an old file aside and begins one with what is left of it.
+    fn begin(folder: &Path, stage: &str, left: impl Fn(&str) -> String) -> Result<MetricsFile, Diag> {
         let path = folder.join("metrics.jsonl");
         let failed = |e: std::io::Error| Diag::error(format!("cannot write `{}`: {e}", path.display()));
         fs::create_dir_all(folder).map_err(failed)?;
+        let mut begin = String::new();
         if path.exists() {
+            begin = left(&fs::read_to_string(&path).map_err(failed)?);
             let free = (1..).map(|n| folder.join(format!("metrics.{n}.jsonl"))).find(|p| !p.exists());
             fs::rename(&path, free.expect("some number is free")).map_err(failed)?;
         }
-        let file = File::create(&path).map_err(failed)?;
+        let mut file = File::create(&path).map_err(failed)?;
+        file.write_all(begin.as_bytes()).map_err(failed)?;
         Ok(MetricsFile { stage: stage.into(), path, file })
     }
 
@@ -56,7 +75,12 @@ fn line(stage: &str, event: &Event) -> Option<Value> {
         metrics.iter().map(|(name, &x)| (format!("{prefix}{name}"), number(x))).collect::<Vec<_>>()
     };
     match event {
-        Event::Data { .. } | Event::New { .. } | Event::Health { .. } | Event::NoRows { .. } | Event::Saved { .. } => {
+        Event::Data { .. }
+        | Event::New { .. }
+        | Event::Health { .. }
+        | Event::NoRows { .. }
+        | Event::Checkpoint { .. }
+        | Event::Saved { .. } => {
             return None;
         }
         Event::Evaluated { step, metrics, seconds, .. } => {

@@ -6,6 +6,7 @@ use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Call, CallSteps, Joined, Operand, Operands, Rows, Statement, Update, UpdateSteps};
 use dsgc_ir::{DType, Data, Tensor};
 use dsgc_kernels::random;
+use serde::{Deserialize, Serialize};
 
 use crate::calls::{self, Named, Parts};
 use crate::data::order;
@@ -27,7 +28,7 @@ pub(crate) struct Told {
 const DROPOUTS: u64 = 0xd409;
 
 /// Loops and generations so far: each has its own random numbers.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Counters {
     loops: u64,
     generations: u64,
@@ -35,14 +36,14 @@ pub(crate) struct Counters {
 
 /// Outputs of a cached call by the number of their row.
 pub(crate) struct Cache {
-    call: Call,
-    source: String,
-    held: bool,
-    rows: BTreeMap<usize, Named>,
+    pub call: Call,
+    pub source: String,
+    pub held: bool,
+    pub rows: BTreeMap<usize, Named>,
 }
 
 /// Where the batches of a `next` stand.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Place {
     epoch: u64,
     /// Row numbers of the epoch in its order, and how many of them have been taken.

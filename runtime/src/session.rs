@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use dsgc_hf::Tokenizer;
@@ -11,6 +12,7 @@ use dsgc_ir::{Planned, Tensor};
 use dsgc_kernels::Device;
 
 use crate::calls::{self, Named, graph_named};
+use crate::checkpoint::Keeper;
 use crate::data::{DataReport, Dataset};
 use crate::plan::{Cache, Counters, Place, Told};
 use crate::roles;
@@ -84,6 +86,15 @@ pub enum Event {
         /// Rows that it has.
         rows: usize,
     },
+    /// Where the stage stands was written.
+    Checkpoint {
+        /// Optimizer steps before it.
+        step: u64,
+        /// Where.
+        folder: PathBuf,
+        /// Seconds that it took.
+        seconds: f64,
+    },
     /// A model was written.
     Saved {
         /// The role.
@@ -113,6 +124,17 @@ pub struct Session {
     pub(crate) caches: Vec<Cache>,
     /// Metrics that are outside of their ranges.
     pub(crate) unhealthy: BTreeSet<String>,
+    /// The step and the numbers of the last evaluation with which a checkpoint lets it begin.
+    pub(crate) begun: Option<(u64, Metrics)>,
+}
+
+/// How a stage ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// It is done, and its models are written.
+    Finished,
+    /// The user wanted it to stop; a checkpoint was written after this step.
+    Stopped(u64),
 }
 
 impl Session {
@@ -154,6 +176,7 @@ impl Session {
             tables: BTreeMap::new(),
             caches: Vec::new(),
             unhealthy: BTreeSet::new(),
+            begun: None,
         })
     }
 
@@ -164,12 +187,28 @@ impl Session {
 
     /// Runs the whole stage: evaluates, trains, evaluates, writes its models, and looks at what it must reach.
     pub fn run(&mut self, observer: Observer) -> Result<(), Diag> {
+        self.run_to_end(None, observer).map(drop)
+    }
+
+    /// The same with checkpoints in between, and an end where their keeper says so.
+    pub fn run_kept(&mut self, keeper: &Keeper, observer: Observer) -> Result<Ended, Diag> {
+        self.run_to_end(Some(keeper), observer)
+    }
+
+    fn run_to_end(&mut self, keeper: Option<&Keeper>, observer: Observer) -> Result<Ended, Diag> {
         let plan = self.program.stage.plan.clone();
-        let reached = self.train(&plan, observer)?;
+        let reached = match self.train(&plan, keeper, observer)? {
+            (_, Ended::Stopped(step)) => return Ok(Ended::Stopped(step)),
+            (reached, Ended::Finished) => reached,
+        };
         // Writing needs memory of its own, which what trained before does not need any more.
         self.device.rest();
         roles::save_all(&self.program, self.device.as_ref(), observer)?;
-        self.require(&reached)
+        self.require(&reached)?;
+        if let Some(keeper) = keeper {
+            keeper.finish(self.steps())?;
+        }
+        Ok(Ended::Finished)
     }
 
     /// Optimizer batches of the stage: those of all epochs, or `max_steps`.
@@ -186,9 +225,17 @@ impl Session {
         self.program.stage.sources.iter().find(|s| s.name == name)
     }
 
-    /// Trains, with evaluations; gives the numbers of the last one.
-    fn train(&mut self, plan: &[Statement], observer: Observer) -> Result<Metrics, Diag> {
-        let mut reached = self.evaluate(0, observer)?;
+    /// Trains, with evaluations; gives the numbers of the last one, and how it ended.
+    fn train(
+        &mut self,
+        plan: &[Statement],
+        keeper: Option<&Keeper>,
+        observer: Observer,
+    ) -> Result<(Metrics, Ended), Diag> {
+        let (begun, mut reached) = match self.begun.take() {
+            Some(begun) => begun,
+            None => (0, self.evaluate(0, observer)?),
+        };
         let (name, source, body) = outermost(plan)?;
         let source = self.source(source).expect("the loader saw the source").clone();
         let (steps, eval_steps) = (self.steps(), self.program.stage.eval_steps);
@@ -198,9 +245,12 @@ impl Session {
             let order = self.data[&source.name].epoch(epoch);
             for rows in order.chunks(source.batch_size) {
                 if step == steps {
-                    return Ok(reached);
+                    return Ok((reached, Ended::Finished));
                 }
                 step += 1;
+                if step <= begun {
+                    continue;
+                }
                 let started = Instant::now();
                 let batch = self.data[&source.name].batch(rows);
                 let origin = Origin { source: source.name.clone(), held: false, rows: rows.to_vec() };
@@ -226,9 +276,19 @@ impl Session {
                 if step == steps || eval_steps.is_some_and(|every| step.is_multiple_of(every)) {
                     reached = self.evaluate(step, observer)?;
                 }
+                let Some(keeper) = keeper else { continue };
+                let stops = step < steps && keeper.stop.load(Ordering::Relaxed);
+                if stops || keeper.due(step) {
+                    let started = Instant::now();
+                    let folder = self.write_checkpoint(keeper, step, &reached)?;
+                    observer(&Event::Checkpoint { step, folder, seconds: started.elapsed().as_secs_f64() })?;
+                }
+                if stops {
+                    return Ok((reached, Ended::Stopped(step)));
+                }
             }
         }
-        Ok(reached)
+        Ok((reached, Ended::Finished))
     }
 }
 

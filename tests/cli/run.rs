@@ -33,7 +33,8 @@ fn a_stage_leaves_a_model_folder() {
         .map(|e| e.expect("a file").file_name().into_string().expect("text"))
         .collect();
     files.sort();
-    assert_eq!(files, ["config.json", "metrics.jsonl", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]);
+    let about = ["config.json", "finished.json", "metrics.jsonl"];
+    assert_eq!(files, [&about[..], &["model.safetensors", "tokenizer.json", "tokenizer_config.json"]].concat());
     assert_eq!(place.read("runs/sft/tokenizer.json"), place.read("tokenizer/tokenizer.json"));
 
     let config: Value = serde_json::from_str(&place.read("runs/sft/config.json")).expect("JSON");

@@ -1,12 +1,16 @@
-//! `dsgc run`: trains.
+//! `dsgc run`: trains, and goes on where an earlier run stopped.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use dsgc_ir::diag::Diag;
 use dsgc_kernels::cpu::compile_time;
-use dsgc_runtime::{MetricsFile, Session};
+use dsgc_runtime::{Checkpoint, Ended, Keeper, MetricsFile, Session, stage_of};
 use dsgc_yaml::load::{Loaded, Options};
+use signal_hook::consts::TERM_SIGNALS;
+use signal_hook::flag;
 
 use super::{Done, PipelineArgs, plan};
 use crate::console::{Failure, say};
@@ -26,7 +30,14 @@ pub struct Args {
     /// Print after each stage which ops took how long.
     #[arg(long)]
     profile: bool,
+    /// Go on where an earlier run stopped: `auto` for its newest checkpoints, past stages that are done, or the folder of
+    /// a checkpoint.
+    #[arg(long, value_name = "auto|FOLDER", conflicts_with = "smoke")]
+    resume: Option<PathBuf>,
 }
+
+/// The exit code where no stage has anything left to do.
+const NOTHING_LEFT: u8 = 3;
 
 /// Runs the command.
 pub fn run(args: &Args) -> Done {
@@ -34,7 +45,7 @@ pub fn run(args: &Args) -> Done {
         return smoke(args);
     }
     let (loaded, device) = args.pipeline.open()?;
-    train(&loaded, device, args.profile)
+    train(&loaded, device, args)
 }
 
 /// Tries the pipeline.
@@ -51,7 +62,7 @@ fn smoke(args: &Args) -> Done {
         // Two steps from random weights reach nothing.
         stage.stage.require.clear();
     }
-    train(&loaded, device, args.profile)?;
+    train(&loaded, device, args)?;
     let names: Vec<&str> = loaded.stages.iter().map(|p| p.stage.name.as_str()).collect();
     say(format_args!(
         "smoke: {} ran on small models and a few rows ({:.1} s); nothing of it is kept",
@@ -62,19 +73,31 @@ fn smoke(args: &Args) -> Done {
 }
 
 /// Runs all stages.
-fn train(loaded: &Loaded, device: DeviceName, profiled: bool) -> Done {
+fn train(loaded: &Loaded, device: DeviceName, args: &Args) -> Done {
+    let fail = |diags| Failure::new(diags, &loaded.sources);
+    let signals = Signals::listen()?;
+    let keepers: Vec<Keeper> = loaded.stages.iter().map(|program| Keeper::new(program, signals.stop())).collect();
+    let begun = resumed(loaded, &keepers, args.resume.as_deref()).map_err(|e| fail(vec![e]))?;
+    if args.resume.is_some() && begun.iter().all(|begin| matches!(begin, Begin::Done(_))) {
+        say("nothing is left to resume: all stages are done");
+        return Err(Failure::ended(NOTHING_LEFT));
+    }
     // All stages are compiled before the first one runs: an error of the last must not cost the time of the others.
     let mut stages = Vec::new();
-    for program in &loaded.stages {
-        stages.push(plan(program, loaded, device, false, &mut |_| {})?);
+    for ((program, keeper), begin) in loaded.stages.iter().zip(&keepers).zip(begun) {
+        if let Begin::Done(why) = begin {
+            say(format_args!("{} {why}", program.stage.name));
+            continue;
+        }
+        stages.push((plan(program, loaded, device, false, &mut |_| {})?, keeper, begin));
     }
-    for planned in stages {
+    let last = stages.last().map(|(planned, ..)| planned.stage.name.clone());
+    for (planned, keeper, begin) in stages {
         let stage = planned.stage.clone();
-        let fail = |diags| Failure::new(diags, &loaded.sources);
         let mut progress = Progress::new(&stage);
         let before = compile_time();
         let mut opened = device.open(planned.clone())?;
-        if profiled {
+        if args.profile {
             profile::begin(opened.as_mut())?;
         }
         progress.compiled(compile_time() - before);
@@ -84,17 +107,105 @@ fn train(loaded: &Loaded, device: DeviceName, profiled: bool) -> Done {
         })
         .map_err(fail)?;
         // Only now: a stage that cannot begin leaves the files of an earlier run as they are.
-        let mut metrics = MetricsFile::create(Path::new(&stage.output_dir), &stage.name).map_err(|e| fail(vec![e]))?;
+        let folder = Path::new(&stage.output_dir);
+        let metrics = match &begin {
+            Begin::At(checkpoint) => {
+                session.resume(checkpoint).map_err(|e| fail(vec![e]))?;
+                progress.resumed(checkpoint.step(), checkpoint.path());
+                MetricsFile::resume(folder, &stage.name, checkpoint.step())
+            }
+            _ => keeper.begin().and_then(|()| MetricsFile::create(folder, &stage.name)),
+        };
+        let mut metrics = metrics.map_err(|e| fail(vec![e]))?;
         let mut observer = |event: &_| {
             metrics.write(event)?;
             progress.show(event);
             Ok(())
         };
-        session.run(&mut observer).map_err(|e| fail(vec![e]))?;
-        if profiled {
+        let ended = session.run_kept(keeper, &mut observer).map_err(|e| fail(vec![e]))?;
+        if args.profile {
             say(format_args!("profile of {}", stage.name));
             profile::show(session.device());
         }
+        if let Some(signal) = signals.caught() {
+            let at = match ended {
+                Ended::Stopped(step) => format!("stopped after step {step} of `{}`", stage.name),
+                Ended::Finished if Some(&stage.name) == last.as_ref() => break,
+                Ended::Finished => format!("stopped after the stage `{}`", stage.name),
+            };
+            say(format_args!("{at}; `--resume auto` goes on from there"));
+            return Err(Failure::ended(128 + signal));
+        }
     }
     Ok(())
+}
+
+/// Where a stage begins.
+enum Begin {
+    /// At its first step.
+    Anew,
+    /// After that of a checkpoint.
+    At(Checkpoint),
+    /// Nowhere: this is why.
+    Done(String),
+}
+
+/// Where each stage begins if an earlier run is resumed.
+fn resumed(loaded: &Loaded, keepers: &[Keeper], from: Option<&Path>) -> Result<Vec<Begin>, Diag> {
+    let Some(from) = from else { return Ok(keepers.iter().map(|_| Begin::Anew).collect()) };
+    let names: Vec<&str> = loaded.stages.iter().map(|program| program.stage.name.as_str()).collect();
+    if from != Path::new("auto") {
+        let stage = stage_of(from)?;
+        let at = names.iter().position(|name| *name == stage).ok_or_else(|| {
+            let message = format!("`{}` is of the stage `{stage}`, which this pipeline does not run", from.display());
+            Diag::error(message).help(format!("it runs {}", names.join(", ")))
+        })?;
+        let checkpoint = keepers[at].open(from)?;
+        let mut begun: Vec<Begin> = (0..at).map(|_| Begin::Done("comes before the checkpoint".into())).collect();
+        begun.push(Begin::At(checkpoint));
+        begun.extend((at + 1..names.len()).map(|_| Begin::Anew));
+        return Ok(begun);
+    }
+    let mut begun = Vec::new();
+    for keeper in keepers {
+        // What an earlier stage makes anew, later ones take anew.
+        let before_are_done = begun.iter().all(|begin| matches!(begin, Begin::Done(_)));
+        begun.push(match keeper.finished()? {
+            _ if !before_are_done => Begin::Anew,
+            Some(steps) => Begin::Done(format!("is done: all {steps} steps")),
+            None => keeper.newest()?.map_or(Begin::Anew, Begin::At),
+        });
+    }
+    Ok(begun)
+}
+
+/// Signals that end a run after the step that it is in. The second one ends the program at once.
+struct Signals {
+    stop: Arc<AtomicBool>,
+    caught: Arc<AtomicUsize>,
+}
+
+impl Signals {
+    fn listen() -> Result<Signals, Diag> {
+        let signals = Signals { stop: Arc::default(), caught: Arc::default() };
+        for signal in TERM_SIGNALS {
+            // In this order: the first one finds nothing to do yet.
+            let registered = flag::register_conditional_shutdown(*signal, 128 + *signal, signals.stop.clone())
+                .and_then(|_| flag::register_usize(*signal, signals.caught.clone(), *signal as usize))
+                .and_then(|_| flag::register(*signal, signals.stop.clone()));
+            registered.map_err(|e| Diag::error(format!("cannot listen to signals: {e}")))?;
+        }
+        Ok(signals)
+    }
+
+    fn stop(&self) -> &AtomicBool {
+        &self.stop
+    }
+
+    fn caught(&self) -> Option<u8> {
+        match self.caught.load(Ordering::Relaxed) {
+            0 => None,
+            signal => Some(signal as u8),
+        }
+    }
 }

@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Builder, Graph, Op, OpId, Program, StateId, Value};
+use dsgc_ir::{Builder, Graph, Op, OpId, Program, StateId, StateKind, Value};
 
 use super::batch::{Batch, Combine, analyse, cannot};
 use super::scale;
@@ -88,7 +88,7 @@ pub fn update(
         }
         let gradients = gradients_of_params(&mut part.new, program, role, &seeds, &layers)?;
         for (&param, &gradient) in &gradients {
-            let accumulator = companion(program, param, "grad");
+            let accumulator = companion(program, param, "grad", StateKind::Scratch);
             let ty = program.state(param).ty.clone();
             let mut b = Builder::new(&mut part.new, site(program, param, &layers));
             let so_far = b.read(accumulator, &ty);

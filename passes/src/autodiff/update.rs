@@ -87,7 +87,7 @@ pub fn append(
     // A power of two: the product is what it would be without a scale.
     let factor = scaled.map_or(factor, |(value, ..)| b.one(Op::Div {}, &[factor, value]));
     for (&param, &gradient) in gradients {
-        let moments = ["m", "v"].map(|suffix| companion(program, param, suffix));
+        let moments = ["m", "v"].map(|suffix| companion(program, param, suffix, StateKind::State));
         let (name, ty) = (&program.state(param).name, program.state(param).ty.clone());
         b.site = site(program, param, layers);
         let Optimizer { betas, eps, .. } = training.optimizer;
@@ -117,10 +117,10 @@ pub fn append(
 }
 
 /// The state that belongs to a parameter: `<role>/<name>.<suffix>`, of its type, declared when first asked for.
-pub fn companion(program: &mut Program, param: StateId, suffix: &str) -> StateId {
+pub fn companion(program: &mut Program, param: StateId, suffix: &str, kind: StateKind) -> StateId {
     let of = program.state(param);
     let (name, ty, span) = (format!("{}.{suffix}", of.name), of.ty.clone(), of.span);
-    program.state_named(&name).unwrap_or_else(|| program.declare(name, ty, StateKind::State, span))
+    program.state_named(&name).unwrap_or_else(|| program.declare(name, ty, kind, span))
 }
 
 /// The layer that a parameter belongs to, where all its reads are in one.

@@ -36,7 +36,7 @@ use std::path::{Path, PathBuf};
 
 use dsgc_ir::Program;
 use dsgc_ir::diag::{Diag, Sources, Span, nearest};
-use dsgc_ir::stage::Memory;
+use dsgc_ir::stage::{Checkpoints, Memory};
 
 use crate::document::{self, Document};
 use crate::expr::Word;
@@ -213,7 +213,7 @@ fn pipeline(
     path: &Path,
     options: &Options,
 ) -> Option<Loaded> {
-    let (device, memory) = compile(documents, pipeline);
+    let (device, settings) = compile(documents, pipeline);
     let models = models::known(documents, &pipeline.models, places, options.smoke);
     let (output_dir, output_from) = output_dir(documents, pipeline, path);
     let stage_names: Vec<String> = pipeline.stages.iter().map(|s| s.name.text.clone()).collect();
@@ -249,7 +249,7 @@ fn pipeline(
     );
     let (mut stages, mut tests) = (Vec::new(), Vec::<DocumentTest>::new());
     for stage in prepared.iter().filter(|s| options.stage.as_ref().is_none_or(|wanted| *wanted == s.name)) {
-        stages.extend(graphs::program(documents, stage, stage::host_side(stage, &output_dir, &memory)));
+        stages.extend(graphs::program(documents, stage, stage::host_side(stage, &output_dir, &settings)));
         for test in graphs::tests_of_recipe(documents, &stage.recipe) {
             if !tests.iter().any(|known| known.span == test.span) {
                 tests.push(test);
@@ -267,9 +267,15 @@ fn pipeline(
     Some(Loaded { stages, device, resolved, tests, sources: Sources::default(), warnings: Vec::new() })
 }
 
-/// `compile:`, as far as this version has it.
-fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, Memory) {
-    let (mut device, mut memory) = (Device::Cpu, Memory::default());
+/// Settings of all stages that stand beside them in the pipeline.
+struct HostSettings {
+    memory: Memory,
+    checkpoints: Checkpoints,
+}
+
+/// `compile:`, as far as this version has it, and what stands beside the stages.
+fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, HostSettings) {
+    let (mut device, mut memory, mut checkpoints) = (Device::Cpu, Memory::default(), Checkpoints::default());
     for Setting { key, value } in pipeline.compile.iter().chain(&pipeline.settings) {
         let given = settings::literal(value).value;
         match (key.text.as_str(), &given) {
@@ -286,6 +292,12 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, Memor
                 }
             },
             ("save_steps" | "save_total_limit", Constant::None) => {}
+            ("save_steps", Constant::Int(every @ 1..)) => checkpoints.every = Some(*every as u64),
+            ("save_total_limit", Constant::Int(keep @ 1..)) => checkpoints.keep = Some(*keep as u64),
+            ("save_steps" | "save_total_limit", given) => {
+                let message = format!("found {} as `{}`, expected at least 1", shown(given), key.text);
+                documents.error(Diag::error(message).label(value.span, "").help("`none` turns it off"));
+            }
             // A mapping, which the readers have checked.
             ("parallel", _) => {
                 documents.error(Diag::error("`parallel` is not part of this version").label(key.span, ""));
@@ -297,7 +309,7 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, Memor
             }
         }
     }
-    (device, memory)
+    (device, HostSettings { memory, checkpoints })
 }
 
 /// `output_dir`, by default named after the file.

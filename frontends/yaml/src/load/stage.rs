@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use dsgc_ir::DType;
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::stage::{Bounds, Memory, Origin, Role, Stage as HostStage};
+use dsgc_ir::stage::{Bounds, Origin, Role, Stage as HostStage};
 
 use crate::expr::{BinaryOp, Expr, ExprKind, Word};
 use crate::graph::{Declaration, RoleDecl};
@@ -13,7 +13,6 @@ use crate::literal::Constant;
 use crate::pipeline::{Pipeline, ROLE, RUN, SETTINGS, STAGE, Stage, TRAINING};
 use crate::schema::{unknown_key, words};
 
-use super::Places;
 use super::data::BoundSource;
 use super::declared::{missing, typed};
 use super::documents::{Documents, ScopedRecipe};
@@ -25,6 +24,7 @@ use super::resolved;
 use super::roles::{self, BoundRole};
 use super::settings::{Decided, Layers, Provenance, RUN_RULES, Range, literal, parsed};
 use super::sources::{self, Asked};
+use super::{HostSettings, Places};
 
 /// What stages are made from.
 pub(super) struct Surroundings<'a> {
@@ -389,7 +389,7 @@ fn save(
 }
 
 /// The host side of a stage.
-pub(super) fn host_side(prepared: &Prepared, output_dir: &str, memory: &Memory) -> HostStage {
+pub(super) fn host_side(prepared: &Prepared, output_dir: &str, settings: &HostSettings) -> HostStage {
     let find = |key: &str| prepared.run.iter().find(|d| d.key == key);
     let count = |key: &str| find(key).and_then(Decided::count);
     let in_fp16 = |role: &&BoundRole| role.trained && roles::precision(role) == Some(DType::F16);
@@ -415,7 +415,8 @@ pub(super) fn host_side(prepared: &Prepared, output_dir: &str, memory: &Memory) 
         save: prepared.save.clone(),
         // The pass `share_prefix` says which.
         prefixes: Vec::new(),
-        memory: memory.clone(),
+        memory: settings.memory.clone(),
+        checkpoints: settings.checkpoints.clone(),
         align_overflow: prepared.roles.iter().filter(in_fp16).count() > 1
             && find("align_overflow").is_some_and(|d| d.constant() == Constant::Bool(true)),
     }
