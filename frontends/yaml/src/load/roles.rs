@@ -72,6 +72,7 @@ pub(super) fn blocks(documents: &mut Documents<'_>, stage: &Stage, recipe: &Scop
     blocks
 }
 
+/// The roles of a stage with their models, and whether none is missing.
 pub(super) fn roles(
     documents: &mut Documents<'_>,
     around: &Surroundings<'_>,
@@ -80,8 +81,8 @@ pub(super) fn roles(
     values: &BTreeMap<String, Constant>,
     earlier: &[(String, Known)],
     blocks: &Blocks,
-) -> Vec<BoundRole> {
-    let mut bound: Vec<BoundRole> = Vec::new();
+) -> (Vec<BoundRole>, bool) {
+    let (mut bound, mut complete) = (Vec::<BoundRole>::new(), true);
     for role in &recipe.recipe.models {
         if let Some(when) = &role.when {
             match crate::eval::constant_in(when, values) {
@@ -114,11 +115,15 @@ pub(super) fn roles(
         let (bound_to, known, snapshot) = match (named, role.snapshot.as_ref().or(role.average.as_ref())) {
             (Some(node), _) => match find_model(documents, around, stage, node, earlier) {
                 Some((name, known)) => (name, known, None),
-                None => continue,
+                None => {
+                    complete = false;
+                    continue;
+                }
             },
             (None, Some(of)) => match bound.iter().find(|b| b.name == of.text) {
                 Some(original) => (original.bound_to.clone(), original.known.clone(), Some(of.text.clone())),
                 None => {
+                    complete = false;
                     // Of a role that could not be bound nothing more needs to be said.
                     if role_named(recipe, &of.text).is_none() {
                         documents.error(Diag::error(format!("unknown role `{}`", of.text)).label(of.span, ""));
@@ -145,7 +150,7 @@ pub(super) fn roles(
             training: Vec::new(),
         });
     }
-    bound
+    (bound, complete)
 }
 
 /// Whether a role stands before the one that it copies.

@@ -89,10 +89,11 @@ pub(super) fn prepare(
     let (options, values) = options(documents, stage, &recipe, &layers);
     let micro = sizes(documents, &layers, &run);
     let named = sources::named(documents, around.pipeline, stage, &recipe);
-    let mut roles = roles::roles(documents, around, stage, &recipe, &values, earlier, &blocks);
+    let (mut roles, complete) = roles::roles(documents, around, stage, &recipe, &values, earlier, &blocks);
     roles::trainings(documents, around, stage, &recipe, &blocks, &mut roles);
     roles::precisions(documents, around, stage, &blocks, &mut roles);
-    if documents.errors.len() > before {
+    // Of a role that could not be bound, graphs would say that there is no such function.
+    if documents.errors.len() > before || !complete {
         return None;
     }
     let (batch_size, micro_batch_size) = micro?;
