@@ -223,6 +223,109 @@ fn finished_products_have_the_bits_of_products_and_regions() {
     }
 }
 
+/// A norm with a weight and one without, a softmax in a number of rows that the launch gives, the largest of integers, and
+/// in bf16: sums of rows with what they are of, those of columns as of a bias, and those of everything, in an operand's place.
+fn reductions(rows: usize, width: usize) -> Program {
+    let shape = format!("[{rows}, {width}]");
+    let text = format!(
+        "level logical
+
+graph @norm(%x: f32{shape}, %w: f32[{width}], %eps: f32[{rows}]) {{
+  %squares = mul %x, %x
+  %sum = reduce_sum %squares axes=[1]
+  %more = add %sum, %eps
+  %root = sqrt %more
+  %kept = reshape %root shape=[{rows}, 1]
+  %roots = broadcast %kept shape={shape}
+  %normed = div %x, %roots
+  %ws = broadcast %w shape={shape}
+  %y = mul %normed, %ws
+  return y=%y, root=%root
+}}
+
+graph @softmax(%x: f32[B, {width}]) {{
+  dim B: 1..{rows} batch
+  %most = reduce_max %x axes=[1]
+  %kept = reshape %most shape=[B, 1]
+  %stretched = broadcast %kept shape=[B, {width}]
+  %less = sub %x, %stretched
+  %exp = exp %less
+  %sum = reduce_sum %exp axes=[1]
+  %kept.1 = reshape %sum shape=[B, 1]
+  %stretched.1 = broadcast %kept.1 shape=[B, {width}]
+  %y = div %exp, %stretched.1
+  return y=%y
+}}
+
+graph @integers(%x: i32{shape}, %m: bool{shape}) {{
+  %sums = cast %m dtype=i32
+  %more = add %x, %sums
+  %most = reduce_max %more axes=[1]
+  %least = reduce_min %more axes=[1]
+  %both = add %most, %least
+  return both=%both, more=%more
+}}
+
+graph @columns(%x: f32{shape}, %dy: f32{shape}) {{
+  %e = tanh %x
+  %dx = mul %e, %dy
+  %dbias = reduce_sum %dx axes=[0]
+  %more = neg %dx
+  return dx=%more, dbias=%dbias
+}}
+
+graph @whole(%x: f32{shape}, %mask: f32{shape}) {{
+  %kept = mul %x, %mask
+  %sum = reduce_sum %kept axes=[0, 1]
+  %more = exp %kept
+  return sum=%sum, more=%more
+}}
+
+graph @narrow(%x: f32{shape}, %y: f32{shape}) {{
+  %x.1 = cast %x dtype=bf16
+  %y.1 = cast %y dtype=bf16
+  %a = mul %x.1, %y.1
+  %most = reduce_max %a axes=[1]
+  %kept = reshape %most shape=[{rows}, 1]
+  %stretched = broadcast %kept shape={shape}
+  %less = sub %a, %stretched
+  %columns = reduce_sum %less axes=[0]
+  %half = cast %y dtype=f16
+  %b = neg %half
+  %all = reduce_max %b axes=[0, 1]
+  %sums = reduce_sum %b axes=[1]
+  return most=%most, less=%less, columns=%columns, all=%all, sums=%sums
+}}
+"
+    );
+    parse(&text).unwrap_or_else(|e| panic!("{e}\n{text}"))
+}
+
+#[test]
+fn reductions_in_regions_have_the_bits_of_their_ops() {
+    // Rows that share a block, with an end of their own or without; that are kept; that are longer than what is kept, and than
+    // a block of a sum; more columns than a block; more rows than are added at once.
+    for (rows, width) in
+        [(1, 2), (3, 5), (700, 7), (300, 64), (65, 768), (5, 1030), (130, 3000), (2, 9001), (3, 50_272)]
+    {
+        let program = reductions(rows, width);
+        let expected = run(Cpu::new(plan_without("fuse", &program, 2), 2), &program, 7);
+        for threads in 1..=3 {
+            let planned = plan(&program, threads);
+            let with = |op: &&Op| matches!(op, Op::Fused { body, .. } if body.reduction().is_some());
+            let count = planned.graphs.iter().flat_map(|g| g.ops()).map(|(_, op)| &op.op).filter(with).count();
+            // Over one row, a sum of columns is none.
+            assert_eq!(count, if rows == 1 { 7 } else { 8 }, "{}", *planned);
+            let found = run(Cpu::poisoned(planned.clone(), threads), &program, 7);
+            assert!(found == expected, "{rows} x {width} on {threads} threads\n{}", *planned);
+        }
+        if rows * width < 20_000 {
+            let fused = run(Interp::planned(plan(&program, 1), Precision::F32), &program, 7);
+            assert!(fused == run(Interp::new(program.clone(), Precision::F32), &program, 7), "{rows} x {width}");
+        }
+    }
+}
+
 #[test]
 fn merged_ops_have_the_bits_of_their_ops() {
     // Rows may be added to a -0 by leaving it alone.

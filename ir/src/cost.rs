@@ -111,7 +111,24 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
             let lens = results.iter().step_by(3).map(|ty| len(ty)).collect::<Result<Vec<u64>, _>>()?;
             lens.into_iter().fold(0u64, u64::saturating_add).saturating_mul(14)
         }
-        (Op::Fused { body, .. }, _) => times(body.work() as u64),
+        // Once for every element, or for every row.
+        (Op::Fused { shape, body }, _) => {
+            let args: Vec<Type> = args.iter().map(|&ty| ty.clone()).collect();
+            let types = body.types(shape, &args).expect("the verifier saw the body");
+            let reduction = body.reduction();
+            let mut flops = 0u64;
+            for (i, step) in body.steps().iter().enumerate() {
+                let value = body.operands() + i;
+                flops = flops.saturating_add(match step.op {
+                    Op::Const { .. } => 0,
+                    _ if reduction.is_some_and(|r| r.value == value) => {
+                        len(&Type::new(types[value].dtype, &shape[..]))?
+                    }
+                    _ => len(&types[value])?,
+                });
+            }
+            flops
+        }
         (_, Class::Reduction) => len(args[0])?,
         (_, Class::Elementwise | Class::Composite | Class::Fused | Class::Random) => out,
         (_, Class::Structure | Class::View | Class::State | Class::Contraction | Class::Update) => 0,

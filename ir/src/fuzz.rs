@@ -3,6 +3,7 @@
 //! [`random_program`] draws ops of all rows on values that fit, so every program verifies and runs without an error
 //! for every value of its dims; [`random_inputs`] gives a graph something to run on. Equal seeds give equal programs.
 
+use crate::body::Along;
 use crate::diag::Span;
 use crate::dim::{Bindings, Dim, Symbol};
 use crate::graph::{DimRange, Graph, Loc, Phase, Reason, Site, StateId, Tag, Value};
@@ -370,12 +371,29 @@ impl<'a> Draw<'a> {
             "reduce_sum" | "reduce_max" | "reduce_min" => {
                 let x = self.number();
                 let axes: Vec<usize> = (0..self.ty(x).rank()).filter(|_| self.rng.once_in(2)).collect();
+                let kept: Vec<Dim> = (0..self.ty(x).rank())
+                    .map(|i| if axes.contains(&i) { Dim::from(1i64) } else { self.ty(x).dims[i].clone() })
+                    .collect();
                 let op = match row {
                     "reduce_sum" => Op::ReduceSum { axes },
                     "reduce_max" => Op::ReduceMax { axes },
                     _ => Op::ReduceMin { axes },
                 };
-                self.push(op, &[x]);
+                let reduced = self.push(op, &[x]);
+                // Often it goes back to what was reduced.
+                if let ([reduced], true) = (&reduced[..], self.rng.once_in(2)) {
+                    let mut value = *reduced;
+                    if self.rng.once_in(2) {
+                        let other = self.same_as(value);
+                        value = self.must(Op::Max {}, &[value, other]);
+                    }
+                    value = self.must(Op::Reshape { shape: kept }, &[value]);
+                    if self.rng.once_in(2) {
+                        value = self.must(Op::Neg {}, &[value]);
+                    }
+                    value = self.must(Op::Broadcast { shape: self.ty(x).dims }, &[value]);
+                    self.push(Op::Sub {}, &[x, value]);
+                }
             }
             "cumsum" => {
                 let x = self.number();
@@ -528,11 +546,23 @@ impl<'a> Draw<'a> {
         }
     }
 
-    /// A region on an operand of its dims and others that stretch to them.
+    /// A region on an operand of its dims and others that stretch to them, with a reduction or not.
     fn fused(&mut self) {
         let x = self.number_or_truth();
         let shape = self.ty(x).dims;
         let mut args = vec![x];
+        let rank = shape.len();
+        let axes: Vec<usize> = match self.rng.below(rank + 1) {
+            0 => vec![],
+            n if self.rng.once_in(2) => (rank - n..rank).collect(),
+            n => (0..n).collect(),
+        };
+        let reduction = Along::of(&axes, rank).map(|along| (along, axes.clone()));
+        if !axes.is_empty() && self.rng.once_in(2) {
+            let dim = |(i, dim): (usize, &Dim)| if axes.contains(&i) { Dim::from(1i64) } else { dim.clone() };
+            let of_row = Type::new(DType::F32, shape.iter().enumerate().map(dim).collect::<Vec<_>>());
+            args.push(self.value_of(&of_row));
+        }
         for _ in 0..self.rng.below(3) {
             let kept = self.rng.below(shape.len() + 1);
             let dtype = self.rng.choose(&[DType::F32, DType::F32, DType::I32, DType::Bool]);
@@ -542,7 +572,7 @@ impl<'a> Draw<'a> {
             }
         }
         let dtypes: Vec<DType> = args.iter().map(|&a| self.ty(a).dtype).collect();
-        let body = region::random_body(self.rng, &dtypes);
+        let body = region::random_body(self.rng, &dtypes, reduction);
         self.push(Op::Fused { shape, body }, &args);
     }
 

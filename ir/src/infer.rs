@@ -150,12 +150,8 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             one(args[1].clone())
         }
         Op::Fused { shape, body } => {
-            for arg in args {
-                broadcasts(&arg.dims, shape)?;
-            }
-            let operands: Vec<DType> = args.iter().map(|a| a.dtype).collect();
-            let all = body.dtypes(&operands)?;
-            Ok(body.results().iter().map(|&r| Type::new(all[r], shape.clone())).collect())
+            let all = body.types(shape, args)?;
+            Ok(body.results().iter().map(|&r| all[r].clone()).collect())
         }
         Op::Contract { spec } => {
             let labels = Contraction::parse(spec)?;
@@ -179,6 +175,9 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
                 for arg in &args[part.operands] {
                     broadcasts(&arg.dims, &product.dims)?;
                     operands.push(arg.dtype);
+                }
+                if body.reduction().is_some() {
+                    return Err(format!("`{}` with a reduction in a body", op.name()));
                 }
                 let all = body.dtypes(&operands)?;
                 results.extend(body.results().iter().map(|&r| product.with(all[r])));

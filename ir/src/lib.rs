@@ -13,7 +13,8 @@
 //!
 //! The ops are the rows of one table ([`op`]); [`mod@infer`] gives their result types, the interpreter their
 //! meaning. Broadcasting is explicit ([`Op::Broadcast`]): elementwise ops take operands of one type. Late in the
-//! pipeline elementwise ops are joined to regions ([`Op::Fused`]), whose meaning is that of the ops in their [`Body`].
+//! pipeline elementwise ops are joined to regions around at most one reduction each ([`Op::Fused`]), whose meaning is that
+//! of the ops in their [`Body`].
 //!
 //! # State
 //!
@@ -58,7 +59,7 @@ pub mod trained;
 mod types;
 pub mod verify;
 
-pub use body::{Body, ProductPart, Step};
+pub use body::{Along, Body, ProductPart, Reduction, Step};
 pub use dim::{Bindings, Dim, Symbol};
 pub use graph::{
     Buffer, Builder, DimRange, Graph, Loc, OpData, OpId, Phase, Reason, Region, Site, StateId, Tag, Value,

@@ -26,7 +26,7 @@ pub enum Class {
     Reduction,
     /// Kept whole because kernel and gradient are better whole.
     Composite,
-    /// A region of elementwise ops in one kernel.
+    /// A region of elementwise ops, around a reduction or not, in one kernel.
     Fused,
     /// Draws random numbers from a key.
     Random,
@@ -345,9 +345,10 @@ ops! {
     Where "where" Elementwise 3 { }
 
     // Regions, made by the pass `fuse`.
-    /// A region of elementwise ops: operands are stretched to the region's dims as by [`Op::Broadcast`], and the body
-    /// is computed for every element. Each step rounds to its type, so values are those of the ops apart.
-    Fused "fused" Fused many { /// Dims of all results.
+    /// A region of elementwise ops around at most one reduction: operands are stretched to the region's dims as by
+    /// [`Op::Broadcast`], and the body is computed for every element; what is of the row ([`crate::body`]), for every row. Each
+    /// step rounds to its type, so values are those of the ops apart.
+    Fused "fused" Fused many { /// Dims of the region, and of all results that are for every element.
         shape: Vec<Dim>, /// What is computed for one element.
         body: Body }
 

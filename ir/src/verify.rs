@@ -307,8 +307,15 @@ fn shares(graph: &Graph, a: Value, b: Value) -> bool {
 }
 
 /// Whether an op that works in place may do so over this operand. One that stands for several operands at once may be
-/// overwritten only where all operands of an element are read before its results are written.
+/// overwritten only where all operands of an element are read before its results are written. A result of a region that
+/// reduces may be as large as an operand that later rows read again; only one of the region's dims is read once.
 pub fn may_be_overwritten(graph: &Graph, op: &OpData, operand: Value) -> bool {
+    if let Op::Fused { shape, body } = &op.op
+        && body.reduction().is_some()
+        && graph.ty(operand).len() != Dim::product(shape)
+    {
+        return false;
+    }
     let by_element = matches!(op.op.class(), Class::Elementwise | Class::Fused);
     by_element || op.args.iter().filter(|&&arg| shares(graph, arg, operand)).count() == 1
 }

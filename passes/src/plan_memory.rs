@@ -318,7 +318,8 @@ fn written_in_place(graph: &Graph, program: &Program, last: &[u32]) -> Vec<Optio
         let free = reads.get(&state).into_iter().flatten().all(|&old| {
             let works_in_place = in_place.iter().any(|&(res, arg)| res == result && root(graph, op.args[arg]) == old);
             let until = OpId(last[old.0 as usize]);
-            until < def || (until == def && works_in_place && uses(op.args.as_slice(), graph, old) == 1)
+            let may = works_in_place && may_be_overwritten(graph, op, old);
+            until < def || (until == def && may && uses(op.args.as_slice(), graph, old) == 1)
         });
         if free {
             places[made.0 as usize] = Some(state.0 as usize);

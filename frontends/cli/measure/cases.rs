@@ -407,6 +407,7 @@ fn movement(m: &Model) -> Vec<Case> {
     let rows = m.batch * m.length;
     let scores = [m.batch * m.heads * m.length, m.length];
     let column = [scores[0], 1];
+    let hidden = [rows, m.hidden];
     let (inner, weight) = ([rows, m.ffn], [m.ffn, m.hidden]);
     let (split, heads) =
         ([m.batch, m.length, m.heads, m.hidden / m.heads], [m.batch, m.heads, m.length, m.hidden / m.heads]);
@@ -429,6 +430,21 @@ fn movement(m: &Model) -> Vec<Case> {
             .line(&format!("%s.1 = reshape %s shape={column:?}"))
             .line(&format!("%s.2 = broadcast %s.1 shape={scores:?}"))
             .gives(&scores, "div %e, %s.2"),
+        Case::new(m, "reduction", "norm of ops", &hidden)
+            .floats("x", &hidden)
+            .floats("w", &[m.hidden])
+            .line("%s = mul %x, %x")
+            .line("%s.1 = reduce_sum %s axes=[1]")
+            .line(&format!("%n = const value={:?} dtype=f32", 1.0 / m.hidden as f64))
+            .line(&format!("%n.1 = broadcast %n shape=[{rows}]"))
+            .line("%mean = mul %s.1, %n.1")
+            .line("%root = sqrt %mean")
+            .line(&format!("%r.1 = reshape %root shape={:?}", [rows, 1]))
+            .line(&format!("%r.2 = cast %r.1 dtype={}", m.float))
+            .line(&format!("%r.3 = broadcast %r.2 shape={hidden:?}"))
+            .line("%y.1 = div %x, %r.3")
+            .line(&format!("%w.1 = broadcast %w shape={hidden:?}"))
+            .gives(&hidden, "mul %y.1, %w.1"),
         Case::new(m, "movement", "transpose", &weight)
             .floats("x", &weight)
             .gives(&[m.hidden, m.ffn], "transpose %x order=[1, 0]"),

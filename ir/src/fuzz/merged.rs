@@ -66,7 +66,7 @@ impl Draw<'_> {
                 operands.push(self.value_of(&Type::new(dtype, &rows[from..])));
                 dtypes.push(dtype);
             }
-            bodies.push(super::region::random_body(self.rng, &dtypes));
+            bodies.push(super::region::random_body(self.rng, &dtypes, None));
         }
         self.push(Op::ContractFused { spec, common, bodies }, &[vec![x], others, operands].concat());
     }

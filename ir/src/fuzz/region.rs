@@ -1,19 +1,31 @@
 //! Random bodies of fused regions.
 
 use super::{Rng, plain};
-use crate::body::{Body, Step};
+use crate::body::{Along, Body, Step};
+use crate::dim::Dim;
 use crate::infer::infer;
 use crate::op::Op;
 use crate::types::{DType, Type};
 
-/// A body on operands of these types. It uses all of them; what it does not use itself are its results.
-pub(super) fn random_body(rng: &mut Rng, operands: &[DType]) -> Body {
+/// A body on operands of these types, with a reduction of dims if it is given any. It uses all operands; what it does not
+/// use itself are its results.
+pub(super) fn random_body(rng: &mut Rng, operands: &[DType], reduction: Option<(Along, Vec<usize>)>) -> Body {
     let mut draw = Draw { rng, dtypes: operands.to_vec(), steps: Vec::new(), used: vec![false; operands.len()] };
     let least = draw.rng.between(1, 6) as usize;
     while draw.steps.len() < least || draw.used[..operands.len()].contains(&false) {
         let new = draw.used[..operands.len()].iter().position(|used| !used);
         let x = new.unwrap_or_else(|| draw.rng.below(draw.dtypes.len()));
         draw.step_on(x);
+    }
+    if let Some((along, axes)) = reduction {
+        let reduced = draw.reduce(axes);
+        // Only values of rows are for other steps.
+        if along == Along::Rows {
+            for _ in 0..draw.rng.below(5) {
+                let x = if draw.rng.once_in(2) { reduced } else { draw.rng.below(draw.dtypes.len()) };
+                draw.step_on(x);
+            }
+        }
     }
     let results = (operands.len()..draw.dtypes.len()).filter(|&v| !draw.used[v]).collect();
     Body::new(operands.len(), draw.steps, results)
@@ -29,13 +41,34 @@ struct Draw<'a> {
 
 impl Draw<'_> {
     fn push(&mut self, op: Op, args: &[usize]) -> usize {
-        let types: Vec<Type> = args.iter().map(|&a| Type::scalar(self.dtypes[a])).collect();
+        let dims = match &op {
+            Op::ReduceSum { axes } | Op::ReduceMax { axes } | Op::ReduceMin { axes } => {
+                axes.iter().max().map_or(0, |a| a + 1)
+            }
+            _ => 0,
+        };
+        let types: Vec<Type> = args.iter().map(|&a| Type::new(self.dtypes[a], vec![Dim::from(1i64); dims])).collect();
         let results = infer(&op, &types, None).unwrap_or_else(|why| panic!("the fuzzer drew the step `{op}`: {why}"));
         args.iter().for_each(|&a| self.used[a] = true);
         self.dtypes.push(results[0].dtype);
         self.steps.push(Step { op, args: args.to_vec() });
         self.used.push(false);
         self.dtypes.len() - 1
+    }
+
+    /// A reduction of a number.
+    fn reduce(&mut self, axes: Vec<usize>) -> usize {
+        let numbers: Vec<usize> = (0..self.dtypes.len()).filter(|&v| self.dtypes[v] != DType::Bool).collect();
+        let x = match numbers.is_empty() {
+            true => self.push(Op::Cast { dtype: DType::F32 }, &[0]),
+            false => self.rng.choose(&numbers),
+        };
+        let op = match self.rng.below(3) {
+            0 => Op::ReduceMax { axes },
+            1 => Op::ReduceMin { axes },
+            _ => Op::ReduceSum { axes },
+        };
+        self.push(op, &[x])
     }
 
     fn constant(&mut self, dtype: DType) -> usize {

@@ -45,7 +45,7 @@ pub(super) fn workspace(
         products = products.max(contract::workspace(spec, args[0].dtype, &left, &right, threads));
         whole += Groups::new(&labels, &left, &right).whole().saturating_mul(4).next_multiple_of(ALIGNMENT);
         let operands = [&product[..], &args[part.operands]].concat();
-        regions = regions.max(fused::workspace(&product[0].dims, body, &operands, threads));
+        regions = regions.max(fused::workspace((&product[0].dims, body), &operands, bounds, threads));
     }
     products.next_multiple_of(ALIGNMENT).saturating_add(whole).saturating_add(regions)
 }

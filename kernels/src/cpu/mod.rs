@@ -108,7 +108,7 @@ fn own_workspace(op: &Op, args: &[Type], bounds: &Bindings, threads: usize) -> u
         Op::HeadLogp {} | Op::HeadLogpGrad { .. } => head::workspace(shape(2).iter().product(), &shape(1), threads),
         Op::AddRows {} => tokens::rows_workspace(shape(0)[1], threads),
         Op::LayerNormGrad { .. } | Op::RmsNormGrad { .. } => norm::workspace(&shape(0)),
-        Op::Fused { shape, body } => fused::workspace(shape, body, args, threads),
+        Op::Fused { shape, body } => fused::workspace((shape, body), args, bounds, threads),
         Op::CachedAttention { .. } => cached::workspace(&shape(0), &shape(1), threads),
         Op::TokenLogp {} | Op::TokenLogpGrad {} => {
             tokens::workspace(args[0].dtype, shape(0).last().copied().unwrap_or(0), threads)

@@ -1,4 +1,7 @@
 //! Reductions, in blocks of a fixed size.
+//!
+//! Orders are fixed, and those of a fused region's reduction ([`Folding`]): elements of a row go to [`LANES`] sums, which are
+//! added pairwise, in blocks of [`BLOCK`] whose sums are a row again; rows of a column sum are added in groups of [`ROWS`].
 
 use dsgc_ir::{DType, Op};
 use multiversion::multiversion;
@@ -9,12 +12,12 @@ use super::lanes::together;
 use super::memory::Ptr;
 use super::structure::strides;
 
-/// Elements of a whole-tensor reduction that one partial result covers.
-const BLOCK: usize = 8 * 1024;
+/// Elements of a row, or of a whole tensor, that one partial result covers.
+pub(super) const BLOCK: usize = 8 * 1024;
 /// Independent sums in a loop: enough for the longest vectors, and pairwise enough for the last digits.
 const LANES: usize = 32;
 /// Rows of a column sum between two additions to the total.
-const ROWS: usize = 64;
+pub(super) const ROWS: usize = 64;
 /// Columns of a column sum that a thread takes at once at most: their sums stay in the first-level cache. As many as there
 /// are, since from row to row memory is asked for anew.
 const COLUMNS: usize = 2048;
@@ -27,7 +30,7 @@ pub(super) fn workspace(n: usize) -> usize {
 }
 
 /// How elements become one.
-trait Fold<T: Copy>: Copy + Sync {
+trait Fold<T: Copy>: Copy + Sync + 'static {
     const START: T;
     fn with(self, a: T, b: T) -> T;
 }
@@ -52,17 +55,209 @@ folds! {
     MinI i32: i32::MAX, Ord::min;
 }
 
+/// A row that comes in pieces.
+struct Pieces<T, F> {
+    fold: F,
+    /// Elements that are still to come for the lanes; those behind them are fewer than lanes.
+    whole: usize,
+    /// The lane of the next element.
+    lane: usize,
+    lanes: [T; LANES],
+    total: T,
+}
+
+impl<T: Copy, F: Fold<T>> Pieces<T, F> {
+    fn new(fold: F, len: usize) -> Pieces<T, F> {
+        Pieces { fold, whole: len - len % LANES, lane: 0, lanes: [F::START; LANES], total: F::START }
+    }
+
+    fn push(&mut self, piece: &[T]) {
+        let (whole, tail) = piece.split_at(piece.len().min(self.whole));
+        if !whole.is_empty() {
+            self.lane = fold_lanes(&mut self.lanes, self.lane, whole, self.fold);
+            self.whole -= whole.len();
+            if self.whole == 0 {
+                self.total = together(self.lanes, |a, b| self.fold.with(a, b));
+            }
+        }
+        self.total = tail.iter().fold(self.total, |a, &b| self.fold.with(a, b));
+    }
+}
+
+/// Folds elements into the lanes from one on; the lane of the next element.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-fn fold_row<T: Copy, F: Fold<T>>(row: &[T], fold: F) -> T {
-    let mut lanes = [F::START; LANES];
-    let chunks = row.chunks_exact(LANES);
+fn fold_lanes<T: Copy, F: Fold<T>>(lanes: &mut [T; LANES], first: usize, elements: &[T], fold: F) -> usize {
+    let (head, rest) = elements.split_at(elements.len().min((LANES - first) % LANES));
+    for (j, &x) in (first..).zip(head) {
+        lanes[j] = fold.with(lanes[j], x);
+    }
+    let mut sums = *lanes;
+    let chunks = rest.chunks_exact(LANES);
     let tail = chunks.remainder();
     for chunk in chunks {
         for j in 0..LANES {
-            lanes[j] = fold.with(lanes[j], chunk[j]);
+            sums[j] = fold.with(sums[j], chunk[j]);
         }
     }
-    tail.iter().fold(together(lanes, |a, b| fold.with(a, b)), |a, &b| fold.with(a, b))
+    for (j, &x) in tail.iter().enumerate() {
+        sums[j] = fold.with(sums[j], x);
+    }
+    *lanes = sums;
+    (first + elements.len()) % LANES
+}
+
+/// A row as one block.
+fn fold_block<T: Copy, F: Fold<T>>(block: &[T], fold: F) -> T {
+    let mut pieces = Pieces::new(fold, block.len());
+    pieces.push(block);
+    pieces.total
+}
+
+/// A row in blocks of [`BLOCK`] elements.
+fn fold_row<T: Copy, F: Fold<T>>(row: &[T], fold: F) -> T {
+    if row.len() <= BLOCK {
+        return fold_block(row, fold);
+    }
+    let mut blocks = Pieces::new(fold, row.len().div_ceil(BLOCK));
+    row.chunks(BLOCK).for_each(|part| blocks.push(&[fold_block(part, fold)]));
+    blocks.total
+}
+
+/// What folds elements of 4 bytes that a region computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Folding {
+    SumF,
+    MaxF,
+    MinF,
+    SumI,
+    MaxI,
+    MinI,
+}
+
+/// # Safety
+/// The place holds an element of the type.
+unsafe fn write<T>(to: *mut u8, element: T) {
+    // SAFETY: the caller's promise.
+    unsafe { to.cast::<T>().write(element) };
+}
+
+/// An expression over the fold that a [`Folding`] stands for.
+macro_rules! with_fold {
+    ($folding:expr, $fold:ident => $value:expr) => {
+        match $folding {
+            Folding::SumF => {
+                let $fold = SumF;
+                $value
+            }
+            Folding::MaxF => {
+                let $fold = MaxF;
+                $value
+            }
+            Folding::MinF => {
+                let $fold = MinF;
+                $value
+            }
+            Folding::SumI => {
+                let $fold = SumI;
+                $value
+            }
+            Folding::MaxI => {
+                let $fold = MaxI;
+                $value
+            }
+            Folding::MinI => {
+                let $fold = MinI;
+                $value
+            }
+        }
+    };
+}
+
+impl Folding {
+    /// That of a reduction of elements of a type; narrow floats are widened before.
+    pub(super) fn of(op: &Op, dtype: DType) -> Folding {
+        match (dtype == DType::I32, op) {
+            (false, Op::ReduceSum { .. }) => Folding::SumF,
+            (false, Op::ReduceMax { .. }) => Folding::MaxF,
+            (false, _) => Folding::MinF,
+            (true, Op::ReduceSum { .. }) => Folding::SumI,
+            (true, Op::ReduceMax { .. }) => Folding::MaxI,
+            (true, _) => Folding::MinI,
+        }
+    }
+
+    /// Folds each of `count` rows of `len` elements, one after the other.
+    ///
+    /// # Safety
+    /// The places hold so many elements of 4 bytes, and `count` results, and are apart.
+    pub(super) unsafe fn rows(self, from: *const u8, len: usize, to: *mut u8, count: usize) {
+        unsafe fn each<T: Copy, F: Fold<T>>(fold: F, from: *const T, len: usize, to: *mut T, count: usize) {
+            for i in 0..count {
+                // SAFETY: the caller's promise.
+                unsafe { *to.add(i) = fold_row(std::slice::from_raw_parts(from.add(i * len), len), fold) };
+            }
+        }
+        // SAFETY: as above.
+        with_fold!(self, fold => unsafe { each(fold, from.cast(), len, to.cast(), count) });
+    }
+
+    /// Folds a row of `len` elements that comes in pieces: where the next one lies, and how many elements it has.
+    ///
+    /// # Safety
+    /// The pieces are `len` elements of 4 bytes together, and none goes over the end of a block of [`BLOCK`].
+    pub(super) unsafe fn pieces(self, len: usize, next: &mut dyn FnMut() -> Option<(*const u8, usize)>, to: *mut u8) {
+        fn all<T: Copy, F: Fold<T>>(fold: F, len: usize, next: &mut dyn FnMut() -> Option<(*const u8, usize)>) -> T {
+            let (mut at, mut block) = (0, Pieces::new(fold, len.min(BLOCK)));
+            let mut blocks = Pieces::new(fold, len.div_ceil(BLOCK));
+            while let Some((from, n)) = next() {
+                // SAFETY: the caller's promise.
+                block.push(unsafe { std::slice::from_raw_parts(from.cast(), n) });
+                at += n;
+                if at == len || at % BLOCK == 0 {
+                    blocks.push(&[block.total]);
+                    block = Pieces::new(fold, (len - at).min(BLOCK));
+                }
+            }
+            blocks.total
+        }
+        with_fold!(self, fold => {
+            let total = all(fold, len, next);
+            // SAFETY: a result's place holds an element.
+            unsafe { write(to, total) };
+        });
+    }
+
+    /// Folds what blocks of a tensor gave.
+    ///
+    /// # Safety
+    /// The places hold `n` elements of 4 bytes and one, and are apart.
+    pub(super) unsafe fn blocks(self, from: *const u8, n: usize, to: *mut u8) {
+        // SAFETY: the caller's promise.
+        with_fold!(self, fold => unsafe { write(to, fold_block(std::slice::from_raw_parts(from.cast(), n), fold)) });
+    }
+
+    /// Fills `n` places with what nothing gives.
+    ///
+    /// # Safety
+    /// The place holds so many elements of 4 bytes.
+    pub(super) unsafe fn start(self, to: *mut u8, n: usize) {
+        fn of<T: Copy, F: Fold<T>>(_: F) -> T {
+            F::START
+        }
+        // SAFETY: the caller's promise.
+        with_fold!(self, fold => unsafe { std::slice::from_raw_parts_mut(to.cast(), n).fill(of(fold)) });
+    }
+
+    /// Folds each of `n` elements into one of as many totals.
+    ///
+    /// # Safety
+    /// Both places hold so many elements of 4 bytes, and are apart.
+    pub(super) unsafe fn each(self, totals: *mut u8, from: *const u8, n: usize) {
+        // SAFETY: the caller's promise.
+        with_fold!(self, fold => unsafe {
+            fold_into(std::slice::from_raw_parts_mut(totals.cast(), n), std::slice::from_raw_parts(from.cast(), n), fold);
+        });
+    }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
@@ -74,14 +269,7 @@ fn fold_into<T: Copy, F: Fold<T>>(into: &mut [T], row: &[T], fold: F) {
 
 /// Runs a reduction over dims.
 pub(super) fn run(l: &mut Launch, axes: &[usize]) {
-    match (l.dtype(l.result()), &l.op.op) {
-        (DType::F32, Op::ReduceSum { .. }) => reduce(l, axes, SumF),
-        (DType::F32, Op::ReduceMax { .. }) => reduce(l, axes, MaxF),
-        (DType::F32, _) => reduce(l, axes, MinF),
-        (_, Op::ReduceSum { .. }) => reduce(l, axes, SumI),
-        (_, Op::ReduceMax { .. }) => reduce(l, axes, MaxI),
-        (_, _) => reduce(l, axes, MinI),
-    }
+    with_fold!(Folding::of(&l.op.op, l.dtype(l.result())), fold => reduce(l, axes, fold));
 }
 
 fn reduce<T: Copy + Send + Sync, F: Fold<T>>(l: &mut Launch, axes: &[usize], fold: F) {
@@ -119,10 +307,10 @@ fn all<T: Copy + Send + Sync, F: Fold<T>>(l: &mut Launch, a: Ptr<T>, out: Ptr<T>
         l.threads.run(blocks, BLOCK, |r| {
             for i in r {
                 let at = i * BLOCK;
-                *partial.add(i).0 = fold_row(a.slice(at, BLOCK.min(n - at)), fold);
+                *partial.add(i).0 = fold_block(a.slice(at, BLOCK.min(n - at)), fold);
             }
         });
-        *out.0 = fold_row(partial.slice(0, blocks), fold);
+        *out.0 = fold_block(partial.slice(0, blocks), fold);
     }
 }
 

@@ -96,7 +96,11 @@ pub(crate) fn eval<F: Real>(
         Op::Not {} => one(logic(&[args[0], args[0]], |a, _| !a)),
         Op::Where {} => one(choose(bools(args[0]), args[1], args[2])),
 
-        Op::Fused { body, .. } => fused::<F>(body, (args, types), &shapes[0], dims),
+        Op::Fused { shape, body } => {
+            let shape = shape.iter().map(|dim| extent(dim, dims)).collect::<Result<Vec<usize>, String>>()?;
+            let results = fused::<F>(body, (args, types), &shape, dims)?;
+            Ok(results.iter().zip(shapes).map(|(result, shape)| reshape(result, shape)).collect())
+        }
         Op::Contract { spec } => {
             let labels = Contraction::parse(spec)?;
             one(product::<F>(&labels, [args[0], args[1]], [types[0], types[1]], &shapes[0])?)
@@ -310,7 +314,8 @@ fn logic(args: &[&Tensor], f: fn(bool, bool) -> bool) -> Tensor {
     Tensor::bool(&args[0].shape, bools(args[0]).iter().zip(bools(args[1])).map(|(&a, &b)| f(a, b)).collect())
 }
 
-/// Step by step, each on whole tensors and rounded to its type.
+/// Step by step, each on whole tensors and rounded to its type. What is of the row has 1 in the place of the dims that are
+/// reduced; a reduction's value too.
 fn fused<F: Real>(
     body: &Body,
     (args, types): (&[&Tensor], &[DType]),
@@ -318,14 +323,27 @@ fn fused<F: Real>(
     dims: &Bindings,
 ) -> Result<Vec<Tensor>, String> {
     let dtypes = body.dtypes(types)?;
-    let mut values: Vec<Tensor> = args.iter().map(|arg| broadcast(arg, shape)).collect();
+    let rows =
+        body.of_rows(shape.len(), |arg, from_last| args[arg].shape.iter().rev().nth(from_last).is_none_or(|&n| n == 1));
+    let mut row = shape.to_vec();
+    body.reduction().iter().flat_map(|r| r.axes).for_each(|&axis| row[axis] = 1);
+    let mut values: Vec<Tensor> = args.iter().map(|&arg| arg.clone()).collect();
     for step in body.steps() {
-        let operands: Vec<&Tensor> = step.args.iter().map(|&a| &values[a]).collect();
+        let value = values.len();
+        let reduces = body.reduction().is_some_and(|r| r.value == value);
+        let here = if rows[value] && !reduces { &row[..] } else { shape };
+        let operands: Vec<Tensor> = step.args.iter().map(|&a| broadcast(&values[a], here)).collect();
+        let operands: Vec<&Tensor> = operands.iter().collect();
         let types: Vec<DType> = step.args.iter().map(|&a| dtypes[a]).collect();
-        let result = eval::<F>(&step.op, (&operands, &types), &[shape.to_vec()], dims)?.remove(0);
-        values.push(broadcast(&F::rounded(result, dtypes[values.len()]), shape));
+        let result = eval::<F>(&step.op, (&operands, &types), &[here.to_vec()], dims)?.remove(0);
+        let result = F::rounded(result, dtypes[value]);
+        values.push(if reduces { reshape(&result, &row) } else { result });
     }
-    Ok(body.results().iter().map(|&r| values[r].clone()).collect())
+    let whole = |r: usize| match rows[r] || body.reduction().is_some_and(|reduction| reduction.value == r) {
+        true => values[r].clone(),
+        false => broadcast(&values[r], shape),
+    };
+    Ok(body.results().iter().map(|&r| whole(r)).collect())
 }
 
 /// A contraction of operands of these types: weights that are kept in fewer bits become numbers of the other one's.

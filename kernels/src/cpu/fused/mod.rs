@@ -1,4 +1,4 @@
-//! Fused regions: many elementwise ops in one pass over memory.
+//! Fused regions: many elementwise ops, around a reduction or not ([`reduced`]), in one pass over memory.
 //!
 //! A region runs block by block. The elements of a block go through all stages of the region's [`Plan`] while they are
 //! in the cache nearest to the core: arithmetic in code that Cranelift compiles when the program is loaded ([`jit`]),
@@ -7,15 +7,16 @@
 
 mod jit;
 mod plan;
+mod reduced;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use dsgc_ir::body::product_parts;
+use dsgc_ir::body::{ProductPart, product_parts};
 use dsgc_ir::infer::Contraction;
-use dsgc_ir::{Body, DType, Dim, Graph, Op, OpData, Type, Value};
+use dsgc_ir::{Bindings, Body, DType, Dim, Graph, Op, OpData, Type, Value};
 
 use super::Launch;
 use super::elementwise::{Row, row};
@@ -26,23 +27,34 @@ use super::parallel::{GRAIN, Threads};
 use super::structure::strides;
 use jit::{Code, LANES};
 use plan::{Home, Plan, Stage, step_args};
+use reduced::Reduced;
 
 /// Elements of a block: ten blocks of floats are in a first-level cache of 48 KiB at once.
 const BLOCK: usize = 1024;
-/// Bytes of a block in the workspace.
-const BLOCK_BYTES: usize = BLOCK * size_of::<f32>();
 
 /// A region that is ready to run.
 pub(super) struct Region {
     body: Body,
     plan: Plan,
     stages: Vec<Compiled>,
+    /// Kernels of the steps of the row, in order.
+    row_steps: Vec<Row>,
 }
 
 /// A stage that is ready to run; values are numbers of the body's values.
 enum Compiled {
-    Row { kernel: Row, args: Vec<usize>, to: usize },
-    Code { code: Code, from: Vec<usize>, to: Vec<usize> },
+    Row {
+        kernel: Row,
+        args: Vec<usize>,
+        to: usize,
+    },
+    Code {
+        code: Code,
+        from: Vec<usize>,
+        to: Vec<usize>,
+    },
+    /// Of elements that come from more than one block: [`reduced`] does it.
+    Reduce,
 }
 
 /// What was compiled since the process began.
@@ -75,12 +87,22 @@ pub fn compile_time() -> CompileTime {
 }
 
 /// Bytes of workspace that a region of these dims needs, after a product too.
-pub(super) fn workspace(shape: &[Dim], body: &Body, args: &[Type], threads: usize) -> usize {
+pub(super) fn workspace((shape, body): (&[Dim], &Body), args: &[Type], bounds: &Bindings, threads: usize) -> usize {
     let operands: Vec<DType> = args.iter().map(|a| a.dtype).collect();
-    let plan = Plan::new(body, &operands, jit::available());
+    let plan = Plan::new(body, &operands, &of_rows(shape, body, args), jit::available());
     let stretched = may_stretch(shape, args).into_iter().filter(|&may| may).count();
     let rounded = usize::from(args[0].dtype.is_narrow());
-    (plan.buffers + stretched + body.results().len() + rounded) * BLOCK_BYTES * threads.max(1)
+    let extents: Vec<usize> = shape.iter().map(|d| d.eval(bounds).map_or(0, |n| n.max(0) as usize)).collect();
+    let block = reduced::largest_block(body, &extents) * size_of::<f32>();
+    let buffers = plan.buffers + stretched + body.results().len() + rounded + reduced::buffers(body, &plan);
+    (buffers * block * threads.max(1)).saturating_add(reduced::partial_bytes(body, &extents))
+}
+
+/// Which values of a body are of the row.
+fn of_rows(shape: &[Dim], body: &Body, args: &[Type]) -> Vec<bool> {
+    body.of_rows(shape.len(), |arg, from_last| {
+        args[arg].dims.iter().rev().nth(from_last).is_none_or(|dim| dim.constant() == Some(1))
+    })
 }
 
 /// Which operands may stay in place along a row of the region and then need a buffer: all that are not as large as the
@@ -90,15 +112,22 @@ fn may_stretch(shape: &[Dim], args: &[Type]) -> Vec<bool> {
     args.iter().map(|arg| arg.dims != shape && (last.is_none() || arg.dims.last() != last)).collect()
 }
 
-/// The bodies of an op, each with the types of its operands.
-fn bodies<'g>(graph: &Graph, op: &'g OpData) -> Vec<(&'g Body, Vec<DType>)> {
+/// The bodies of an op, each with the types of its operands, and which of its values are of the row.
+fn bodies<'g>(graph: &Graph, op: &'g OpData) -> Vec<(&'g Body, Vec<DType>, Vec<bool>)> {
     let types = |args: &[Value]| args.iter().map(|&a| graph.ty(a).dtype).collect::<Vec<DType>>();
     match &op.op {
-        Op::Fused { body, .. } => vec![(body, types(&op.args))],
+        Op::Fused { shape, body } => {
+            let args: Vec<Type> = op.args.iter().map(|&a| graph.ty(a).clone()).collect();
+            vec![(body, types(&op.args), of_rows(shape, body, &args))]
+        }
         Op::ContractFused { spec, bodies, .. } => {
             let product = product_type(spec, graph.ty(op.args[0]).dtype);
             let parts = product_parts(bodies).into_iter().zip(bodies);
-            parts.map(|(part, body)| (body, [&[product], &types(&op.args[part.operands])[..]].concat())).collect()
+            let part = |(part, body): (ProductPart, &'g Body)| {
+                let rows = vec![false; body.operands() + body.steps().len()];
+                (body, [&[product], &types(&op.args[part.operands])[..]].concat(), rows)
+            };
+            parts.map(part).collect()
         }
         _ => vec![],
     }
@@ -114,12 +143,16 @@ fn product_type(spec: &str, operands: DType) -> DType {
 pub(super) fn load(graphs: &[Graph]) -> Vec<Vec<Vec<Arc<Region>>>> {
     let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut new: BTreeMap<String, (Body, Plan)> = BTreeMap::new();
-    let key = |body: &Body, operands: &[DType]| format!("{operands:?} {body}");
+    let key = |body: &Body, operands: &[DType], rows: &[bool]| {
+        let rows: Vec<usize> = (0..rows.len()).filter(|&v| rows[v]).collect();
+        format!("{operands:?} {body} {rows:?}")
+    };
     for graph in graphs {
-        for (body, operands) in graph.ops().flat_map(|(_, op)| bodies(graph, op)) {
-            let key = key(body, &operands);
+        for (body, operands, rows) in graph.ops().flat_map(|(_, op)| bodies(graph, op)) {
+            let key = key(body, &operands, &rows);
             if !cache.regions.contains_key(&key) {
-                new.entry(key).or_insert_with(|| (body.clone(), Plan::new(body, &operands, jit::available())));
+                let plan = || Plan::new(body, &operands, &rows, jit::available());
+                new.entry(key).or_insert_with(|| (body.clone(), plan()));
             }
         }
     }
@@ -138,22 +171,30 @@ pub(super) fn load(graphs: &[Graph]) -> Vec<Vec<Vec<Arc<Region>>>> {
     }
     for (key, (body, plan)) in new {
         let stages = plan.stages.iter().map(|stage| ready(&body, &plan, stage, &mut code)).collect();
-        cache.regions.insert(key, Arc::new(Region { body, plan, stages }));
+        let row_steps = plan.row_steps.iter().map(|&value| kernel(&body, &plan, value)).collect();
+        cache.regions.insert(key, Arc::new(Region { body, plan, stages, row_steps }));
     }
     let find = |graph: &Graph, op: &OpData| {
         let all = bodies(graph, op).into_iter();
-        all.map(|(body, operands)| Arc::clone(&cache.regions[&key(body, &operands)])).collect()
+        all.map(|(body, operands, rows)| Arc::clone(&cache.regions[&key(body, &operands, &rows)])).collect()
     };
     graphs.iter().map(|graph| graph.ops().map(|(_, op)| find(graph, op)).collect()).collect()
+}
+
+/// The kernel of the op that gives a value.
+fn kernel(body: &Body, plan: &Plan, value: usize) -> Row {
+    let step = &body.steps()[value - body.operands()];
+    let types: Vec<DType> = step.args.iter().map(|&a| plan.dtypes[a]).collect();
+    row(&step.op, &types)
 }
 
 fn ready(body: &Body, plan: &Plan, stage: &Stage, code: &mut impl Iterator<Item = Code>) -> Compiled {
     match stage {
         Stage::Row(value) => {
-            let step = &body.steps()[value - body.operands()];
-            let types: Vec<DType> = step.args.iter().map(|&a| plan.dtypes[a]).collect();
-            Compiled::Row { kernel: row(&step.op, &types), args: step.args.clone(), to: *value }
+            let args = step_args(body, *value).to_vec();
+            Compiled::Row { kernel: kernel(body, plan, *value), args, to: *value }
         }
+        Stage::Reduce(_) => Compiled::Reduce,
         Stage::Code(values) => {
             let in_memory = |v: &usize| plan.homes[*v] != Home::Nowhere;
             let mut from: Vec<usize> = values.iter().flat_map(|&v| step_args(body, v)).copied().collect();
@@ -222,7 +263,10 @@ pub(super) fn run(l: &mut Launch) {
     let operands = (0..op.args.len()).map(|i| (Some(l.arg(i)), op.args[i])).collect();
     let (regions, results) = (l.regions, 0..op.results().len());
     if let Some(run) = Run::new(l, &regions[0], operands, results, 0) {
-        run.all(l.threads);
+        match &run.reduced {
+            Some(reduced) => run.reduce(reduced, l.threads),
+            None => run.all(l.threads),
+        }
     }
 }
 
@@ -239,7 +283,11 @@ pub(super) struct Run<'a> {
     streamed: Vec<Option<usize>>,
     /// The buffer of a block of a product that is rounded before the region reads it.
     rounded: Option<usize>,
+    /// What the region's reduction goes over.
+    reduced: Option<Reduced>,
     workspace: Ptr<u8>,
+    /// Elements of a block.
+    block: usize,
     /// Bytes of a thread's part of the workspace.
     part: usize,
 }
@@ -256,14 +304,20 @@ impl<'a> Run<'a> {
         used: usize,
     ) -> Option<Run<'a>> {
         let result = l.op.results().nth(results.start).expect("a region has a result");
+        let dims: Vec<Dim> = match &l.op.op {
+            Op::Fused { shape, .. } => shape.clone(),
+            _ => l.graph.ty(result).dims.clone(),
+        };
+        let shape: Vec<usize> =
+            dims.iter().map(|d| l.extent(d).expect("a launch has seen its results' dims")).collect();
         let shapes: Vec<Vec<usize>> = operands.iter().map(|&(_, value)| l.shape(value)).collect();
-        let space = Space::new(&l.shape(result), &shapes);
-        if space.rows() == 0 || space.inner == 0 {
+        let space = Space::new(&shape, &shapes);
+        if region.body.reduction().is_none() && shape.contains(&0) {
             return None;
         }
         let types: Vec<Type> = operands.iter().map(|&(_, value)| l.graph.ty(value).clone()).collect();
         let mut buffers = region.plan.buffers;
-        let stretched = may_stretch(&l.graph.ty(result).dims, &types).into_iter().map(|may| {
+        let stretched = may_stretch(&dims, &types).into_iter().map(|may| {
             buffers += usize::from(may);
             may.then(|| buffers - 1)
         });
@@ -272,6 +326,11 @@ impl<'a> Run<'a> {
         let results: Vec<Ptr<u8>> = results.map(|i| l.out(i)).collect();
         let streamed = results.iter().zip(region.body.results()).enumerate().map(|(i, (result, &value))| {
             let row = space.inner * region.plan.dtypes[value].bytes();
+            if !matches!(region.plan.homes[value], Home::Buffer(_) | Home::Result(_))
+                || region.plan.row_homes[value].is_some()
+            {
+                return None;
+            }
             // Where an operand was, or sums of a product may be, the cache has the line already.
             let apart = operands.iter().all(|operand| operand.is_some_and(|operand| operand.0 != result.0));
             (apart && streams(result.0, space.rows() * row, row)).then_some(buffers + i)
@@ -279,22 +338,35 @@ impl<'a> Run<'a> {
         let streamed = streamed.collect();
         buffers += results.len();
         let rounded = (operands[0].is_none() && region.plan.dtypes[0].is_narrow()).then_some(buffers);
-        let part = (buffers + usize::from(rounded.is_some())) * BLOCK_BYTES;
-        assert!(used + part * l.threads.count() <= l.scratch, "bug: a region has too little workspace");
+        buffers += usize::from(rounded.is_some());
+        let reduced = Reduced::new(&region.body, &region.plan, &shape, &shapes, buffers);
+        buffers += reduced::buffers(&region.body, &region.plan);
+        let block = reduced::block(&region.body, &shape);
+        let part = buffers * block * size_of::<f32>();
+        let needed = used + part * l.threads.count() + reduced::partial_bytes(&region.body, &shape);
+        assert!(needed <= l.scratch, "bug: a region has too little workspace");
         // SAFETY: there are more bytes, if any are needed.
         let workspace = unsafe { l.workspace::<u8>().add(used) };
-        Some(Run { region, space, operands, results, stretched, streamed, rounded, workspace, part })
+        Some(Run { region, space, operands, results, stretched, streamed, rounded, reduced, workspace, block, part })
     }
 
     /// Runs over all elements.
     pub(super) fn all(&self, threads: &Threads) {
         let units = self.space.rows() * self.blocks();
+        self.shared(threads, units, |units, thread| self.units(units, thread));
+    }
+
+    /// Shares units of the region's work out to the threads.
+    fn shared(&self, threads: &Threads, units: usize, run: impl Fn(Range<usize>, usize) + Sync) {
         let work = self.space.rows() * self.space.inner * self.region.body.work();
         // A thread needs a workspace of its own: threads take whole ranges, and the range tells them apart.
         let parts = if work < GRAIN { 1 } else { threads.count().min(units) };
         threads.run(parts, GRAIN, |range| {
             for part in range {
-                self.units(units * part / parts..units * (part + 1) / parts, part);
+                run(units * part / parts..units * (part + 1) / parts, part);
+            }
+            if self.streamed.iter().any(Option::is_some) {
+                fence();
             }
         });
     }
@@ -342,7 +414,7 @@ impl<'a> Run<'a> {
     /// A buffer of a thread.
     fn buffer(&self, thread: usize, i: usize) -> Ptr<u8> {
         // SAFETY: the workspace is as large as `workspace` says, which is a part per thread.
-        unsafe { self.workspace.add(thread * self.part + i * BLOCK_BYTES) }
+        unsafe { self.workspace.add(thread * self.part + i * self.block * size_of::<f32>()) }
     }
 
     /// Runs blocks, counted through all rows, in the workspace of a thread.
@@ -356,9 +428,6 @@ impl<'a> Run<'a> {
             row = now;
             self.block(&mut places, now * self.space.inner + from, n, thread);
         }
-        if self.streamed.iter().any(Option::is_some) {
-            fence();
-        }
     }
 
     /// The places of all values in buffers of a thread, which hold constants already.
@@ -368,9 +437,9 @@ impl<'a> Run<'a> {
         for (value, home) in plan.homes.iter().enumerate() {
             if let Home::Buffer(i) = home {
                 places[value] = self.buffer(thread, *i).0;
-                if let Op::Const { value: constant, dtype } = self.constant(value) {
+                if let Op::Const { value: constant, dtype } = self.step(value) {
                     // SAFETY: a buffer holds a block of elements of any type of a region.
-                    unsafe { fill_constant(self.buffer(thread, *i), *constant, *dtype) };
+                    unsafe { fill_constant(self.buffer(thread, *i), *constant, *dtype, self.block) };
                 }
             }
         }
@@ -390,7 +459,7 @@ impl<'a> Run<'a> {
                 } else if new {
                     let to = self.buffer(thread, self.stretched[i].expect("the operand may be stretched"));
                     places[i] = to.0;
-                    stretch(operand.add(at * width), to, width, self.space.inner.min(BLOCK));
+                    stretch(operand.add(at * width), to, width, self.space.inner.min(self.block));
                 }
             }
         }
@@ -398,25 +467,40 @@ impl<'a> Run<'a> {
 
     /// Runs all stages on `n` elements from `first` on.
     fn block(&self, places: &mut [*mut u8], first: usize, n: usize, thread: usize) {
-        let plan = &self.region.plan;
+        self.place_results(places, first, thread);
+        self.region.stages.iter().for_each(|stage| stage.run(&self.region.plan, places, n));
+        self.store(places, first, n);
+    }
+
+    /// Where elements of a result from `first` on lie.
+    fn result(&self, i: usize, first: usize, width: usize) -> *mut u8 {
         // SAFETY: results are dense and have the region's dims; elements of threads are apart.
-        let result = |i: usize, width: usize| unsafe { self.results[i].add(first * width) };
+        unsafe { self.results[i].add(first * width) }.0
+    }
+
+    /// Says where the stages put their results from `first` on.
+    fn place_results(&self, places: &mut [*mut u8], first: usize, thread: usize) {
+        let plan = &self.region.plan;
         for (value, home) in plan.homes.iter().enumerate() {
             if let Home::Result(i) = home {
                 places[value] = match self.streamed[*i] {
                     Some(from) => self.buffer(thread, from).0,
-                    None => result(*i, plan.dtypes[value].bytes()).0,
+                    None => self.result(*i, first, plan.dtypes[value].bytes()),
                 };
             }
         }
-        self.region.stages.iter().for_each(|stage| stage.run(plan, places, n));
+    }
+
+    /// Copies what stages put elsewhere into results, `n` elements from `first` on.
+    fn store(&self, places: &[*mut u8], first: usize, n: usize) {
+        let plan = &self.region.plan;
         let streamed = plan.homes.iter().enumerate().filter_map(|(value, home)| match home {
             Home::Result(i) if self.streamed[*i].is_some() => Some((value, *i)),
             _ => None,
         });
         for (value, i) in plan.copies.iter().copied().chain(streamed) {
             let width = plan.dtypes[value].bytes();
-            let to = result(i, width).0;
+            let to = self.result(i, first, width);
             // SAFETY: both hold `n` elements, and the workspace is no result; a streamed result has rows of whole lines.
             unsafe {
                 match self.streamed[i] {
@@ -428,7 +512,7 @@ impl<'a> Run<'a> {
     }
 
     /// The op that gives a value of the body which is no operand.
-    fn constant(&self, value: usize) -> &Op {
+    fn step(&self, value: usize) -> &Op {
         &self.region.body.steps()[value - self.region.body.operands()].op
     }
 }
@@ -444,6 +528,7 @@ impl Compiled {
                 }
                 kernel(&from[..args.len()], places[*to], n);
             }
+            Compiled::Reduce => {}
             Compiled::Code { code, from, to } => {
                 let whole = n - n % LANES;
                 // SAFETY: every place that the code uses holds `n` elements, or four in `rest`.
@@ -496,22 +581,22 @@ unsafe fn stretch(from: Ptr<u8>, to: Ptr<u8>, width: usize, n: usize) {
     }
 }
 
-/// Fills a block with a constant.
+/// Fills `n` elements with a constant.
 ///
 /// # Safety
-/// The place holds a block of elements of the type.
-unsafe fn fill_constant(to: Ptr<u8>, value: f64, dtype: DType) {
+/// The place holds so many elements of the type.
+unsafe fn fill_constant(to: Ptr<u8>, value: f64, dtype: DType, n: usize) {
     // SAFETY: the caller's promise.
     unsafe {
         match dtype {
-            DType::F32 => Ptr(to.0.cast::<f32>()).slice_mut(0, BLOCK).fill(value as f32),
+            DType::F32 => Ptr(to.0.cast::<f32>()).slice_mut(0, n).fill(value as f32),
             DType::Bf16 | DType::F16 => {
                 let mut bits = 0u16;
                 round(dtype, &(value as f32), (&raw mut bits).cast(), 1);
-                Ptr(to.0.cast::<u16>()).slice_mut(0, BLOCK).fill(bits);
+                Ptr(to.0.cast::<u16>()).slice_mut(0, n).fill(bits);
             }
-            DType::I32 => Ptr(to.0.cast::<i32>()).slice_mut(0, BLOCK).fill(value as i32),
-            DType::Bool => to.slice_mut(0, BLOCK).fill(u8::from(value != 0.0)),
+            DType::I32 => Ptr(to.0.cast::<i32>()).slice_mut(0, n).fill(value as i32),
+            DType::Bool => to.slice_mut(0, n).fill(u8::from(value != 0.0)),
             DType::Key | DType::Quantized(_) => panic!("bug: a constant {dtype}"),
         }
     }
