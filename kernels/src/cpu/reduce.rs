@@ -71,6 +71,7 @@ impl<T: Copy, F: Fold<T>> Pieces<T, F> {
         Pieces { fold, whole: len - len % LANES, lane: 0, lanes: [F::START; LANES], total: F::START }
     }
 
+    #[inline(always)]
     fn push(&mut self, piece: &[T]) {
         let (whole, tail) = piece.split_at(piece.len().min(self.whole));
         if !whole.is_empty() {
@@ -85,7 +86,7 @@ impl<T: Copy, F: Fold<T>> Pieces<T, F> {
 }
 
 /// Folds elements into the lanes from one on; the lane of the next element.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+#[inline(always)]
 fn fold_lanes<T: Copy, F: Fold<T>>(lanes: &mut [T; LANES], first: usize, elements: &[T], fold: F) -> usize {
     let (head, rest) = elements.split_at(elements.len().min((LANES - first) % LANES));
     for (j, &x) in (first..).zip(head) {
@@ -107,10 +108,17 @@ fn fold_lanes<T: Copy, F: Fold<T>>(lanes: &mut [T; LANES], first: usize, element
 }
 
 /// A row as one block.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
 fn fold_block<T: Copy, F: Fold<T>>(block: &[T], fold: F) -> T {
     let mut pieces = Pieces::new(fold, block.len());
     pieces.push(block);
     pieces.total
+}
+
+/// A part of a row that comes in pieces.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn fold_piece<T: Copy, F: Fold<T>>(pieces: &mut Pieces<T, F>, piece: &[T]) {
+    pieces.push(piece);
 }
 
 /// A row in blocks of [`BLOCK`] elements.
@@ -211,7 +219,7 @@ impl Folding {
             let mut blocks = Pieces::new(fold, len.div_ceil(BLOCK));
             while let Some((from, n)) = next() {
                 // SAFETY: the caller's promise.
-                block.push(unsafe { std::slice::from_raw_parts(from.cast(), n) });
+                fold_piece(&mut block, unsafe { std::slice::from_raw_parts(from.cast(), n) });
                 at += n;
                 if at == len || at % BLOCK == 0 {
                     blocks.push(&[block.total]);
