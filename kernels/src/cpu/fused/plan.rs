@@ -111,18 +111,18 @@ impl Plan {
             plan.buffers += 1;
             plan.buffers - 1
         };
-        for value in operands.len()..n {
+        for (value, &of_row) in rows.iter().enumerate().skip(operands.len()) {
             let op = &body.steps()[value - operands.len()].op;
             let takes = |stage: &Stage| stage.values().iter().any(|&v| step_args(body, v).contains(&value));
             let kernel = |stage: &Stage| !matches!(stage, Stage::Code(_)) && takes(stage);
             let constant = matches!(op, Op::Const { .. });
             let needed = constant && (body.results().contains(&value) || plan.stages.iter().any(kernel));
-            if needed || (rows[value] && plan.stages.iter().any(takes)) {
+            if needed || (of_row && plan.stages.iter().any(takes)) {
                 plan.homes[value] = Home::Buffer(buffer());
             }
         }
-        for value in 0..n {
-            if rows[value] || plan.row_steps.iter().any(|&step| step_args(body, step).contains(&value)) {
+        for (value, &of_row) in rows.iter().enumerate() {
+            if of_row || plan.row_steps.iter().any(|&step| step_args(body, step).contains(&value)) {
                 plan.row_homes[value] = Some(buffer());
             }
         }
