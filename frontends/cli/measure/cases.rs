@@ -442,9 +442,9 @@ fn movement(m: &Model) -> Vec<Case> {
             .line(&format!("%r.1 = reshape %root shape={:?}", [rows, 1]))
             .line(&format!("%r.2 = cast %r.1 dtype={}", m.float))
             .line(&format!("%r.3 = broadcast %r.2 shape={hidden:?}"))
-            .line("%y.1 = div %x, %r.3")
+            .line("%normed = div %x, %r.3")
             .line(&format!("%w.1 = broadcast %w shape={hidden:?}"))
-            .gives(&hidden, "mul %y.1, %w.1"),
+            .gives(&hidden, "mul %normed, %w.1"),
         Case::new(m, "movement", "transpose", &weight)
             .floats("x", &weight)
             .gives(&[m.hidden, m.ffn], "transpose %x order=[1, 0]"),
