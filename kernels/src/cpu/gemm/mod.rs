@@ -27,7 +27,7 @@ use multiversion::multiversion;
 use super::machine::has_fast_bf16_pairs;
 use super::memory::Ptr;
 use super::parallel::Threads;
-use micro::Micro;
+use micro::{AHEAD, LINE, Micro};
 
 /// Units along `k` in a block: one panel of a tile's rows stays in the first-level cache.
 const DEPTH: usize = 384;
@@ -468,7 +468,9 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
                             let size =
                                 (micro.rows.min(rows.1 - rows.0 - i), micro.columns.min(columns.1 - columns.0 - j));
                             let to = target.0.add(i * target.1 + j).0;
-                            (micro.tile)(units, left.0, right.0, to, target.1, size, add);
+                            // Together, the tiles of a shared panel fetch the next.
+                            let ahead = shared.0.wrapping_add(panel_shared + o * units.div_ceil(AHEAD) * LINE);
+                            (micro.tile)(units, [left.0, right.0, ahead], to, target.1, size, add);
                         }
                     }
                     if self.columns && at + k == all {
