@@ -44,7 +44,7 @@ pub(super) const LANES: usize = 16;
 /// Rows, and columns of the matrix, whose sums are held in registers together.
 pub(super) const TILE: usize = 4;
 /// A line of the cache.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 
 /// [`LANES`] partial sums in registers.
 pub(super) trait Sums: Copy {
@@ -240,7 +240,7 @@ pub(super) mod x86 {
 
 /// Asks for the line of an address, which may be nobody's.
 #[inline(always)]
-fn fetch<T>(at: *const T) {
+pub(super) fn fetch<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch reads nothing.
     unsafe {
