@@ -152,7 +152,7 @@ fn measure(threads: usize, &(name, m, n, k, left_layout, right_layout): &Shape) 
     let narrow_right = &narrow_right[narrow_right_at..][..k * n];
     let out = &mut out[out_at..][..m * n];
 
-    let mut products = Products::new(threads, (m * k).max(k * n).max(m * n));
+    let mut products = Products::new(threads, (m, n, k));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("the system starts threads");
     let library = |out: &mut [f32]| {
         let (left, left_column, left_row) = strided(left, left_layout, m, k);

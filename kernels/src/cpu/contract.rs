@@ -73,6 +73,17 @@ impl Groups {
         Groups { loops, m, n, k, sums }
     }
 
+    /// What no product of these letters exceeds, nor one of smaller extents, where other letters may be joined.
+    fn most(&self) -> gemm::Size {
+        let Groups { loops, m, n, k, sums } = self;
+        let extents = |letters: &[Letter]| letters.iter().map(|x| x.extent).product::<usize>();
+        let own = |side: fn(&Letter) -> usize| {
+            let more = loops.iter().filter(|x| side(x) == 0);
+            more.map(|x| x.extent).product::<usize>()
+        };
+        (m.extent * own(|x| x.right), n.extent * own(|x| x.left), k.extent * extents(sums))
+    }
+
     /// Whether it is one product whose sums can be finished block by block. The sums of a longer one are several.
     pub(super) fn in_blocks(&self) -> bool {
         let Groups { loops, m, n, k, sums } = self;
@@ -115,15 +126,15 @@ impl Groups {
 /// Bytes of workspace: of a sum of products, and of products in blocks; behind that, of a result that is rounded once.
 pub(super) fn workspace(spec: &str, dtype: DType, left: &[usize], right: &[usize], threads: usize) -> usize {
     let Ok(labels) = Contraction::parse(spec) else { return 0 };
-    let len = |shape: &[usize]| shape.iter().product::<usize>();
     let groups = Groups::new(&labels, left, right);
-    let out = groups.loops.iter().chain([&groups.m, &groups.n]).map(|x| x.extent).product();
-    let own = own_workspace(len(left), len(right), out, threads);
+    let out: usize = groups.loops.iter().chain([&groups.m, &groups.n]).map(|x| x.extent).product();
+    let own = own_workspace(&groups, left.iter().product(), threads);
     if groups.rounds_once(&labels, dtype) { own + out * size_of::<f32>() } else { own }
 }
 
-fn own_workspace(left: usize, right: usize, out: usize, threads: usize) -> usize {
-    reduce::workspace(left).max(gemm::workspace(left, right, out, threads)).next_multiple_of(ALIGNMENT)
+/// The same without a result that is rounded once, of a left operand of so many elements.
+fn own_workspace(groups: &Groups, left: usize, threads: usize) -> usize {
+    reduce::workspace(left).max(gemm::workspace(groups.most(), threads)).next_multiple_of(ALIGNMENT)
 }
 
 /// Runs a contraction.
@@ -142,10 +153,10 @@ pub(super) fn run_into(l: &mut Launch, spec: &str, out: Ptr<u8>) -> Result<(), S
     let operands = l.dtype(l.op.args[0]);
     match (operands, labels.wide) {
         (DType::Bf16, false) if groups.rounds_once(&labels, operands) => {
-            let [left, right, n] = [l.op.args[0], l.op.args[1], l.result()].map(|v| l.len(v));
-            // SAFETY: the result in f32 lies behind the rest of the workspace, which is as large at every launch.
-            let wide: Ptr<f32> =
-                unsafe { Ptr(l.workspace::<u8>().add(own_workspace(left, right, n, l.threads.count())).0.cast()) };
+            let [left, n] = [l.op.args[0], l.result()].map(|v| l.len(v));
+            let own = own_workspace(&groups, left, l.threads.count());
+            // SAFETY: the result in f32 lies behind the rest of the workspace, which is larger only for larger extents.
+            let wide: Ptr<f32> = unsafe { Ptr(l.workspace::<u8>().add(own).0.cast()) };
             products::<bf16, f32>(l, &groups, wide);
             l.threads.run(n, 1, |r| {
                 // SAFETY: both places hold `n` elements; ranges of threads are apart.
@@ -174,7 +185,7 @@ fn products<T: Source, O: Element>(l: &mut Launch, groups: &Groups, out: Ptr<O>)
     }
     let loops: usize = batch.iter().map(|x| x.extent).product();
     let sums: usize = more_k.iter().map(|x| x.extent).product();
-    let (elements, scratch) = ([l.op.args[0], l.op.args[1], l.result()].map(|v| l.len(v)), l.workspace::<u8>());
+    let scratch = l.workspace::<u8>();
     let product = |i: usize, threads: Option<&Threads>, scratch: Ptr<u8>| {
         let at = offsets(batch, i);
         for s in 0..sums {
@@ -199,8 +210,7 @@ fn products<T: Source, O: Element>(l: &mut Launch, groups: &Groups, out: Ptr<O>)
     // Decided by the number of products alone, so that results do not depend on the number of threads.
     if loops >= MANY {
         let weight = 2 * m.extent * n.extent * k.extent * sums;
-        let (parts, bytes) =
-            (l.threads.count().min(loops), gemm::workspace_alone(elements[0], elements[1], elements[2]));
+        let (parts, bytes) = (l.threads.count().min(loops), gemm::workspace_alone(groups.most()));
         l.threads.run(parts, loops.div_ceil(parts) * weight, |r| {
             for part in r {
                 // SAFETY: the workspace has so many bytes for every thread.
@@ -250,4 +260,53 @@ fn offsets(loops: &[Letter], i: usize) -> Letter {
         at.out += here * x.out;
     }
     at
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Workspaces are planned for the largest extents, and where in them things lie is computed for those of a launch.
+    #[test]
+    fn smaller_products_need_no_more_workspace() {
+        let specs = [
+            ("btd,vd->btv", "btdv"),
+            ("btv,vd->btd", "btvd"),
+            ("btv,btd->vd", "btvd"),
+            ("bthd,bshd->bhts", "bthds"),
+            ("ambn,abc->mnc", "ambnc"),
+        ];
+        for (spec, letters) in specs {
+            let labels = Contraction::parse(spec).expect("it is one");
+            let of = |extents: &[usize], dtype: DType| {
+                let shape = |side: &[char]| -> Vec<usize> {
+                    side.iter().map(|&x| extents[letters.find(x).expect("a letter")]).collect()
+                };
+                workspace(spec, dtype, &shape(&labels.lhs), &shape(&labels.rhs), 3)
+            };
+            for largest in [[5, 6, 7, 8, 9], [9, 40, 3, 70, 2], [1, 600, 20, 30, 11]] {
+                for dtype in [DType::F32, DType::Bf16] {
+                    let planned = of(&largest, dtype);
+                    for smaller in 0..3usize.pow(5) {
+                        let extent =
+                            |i: usize| [1, largest[i].div_ceil(2), largest[i]][smaller / 3usize.pow(i as u32) % 3];
+                        let extents = [0, 1, 2, 3, 4].map(extent);
+                        let needed = of(&extents, dtype);
+                        assert!(
+                            needed <= planned,
+                            "{spec} of {dtype}, {extents:?} in {largest:?}: {needed} > {planned}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    /// Panels, and sums of a thread and of all, are about as large as the operands and the result.
+    #[test]
+    fn tiny_products_need_little_workspace() {
+        let (threads, floats) = (2, 64 * 64);
+        let bytes = workspace("bd,vd->bv", DType::F32, &[64, 64], &[64, 64], threads);
+        assert!(bytes <= 4 * floats * size_of::<f32>() * (1 + threads), "{bytes}");
+    }
 }

@@ -16,9 +16,8 @@ const ROWS: usize = 1024;
 /// Bytes for the logits of a block, and for products with them.
 pub(super) fn workspace(rows: usize, head: &[usize], threads: usize) -> usize {
     let (rows, vocabulary, width) = (rows.min(ROWS), head[0], head[1]);
-    let [x, logits, head] = [rows * width, rows * vocabulary, vocabulary * width];
-    let products = [(x, head, logits), (logits, head, x), (logits, x, head)];
-    let products = products.map(|(left, right, out)| gemm::workspace(left, right, out, threads));
+    let products = [(rows, vocabulary, width), (rows, width, vocabulary), (vocabulary, width, rows)];
+    let products = products.map(|size| gemm::workspace(size, threads));
     logits_bytes(rows, vocabulary) + products.into_iter().max().unwrap_or(0)
 }
 

@@ -16,7 +16,7 @@ use super::contract_each::is_linear;
 use super::gemm::Element;
 use super::memory::{ALIGNMENT, Ptr};
 use super::narrow::{round, widen};
-use super::skinny::{self, KeptPart, Kernel, Product, Products, Source};
+use super::skinny::{self, Kernel, Part, Product, Products, Source};
 use super::{Launch, own_workspace};
 
 /// Whether a product has operands of two types.
@@ -109,12 +109,12 @@ pub(super) fn run(l: &mut Launch, program: &Planned) -> Result<(), String> {
 /// A product of a few rows with one or more matrices that lie as `kept`.
 fn few_rows<T: Source, O: Element>(l: &mut Launch, kept: DType) {
     let (m, k) = l.rows(l.op.args[0]);
-    let matrices = l.op.args.len() - 1;
+    let (matrices, (_, bytes)) = (l.op.args.len() - 1, rows(kept, k));
     let part = |i: usize| {
         let n = l.shape(l.op.args[1 + i])[0];
-        KeptPart { n, w: l.arg(1 + i), out: (l.out(i), n) }
+        Part { n, w: (l.arg(1 + i), bytes), out: (l.out(i), n) }
     };
-    let parts: Vec<KeptPart<O>> = (0..matrices).map(part).collect();
+    let parts: Vec<Part<u8, O>> = (0..matrices).map(part).collect();
     // SAFETY: extents are those of the operands and the results, whose rows lie one behind the other.
     unsafe { skinny::run_kept::<T, O>(kept, l.threads, (m, k), (l.arg(0), k), &parts, l.workspace()) };
 }
@@ -430,10 +430,11 @@ mod tests {
                     let mut out = vec![O::nearest(7.0); m * n];
                     let mut scratch = Zeros::new(skinny::workspace(k));
                     scratch.bytes.fill(0xFF);
-                    let part = KeptPart { n, w: Ptr(packed.as_mut_ptr()), out: (Ptr(out.as_mut_ptr()), n) };
+                    let (format, bytes) = rows(kept, k);
+                    let part = Part { n, w: (Ptr(packed.as_mut_ptr()), bytes), out: (Ptr(out.as_mut_ptr()), n) };
                     let (x, at) = ((Ptr(x.as_mut_ptr()), k), Ptr(scratch.bytes.as_mut_ptr()));
                     // SAFETY: all have their rows, and the kernel is one of the machine's.
-                    unsafe { skinny::run_kept_on(kernel, kept, &Threads::new(threads), (m, k), x, &[part], at) };
+                    unsafe { skinny::run_on((kernel, format), &Threads::new(threads), (m, k), x, &[part], at) };
                     out.iter().map(|x| x.wide()).collect::<Vec<f32>>()
                 };
                 let out = run(m, 1);

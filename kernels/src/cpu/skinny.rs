@@ -44,7 +44,7 @@ pub(super) const LANES: usize = 16;
 /// Rows, and columns of the matrix, whose sums are held in registers together.
 pub(super) const TILE: usize = 4;
 /// A line of the cache.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 
 /// [`LANES`] partial sums in registers.
 pub(super) trait Sums: Copy {
@@ -240,7 +240,7 @@ pub(super) mod x86 {
 
 /// Asks for the line of an address, which may be nobody's.
 #[inline(always)]
-fn fetch<T>(at: *const T) {
+pub(super) fn fetch<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch reads nothing.
     unsafe {
@@ -469,19 +469,12 @@ impl<T: Element, O: Element> Product<T, O> {
     }
 }
 
-/// A matrix of `n` rows, and where its product goes; beside each stands its stride in elements.
+/// A matrix of `n` rows, and where its product goes; beside each stands its stride in elements. Elements of a matrix that
+/// is kept in fewer bits are bytes.
 #[derive(Clone, Copy)]
-pub(super) struct Part<T, O> {
+pub(super) struct Part<W, O> {
     pub(super) n: usize,
-    pub(super) w: (Ptr<T>, usize),
-    pub(super) out: (Ptr<O>, usize),
-}
-
-/// The same of a matrix that is kept in fewer bits, whose rows lie one behind the other.
-#[derive(Clone, Copy)]
-pub(super) struct KeptPart<O> {
-    pub(super) n: usize,
-    pub(super) w: Ptr<u8>,
+    pub(super) w: (Ptr<W>, usize),
     pub(super) out: (Ptr<O>, usize),
 }
 
@@ -493,13 +486,13 @@ pub(super) struct KeptPart<O> {
 /// at most [`LONG`], and the workspace that of a product in blocks with one of them.
 pub(super) unsafe fn run<T: Source, O: Element>(
     threads: &Threads,
-    (m, k): (usize, usize),
+    size: (usize, usize),
     x: (Ptr<T>, usize),
     parts: &[Part<T, O>],
     scratch: Ptr<u8>,
 ) {
     // SAFETY: the caller's.
-    unsafe { run_on(T::kernels()[0], threads, (m, k), x, parts, scratch) }
+    unsafe { run_on((T::kernels()[0], Format::default()), threads, size, x, parts, scratch) }
 }
 
 /// [`run`] with matrices that are all kept as elements of one type.
@@ -509,78 +502,42 @@ pub(super) unsafe fn run<T: Source, O: Element>(
 pub(super) unsafe fn run_kept<T: Source, O: Element>(
     kept: DType,
     threads: &Threads,
-    (m, k): (usize, usize),
+    size: (usize, usize),
     x: (Ptr<T>, usize),
-    parts: &[KeptPart<O>],
+    parts: &[Part<u8, O>],
     scratch: Ptr<u8>,
 ) {
+    let kernel = (T::kernels_of_kept(kept)[0], kept::rows(kept, size.1).0);
     // SAFETY: the caller's.
-    unsafe { run_kept_on(T::kernels_of_kept(kept)[0], kept, threads, (m, k), x, parts, scratch) }
+    unsafe { run_on(kernel, threads, size, x, parts, scratch) }
 }
 
 /// # Safety
-/// As for [`run_kept`], and the machine has what the kernel needs.
-pub(super) unsafe fn run_kept_on<T: Source, O: Element>(
-    kernel: Kernel<T, O>,
-    kept: DType,
+/// As for [`run`] or [`run_kept`], and the machine has what the kernel needs, which is one for matrices of this format.
+pub(super) unsafe fn run_on<T: Source, W, O: Element>(
+    (kernel, format): (Kernel<T, O>, Format),
     threads: &Threads,
     (m, k): (usize, usize),
     x: (Ptr<T>, usize),
-    parts: &[KeptPart<O>],
+    parts: &[Part<W, O>],
     scratch: Ptr<u8>,
 ) {
-    let (format, bytes) = kept::rows(kept, k);
-    let product = |part: &KeptPart<O>| Product {
+    let product = |part: &Part<W, O>| Product {
         size: (m, part.n, k),
         x: Ptr(scratch.0.cast()),
-        w: (part.w, bytes),
+        w: (Ptr(part.w.0.0.cast()), part.w.1 * size_of::<W>()),
         format,
         out: part.out,
     };
     let products: Vec<Product<T, O>> = parts.iter().map(product).collect();
-    // SAFETY: the caller's.
-    unsafe { run_all(kernel, threads, x, &products) }
-}
-
-/// # Safety
-/// As for [`run`], and the machine has what the kernel needs.
-unsafe fn run_on<T: Source, O: Element>(
-    kernel: Kernel<T, O>,
-    threads: &Threads,
-    (m, k): (usize, usize),
-    x: (Ptr<T>, usize),
-    parts: &[Part<T, O>],
-    scratch: Ptr<u8>,
-) {
-    let product = |part: &Part<T, O>| Product {
-        size: (m, part.n, k),
-        x: Ptr(scratch.0.cast()),
-        w: (Ptr(part.w.0.0.cast()), part.w.1 * size_of::<T>()),
-        format: Format::default(),
-        out: part.out,
-    };
-    let products: Vec<Product<T, O>> = parts.iter().map(product).collect();
-    // SAFETY: the caller's.
-    unsafe { run_all(kernel, threads, x, &products) }
-}
-
-/// # Safety
-/// All products are of these rows, for which there is room, and the machine has what the kernel needs.
-unsafe fn run_all<T: Source, O: Element>(
-    kernel: Kernel<T, O>,
-    threads: &Threads,
-    x: (Ptr<T>, usize),
-    products: &[Product<T, O>],
-) {
     let Some(first) = products.first() else { return };
-    let k = first.size.2;
     // SAFETY: the caller's.
     unsafe { first.copy_rows(x, kernel.step, kernel.padded) };
     // In whole tiles, so that which columns are summed together does not depend on the number of threads.
     let tiles = |product: &Product<T, O>| product.size.1.div_ceil(TILE);
     threads.run(products.iter().map(tiles).sum(), TILE * k, |all| {
         let mut first = 0;
-        for product in products {
+        for product in &products {
             let (from, to) = (all.start.max(first) - first, all.end.min(first + tiles(product)).saturating_sub(first));
             if from < to {
                 // SAFETY: the caller's; threads write different columns.
@@ -616,7 +573,10 @@ mod tests {
                     let (x, w) = ((Ptr(x.as_mut_ptr()), x_row), (Ptr(w.as_mut_ptr()), w_row));
                     let to = (Ptr(out.as_mut_ptr()), out_row);
                     // SAFETY: all have their rows, and the kernel is one of the machine's.
-                    unsafe { run_on(kernel, &Threads::new(threads), (m, k), x, &[Part { n, w, out: to }], at) };
+                    unsafe {
+                        let (kernel, part) = ((kernel, Format::default()), Part { n, w, out: to });
+                        run_on(kernel, &Threads::new(threads), (m, k), x, &[part], at);
+                    }
                     out.iter().map(|x| x.wide()).collect::<Vec<f32>>()
                 };
                 let out = run(m, 1);

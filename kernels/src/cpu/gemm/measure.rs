@@ -22,10 +22,10 @@ pub struct Products {
 }
 
 impl Products {
-    /// For products of operands and results of at most so many elements.
-    pub fn new(threads: usize, elements: usize) -> Products {
+    /// For products of at most so many rows, columns and elements of a sum.
+    pub fn new(threads: usize, size: (usize, usize, usize)) -> Products {
         let threads = Threads::new(threads);
-        let bytes = workspace(elements, elements, elements, threads.count());
+        let bytes = workspace(size, threads.count());
         Products { threads, scratch: vec![[0; 64]; bytes / 64 + 1] }
     }
 
@@ -70,8 +70,7 @@ impl Products {
             Matrix { at: Ptr(slice.as_ptr().cast_mut()), row, column }
         };
         assert_eq!(out.len(), m * n, "the result has {m} rows and {n} columns");
-        let largest = left.0.len().max(right.0.len()).max(out.len());
-        let bytes = workspace(largest, largest, largest, self.threads.count());
+        let bytes = workspace((m, n, k), self.threads.count());
         assert!(bytes < self.scratch.len() * 64, "the products are larger than was said");
         let at: *mut u8 = self.scratch.as_mut_ptr().cast();
         let product = Product {

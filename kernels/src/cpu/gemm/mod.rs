@@ -27,7 +27,7 @@ use multiversion::multiversion;
 use super::machine::has_fast_bf16_pairs;
 use super::memory::Ptr;
 use super::parallel::Threads;
-use micro::Micro;
+use micro::{AHEAD, LINE, Micro};
 
 /// Units along `k` in a block: one panel of a tile's rows stays in the first-level cache.
 const DEPTH: usize = 384;
@@ -120,40 +120,45 @@ impl<T> Matrix<T> {
     }
 }
 
-/// Bytes of workspace for any product of operands and a result of at most so many elements: of one product by all
-/// threads, or of one by each.
-pub(super) fn workspace(left: usize, right: usize, out: usize, threads: usize) -> usize {
-    let longest = left.max(right);
-    let team = shared_bytes(longest, TEAM) + threads * own_bytes(longest, out, TEAM) + whole_bytes(out, TEAM);
-    team.max(threads * workspace_alone(left, right, out))
+/// Rows, columns and elements of a sum: of one product, or at most so many of several.
+pub(super) type Size = (usize, usize, usize);
+
+/// Bytes of workspace for any product of at most this size: of one product by all threads, or of one by each.
+pub(super) fn workspace(size: Size, threads: usize) -> usize {
+    let team = shared_bytes(size, TEAM) + threads * own_bytes(size, TEAM) + whole_bytes(size, TEAM);
+    team.max(threads * workspace_alone(size))
 }
 
 /// Bytes of workspace for a product by one thread; a multiple of 64.
-pub(super) fn workspace_alone(left: usize, right: usize, out: usize) -> usize {
-    let longest = left.max(right);
-    shared_bytes(longest, ALONE) + own_bytes(longest, out, ALONE) + whole_bytes(out, ALONE)
+pub(super) fn workspace_alone(size: Size) -> usize {
+    shared_bytes(size, ALONE) + own_bytes(size, ALONE) + whole_bytes(size, ALONE)
 }
 
-/// Bytes of the shared panels, of an operand of so many elements. A panel that is not full is at most [`WIDEST`] times
-/// its elements.
-fn shared_bytes(elements: usize, most: Most) -> usize {
-    elements.saturating_mul(WIDEST * 4).min(most.bytes).next_multiple_of(64)
+/// Lanes of all panels of either operand.
+fn padded((m, n, _): Size) -> usize {
+    m.max(n).saturating_add(WIDEST)
+}
+
+/// Bytes of the shared panels.
+fn shared_bytes(size: Size, most: Most) -> usize {
+    let bytes = padded(size).saturating_mul(size.2).saturating_mul(4);
+    bytes.min(most.bytes).next_multiple_of(64)
 }
 
 /// Bytes of what a thread has for itself: its panels, and sums that cannot be in the result.
-fn own_bytes(elements: usize, out: usize, most: Most) -> usize {
-    let panels = elements.saturating_mul(WIDEST * 4).min(CHUNK * DEPTH * 4).next_multiple_of(64);
-    panels + sums_bytes(out, most)
+fn own_bytes(size: Size, most: Most) -> usize {
+    let panels = (padded(size).min(CHUNK) * size.2.min(DEPTH) * 4).next_multiple_of(64);
+    panels + sums_bytes(size, most)
 }
 
 /// Bytes of the sums of a whole result, if they are few enough to be kept.
-fn whole_bytes(out: usize, most: Most) -> usize {
-    (out * 4).min(most.bytes).next_multiple_of(64)
+fn whole_bytes((m, n, _): Size, most: Most) -> usize {
+    m.saturating_mul(n).saturating_mul(4).min(most.bytes).next_multiple_of(64)
 }
 
 /// Bytes of the sums of a block.
-fn sums_bytes(out: usize, most: Most) -> usize {
-    (out * 4).min(CHUNK * most.lanes * 4).next_multiple_of(64)
+fn sums_bytes((m, n, _): Size, most: Most) -> usize {
+    m.saturating_mul(n).min(CHUNK * most.lanes).saturating_mul(4).next_multiple_of(64)
 }
 
 /// What becomes of sums, block by block, as soon as they are whole.
@@ -172,7 +177,7 @@ pub(super) struct Product<'a, T, O> {
     /// Who works on it; nobody else if none.
     pub(super) threads: Option<&'a Threads>,
     /// Rows `m`, columns `n`, and elements `k` of a sum.
-    pub(super) size: (usize, usize, usize),
+    pub(super) size: Size,
     pub(super) left: Matrix<T>,
     pub(super) right: Matrix<T>,
     pub(super) out: Matrix<O>,
@@ -296,7 +301,7 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
     /// As for [`Product::run`].
     unsafe fn run(&self) {
         let Product { size: (m, n, k), accumulate, finish, scratch, out, .. } = self.product;
-        let (bytes, units) = (whole_bytes(m * n, self.most), k.div_ceil(self.micro.depth));
+        let (bytes, units) = (whole_bytes(self.product.size, self.most), k.div_ceil(self.micro.depth));
         // A long sum of few results is cheaper with all sums in the workspace.
         if !self.direct() && bytes >= m * n * 4 && self.shared.lanes * units * 4 > self.most.bytes {
             let sums = Matrix { at: Ptr(scratch.0.cast::<f32>()), row: n, column: 1 };
@@ -422,7 +427,7 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
         let direct = self.direct();
         let packed_shared = block.len() * self.shared.width * k.div_ceil(depth) * 4;
         let packed_chunk = (chunk * self.own.width * units * 4).next_multiple_of(64);
-        let sums = if direct { 0 } else { sums_bytes(m * n, self.most) };
+        let sums = if direct { 0 } else { sums_bytes(self.product.size, self.most) };
         // SAFETY: the workspace holds the shared panels, and then per part a chunk and its sums.
         let (mine, temporary): (Ptr<u32>, Ptr<f32>) = unsafe {
             let at = packed_shared.next_multiple_of(64) + part * (packed_chunk + sums);
@@ -468,7 +473,9 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
                             let size =
                                 (micro.rows.min(rows.1 - rows.0 - i), micro.columns.min(columns.1 - columns.0 - j));
                             let to = target.0.add(i * target.1 + j).0;
-                            (micro.tile)(units, left.0, right.0, to, target.1, size, add);
+                            // Together, the tiles of a shared panel fetch the next.
+                            let ahead = shared.0.wrapping_add(panel_shared + o * units.div_ceil(AHEAD) * LINE);
+                            (micro.tile)(units, [left.0, right.0, ahead], to, target.1, size, add);
                         }
                     }
                     if self.columns && at + k == all {

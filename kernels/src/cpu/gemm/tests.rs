@@ -57,8 +57,8 @@ fn run<T: Element, O: Element>(case: Case, micro: &Micro<T>, threads: Option<usi
     let mut c: Vec<O> = random(out.strides(m, n).2, 3);
     let pool = threads.map(Threads::new);
     let bytes = match threads {
-        Some(threads) => workspace(m * k, k * n, m * n, threads),
-        None => workspace_alone(m * k, k * n, m * n),
+        Some(threads) => workspace(case.size, threads),
+        None => workspace_alone(case.size),
     };
     // What is behind the workspace must not change; what is in it may be anything.
     let mut scratch = vec![[0xFFu8; 64]; bytes / 64 + 2];
@@ -208,7 +208,7 @@ fn special_numbers_of_bf16() {
         ] {
             let (mut a, mut b, mut c) = ([bf16::ZERO; 5], [bf16::ONE; 5], [7.0f32]);
             (a[3], b[3]) = (special, other);
-            let mut scratch = vec![[0u8; 64]; workspace_alone(5, 5, 1) / 64 + 1];
+            let mut scratch = vec![[0u8; 64]; workspace_alone((1, 1, 5)) / 64 + 1];
             let at: *mut u8 = scratch.as_mut_ptr().cast();
             let matrix = |at: *mut bf16, row, column| Matrix { at: Ptr(at), row, column };
             let product = Product {
@@ -236,7 +236,7 @@ fn check_finished<T: Element>(size: (usize, usize, usize), micro: &Micro<T>) {
     let mut whole = Vec::new();
     for (threads, apart) in [(1, None), (1, Some(false)), (2, Some(false)), (3, Some(true)), (1, Some(true))] {
         let (mut c, mut taken) = (vec![0.0f32; m * n], vec![0.0f32; m * n]);
-        let mut scratch = vec![[0xFFu8; 64]; workspace(m * k, k * n, m * n, threads) / 64 + 2];
+        let mut scratch = vec![[0xFFu8; 64]; workspace(size, threads) / 64 + 2];
         let at: *mut u8 = scratch.as_mut_ptr().cast();
         let to = Ptr(taken.as_mut_ptr());
         let take = |thread: usize, sums: Ptr<f32>, stride: usize, rows: Range<usize>, columns: Range<usize>| {

@@ -11,9 +11,15 @@ use super::pack::{self, Pair, Panel, Unit, Wide};
 
 /// Sums of one tile: `out[i, j] (+)= sum over units of left[unit, i] * right[unit, j]`, of panels, in registers.
 ///
-/// Arguments: units; both panels; the first result and the stride of rows, in elements; rows and columns that the result
+/// Arguments: units; both panels, and what a later tile reads, of which a line of the cache per [`AHEAD`] units is asked
+/// for, and which may be nobody's; the first result and the stride of rows, in elements; rows and columns that the result
 /// has, at most those of the tile; whether sums are added to what is there.
-pub(in crate::cpu) type Tile = unsafe fn(usize, *const u32, *const u32, *mut f32, usize, (usize, usize), bool);
+pub(in crate::cpu) type Tile = unsafe fn(usize, [*const u32; 3], *mut f32, usize, (usize, usize), bool);
+
+/// Units in which a tile asks for a line of the cache.
+pub(super) const AHEAD: usize = 8;
+/// Units of a panel in a line of the cache.
+pub(super) const LINE: usize = 16;
 
 /// Packs a panel into so many units as it has lanes times units along `k`.
 pub(in crate::cpu) type Pack<T> = unsafe fn(Panel<T>, *mut u32);

@@ -9,8 +9,7 @@ pub(super) const COLUMNS: usize = 8;
 /// The panels have so many units, and the result so many rows and columns.
 pub(super) unsafe fn tile(
     units: usize,
-    left: *const u32,
-    right: *const u32,
+    [left, right, _]: [*const u32; 3],
     out: *mut f32,
     stride: usize,
     (rows, columns): (usize, usize),

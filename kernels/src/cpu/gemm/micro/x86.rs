@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::*;
 
+use super::{AHEAD, LINE};
+
 /// With two registers per row, 28 of the 32 hold sums: more than the FMA units have under way.
 pub(super) const ROWS: usize = 14;
 pub(super) const COLUMNS: usize = 32;
@@ -17,8 +19,7 @@ pub(super) const AVX2_COLUMNS: usize = 16;
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn avx512(
     units: usize,
-    left: *const u32,
-    right: *const u32,
+    [left, right, ahead]: [*const u32; 3],
     out: *mut f32,
     stride: usize,
     size: (usize, usize),
@@ -27,6 +28,9 @@ pub(super) unsafe fn avx512(
     fetch(out, stride);
     let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
     for unit in 0..units {
+        if unit % AHEAD == 0 {
+            fetch_later(ahead.wrapping_add(unit / AHEAD * LINE));
+        }
         // SAFETY: the caller's.
         unsafe {
             let (left, right) = (left.add(unit * ROWS).cast::<f32>(), right.add(unit * COLUMNS).cast::<f32>());
@@ -49,8 +53,7 @@ pub(super) unsafe fn avx512(
 #[target_feature(enable = "avx512f,avx512bf16")]
 pub(super) unsafe fn avx512_bf16(
     units: usize,
-    left: *const u32,
-    right: *const u32,
+    [left, right, ahead]: [*const u32; 3],
     out: *mut f32,
     stride: usize,
     size: (usize, usize),
@@ -59,6 +62,9 @@ pub(super) unsafe fn avx512_bf16(
     fetch(out, stride);
     let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
     for unit in 0..units {
+        if unit % AHEAD == 0 {
+            fetch_later(ahead.wrapping_add(unit / AHEAD * LINE));
+        }
         // SAFETY: the caller's.
         unsafe {
             let (left, right) = (left.add(unit * ROWS), right.add(unit * COLUMNS));
@@ -84,6 +90,13 @@ fn fetch(out: *const f32, stride: usize) {
             _mm_prefetch::<_MM_HINT_T0>(out.wrapping_add(i * stride + 16).cast());
         }
     }
+}
+
+/// Asks for a line in the second-level cache.
+#[inline(always)]
+fn fetch_later(at: *const u32) {
+    // SAFETY: a prefetch reads nothing.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
 }
 
 /// # Safety
@@ -147,8 +160,7 @@ fn pairs(bits: __m512i) -> __m512bh {
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn avx2(
     units: usize,
-    left: *const u32,
-    right: *const u32,
+    [left, right, _]: [*const u32; 3],
     out: *mut f32,
     stride: usize,
     (rows, columns): (usize, usize),
