@@ -108,6 +108,12 @@ fn three_threads_of_the_cpu_give_the_references() {
     check(On::Cpu(3));
 }
 
+#[cfg(feature = "wgpu")]
+#[test]
+fn a_gpu_gives_the_references() {
+    check(On::Wgpu);
+}
+
 /// D1: in how many parts an optimizer batch is computed changes no number. Its rows have 17 to 50 tokens, so a mean of
 /// means would be another number.
 #[test]
