@@ -164,8 +164,7 @@ pub mod gpu {
 
     fn missing(name: DeviceName) -> Diag {
         let name = if name == DeviceName::Cuda { "cuda" } else { "wgpu" };
-        Diag::error(format!("this dsgc was built without the device `{name}`")).help(format!(
-            "build it with `cargo build --release --features {name}`, or write `--device cpu`"
-        ))
+        Diag::error(format!("this dsgc was built without the device `{name}`"))
+            .help(format!("build it with `cargo build --release --features {name}`, or write `--device cpu`"))
     }
 }

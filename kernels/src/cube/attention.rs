@@ -152,7 +152,7 @@ fn forward(
     if comptime!(plan.causal) {
         end = query + 1u32;
     }
-    let blocks = (end + TOGETHER - 1u32) / TOGETHER;
+    let blocks = end.div_ceil(TOGETHER);
     for block in 0..blocks {
         let key = block * TOGETHER + UNIT_POS;
         let mut own = LOWEST.runtime();
@@ -239,7 +239,7 @@ fn of_queries(
     if comptime!(plan.causal) {
         end = query + 1u32;
     }
-    let blocks = (end + TOGETHER - 1u32) / TOGETHER;
+    let blocks = end.div_ceil(TOGETHER);
     for block in 0..blocks {
         let key = block * TOGETHER + UNIT_POS;
         let mut ds = 0.0f32;
@@ -317,7 +317,7 @@ fn of_keys(
     if comptime!(plan.causal) {
         begin = key / TOGETHER;
     }
-    let blocks = (sizes.columns + TOGETHER - 1u32) / TOGETHER;
+    let blocks = sizes.columns.div_ceil(TOGETHER);
     for other in 0..group {
         let h = shared * group + other;
         for block in begin..blocks {

@@ -138,7 +138,8 @@ fn product(
 
 /// The product of two operands, into a result.
 pub(super) fn run<R: Runtime>(l: &Launch<R>, spec: &str, operands: [usize; 2], result: usize) {
-    let values = [l.op.args[operands[0]], l.op.args[operands[1]], l.op.results().nth(result).expect("it has this result")];
+    let values =
+        [l.op.args[operands[0]], l.op.args[operands[1]], l.op.results().nth(result).expect("it has this result")];
     let tensors = values.map(|value| (l.buffer(value), l.shape(value)));
     multiply(l, spec, tensors, false);
 }
@@ -163,8 +164,7 @@ pub(super) fn multiply<R: Runtime>(l: &Launch<R>, spec: &str, tensors: [(Buffer,
         };
         joined(&extents, &[along(0), along(1), along(2)])
     };
-    let (in_left, in_right, in_out) =
-        (|x| place(0, x).is_some(), |x| place(1, x).is_some(), |x| place(2, x).is_some());
+    let (in_left, in_right, in_out) = (|x| place(0, x).is_some(), |x| place(1, x).is_some(), |x| place(2, x).is_some());
     let groups = [
         group(2, &|x| in_left(x) && in_right(x)),
         group(2, &|x| in_left(x) && !in_right(x)),
@@ -178,7 +178,8 @@ pub(super) fn multiply<R: Runtime>(l: &Launch<R>, spec: &str, tensors: [(Buffer,
         summed: groups[3].0.len(),
     };
     let [batch, rows, columns, summed] = [0, 1, 2, 3].map(|i| groups[i].0.iter().product::<usize>());
-    let given: Vec<usize> = groups.iter().flat_map(|(extents, all)| [&[extents.clone()], &all[..]].concat().concat()).collect();
+    let given: Vec<usize> =
+        groups.iter().flat_map(|(extents, all)| [std::slice::from_ref(extents), &all[..]].concat().concat()).collect();
     let cube = CubeDim::new_2d(SIDE as u32, SIDE as u32);
     for first in (0..batch).step_by(MOST_CUBES) {
         let count = [columns.div_ceil(TILE), rows.div_ceil(TILE), (batch - first).min(MOST_CUBES)].map(|n| n as u32);

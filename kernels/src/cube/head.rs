@@ -35,9 +35,8 @@ pub(super) fn run<R: Runtime>(l: &Launch<R>) {
     let block = rows(n, width);
     for first in (0..n).step_by(block) {
         let count = block.min(n - first);
-        let part = |of: Buffer, each: usize| {
-            Buffer { offset: of.offset + first * each * 4, bytes: count * each * 4, ..of }
-        };
+        let part =
+            |of: Buffer, each: usize| Buffer { offset: of.offset + first * each * 4, bytes: count * each * 4, ..of };
         let logits = Buffer { bytes: count * width * 4, ..l.scratch() };
         let matrix = |of: Buffer, columns: usize| (of, vec![count, columns]);
         let x = part(operands[0], depth);

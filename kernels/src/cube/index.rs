@@ -34,11 +34,7 @@ pub(super) fn offset(
 /// An element as a word: four bytes, or one of truth values.
 #[cube]
 pub(super) fn element(from: &Array<u32>, at: u32, #[comptime] bytes: bool) -> u32 {
-    if comptime!(bytes) {
-        (from[(at / 4u32) as usize] >> (at % 4u32 * 8u32)) & 255u32
-    } else {
-        from[at as usize]
-    }
+    if comptime!(bytes) { (from[(at / 4u32) as usize] >> (at % 4u32 * 8u32)) & 255u32 } else { from[at as usize] }
 }
 
 /// Strides of a dense tensor, in elements.

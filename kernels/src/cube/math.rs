@@ -152,7 +152,7 @@ pub(super) fn gelu(x: f32) -> f32 {
 /// GELU by `tanh`: `x / 2 (1 + tanh u)` is `x sigmoid(2u)`, with `u = sqrt(2 / pi) (x + 0.044715 x^3)`.
 #[cube]
 pub(super) fn gelu_tanh(x: f32) -> f32 {
-    let u = 1.595_769_1f32 * fma(0.044_715f32 * x * x, x, x);
+    let u = 1.595_769_f32 * fma(0.044_715f32 * x * x, x, x);
     x / (1.0f32 + exp(-u))
 }
 
@@ -160,10 +160,12 @@ pub(super) fn gelu_tanh(x: f32) -> f32 {
 #[cube]
 pub(super) fn pow(x: f32, y: f32) -> f32 {
     let size = x.abs();
-    let magnitude = select(y == 0.0f32, 1.0f32, select(y == 2.0f32, x * x, select(y == 1.0f32, size, exp(y * log(size)))));
+    let magnitude =
+        select(y == 0.0f32, 1.0f32, select(y == 2.0f32, x * x, select(y == 1.0f32, size, exp(y * log(size)))));
     let whole = y.floor() == y;
     let odd = whole && (y * 0.5f32).floor() * 2.0f32 != y;
-    let negative = select(whole || y == 0.0f32, select(odd, -magnitude, magnitude), f32::reinterpret(0x7fc0_0000u32.runtime()));
+    let negative =
+        select(whole || y == 0.0f32, select(odd, -magnitude, magnitude), f32::reinterpret(0x7fc0_0000u32.runtime()));
     select(x < 0.0f32, negative, magnitude)
 }
 
@@ -222,7 +224,8 @@ pub(super) fn turned(position: u32, frequency: f32) -> (f32, f32) {
     let low = f32::cast_from(size & 0x0000_0fffu32);
     let first = f32::reinterpret(u32::reinterpret(frequency) & 0xffff_f000u32);
     let second = frequency - first;
-    let angle = (less_turns(high * first) + less_turns(low * first)) + (less_turns(high * second) + less_turns(low * second));
+    let angle =
+        (less_turns(high * first) + less_turns(low * first)) + (less_turns(high * second) + less_turns(low * second));
     let (sin, cos) = sin_cos(less_turns(angle));
     (select(backwards, -sin, sin), cos)
 }

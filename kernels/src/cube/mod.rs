@@ -79,7 +79,8 @@ impl<R: Runtime> Cube<R> {
             Ok(n) => format!("found {what} {found}, expected one of 0 to {} ({n} rows)", n - 1),
             Err(_) => format!("found {what} {found}, expected one of 0 to {rows} - 1"),
         };
-        let place = |len: &Dim, axis: usize| format!("found place {found} for {len} of {} places", dims(op.args[0])[axis]);
+        let place =
+            |len: &Dim, axis: usize| format!("found place {found} for {len} of {} places", dims(op.args[0])[axis]);
         let why = match &op.op {
             Op::Embed {} | Op::AddRows {} => outside("index", &dims(op.args[0])[0]),
             Op::EmbedGrad { rows } => outside("index", rows),

@@ -79,9 +79,8 @@ pub fn present(platform: Platform) -> Result<(), Diag> {
 
 fn not_built(platform: Platform) -> Diag {
     let name = platform.name();
-    Diag::error(format!("this dsgc was built without the device `{name}`")).help(format!(
-        "build it with `cargo build --release --features {name}`, or write `--device cpu`"
-    ))
+    Diag::error(format!("this dsgc was built without the device `{name}`"))
+        .help(format!("build it with `cargo build --release --features {name}`, or write `--device cpu`"))
 }
 
 fn description<R: cubecl::Runtime>(platform: Platform, client: &cubecl::client::ComputeClient<R>) -> Description {
@@ -101,14 +100,22 @@ fn description<R: cubecl::Runtime>(platform: Platform, client: &cubecl::client::
 
 #[cfg(feature = "wgpu")]
 mod wgpu {
+    use std::sync::OnceLock;
+
     use cubecl::Runtime;
     use cubecl::client::ComputeClient;
-    use cubecl::device::Device;
+    use cubecl::device::{Device, DeviceId};
     use cubecl::wgpu::{AutoGraphicsApi, GraphicsApi, WgpuDevice, WgpuRuntime};
     use dsgc_ir::diag::Diag;
 
+    /// All devices; asked for once, as drivers write to standard error when they are.
+    fn devices() -> &'static [DeviceId] {
+        static ALL: OnceLock<Vec<DeviceId>> = OnceLock::new();
+        ALL.get_or_init(|| WgpuRuntime::enumerate_all_devices(&AutoGraphicsApi::backend()))
+    }
+
     pub(super) fn present() -> Result<(), Diag> {
-        if WgpuRuntime::enumerate_all_devices(&AutoGraphicsApi::backend()).is_empty() {
+        if devices().is_empty() {
             let help = "install the GPU's Vulkan driver (or `mesa-vulkan-drivers`, which computes on the CPU), or write \
                         `--device cpu`";
             return Err(Diag::error("the device `wgpu` finds no Vulkan adapter on this machine").help(help));
@@ -118,8 +125,9 @@ mod wgpu {
 
     /// Whether there is a GPU, with memory of its own or without.
     pub(super) fn has_hardware() -> bool {
-        let all = WgpuRuntime::enumerate_all_devices(&AutoGraphicsApi::backend());
-        all.iter().any(|id| matches!(WgpuDevice::from_id(*id), WgpuDevice::DiscreteGpu(_) | WgpuDevice::IntegratedGpu(_)))
+        devices()
+            .iter()
+            .any(|id| matches!(WgpuDevice::from_id(*id), WgpuDevice::DiscreteGpu(_) | WgpuDevice::IntegratedGpu(_)))
     }
 
     pub(super) fn client() -> ComputeClient<WgpuRuntime> {

@@ -252,7 +252,18 @@ pub(super) fn run<R: Runtime>(l: &Launch<R>, axes: &[usize]) {
             alone::launch_unchecked::<R>(l.client, cubes, cube, from, to, given, results_, terms_, start, plan);
         } else {
             let cube = CubeDim::new_1d(TOGETHER);
-            by_cubes::launch_unchecked::<R>(l.client, cubes(results), cube, from, to, given, results_, terms_, start, plan);
+            by_cubes::launch_unchecked::<R>(
+                l.client,
+                cubes(results),
+                cube,
+                from,
+                to,
+                given,
+                results_,
+                terms_,
+                start,
+                plan,
+            );
         }
     }
 }

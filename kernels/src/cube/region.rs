@@ -285,7 +285,8 @@ fn number(dtype: DType) -> Number {
 fn lower(op: &Op, args: &[usize], types: &[DType]) -> Step {
     let float = |f| Step::Float(f, args[0]);
     let is_float = types.first() == Some(&DType::F32);
-    let pair = |which| if is_float { Step::Floats(which, args[0], args[1]) } else { Step::Ints(which, args[0], args[1]) };
+    let pair =
+        |which| if is_float { Step::Floats(which, args[0], args[1]) } else { Step::Ints(which, args[0], args[1]) };
     let compare = |which| {
         let make = if is_float { Step::CompareFloats } else { Step::CompareInts };
         make(which, args[0], args[1])
@@ -327,9 +328,9 @@ fn lower(op: &Op, args: &[usize], types: &[DType]) -> Step {
             (Number::Float, Number::Truth) => Step::TruthOfFloat(args[0]),
             (Number::Int, Number::Truth) => Step::TruthOfInt(args[0]),
             (Number::Int | Number::Truth, Number::Float) => Step::FloatOfInt(args[0]),
-            (Number::Float, Number::Float) | (Number::Int | Number::Truth, Number::Int) | (Number::Truth, Number::Truth) => {
-                Step::Same(args[0])
-            }
+            (Number::Float, Number::Float)
+            | (Number::Int | Number::Truth, Number::Int)
+            | (Number::Truth, Number::Truth) => Step::Same(args[0]),
         },
         other => panic!("bug: `{}` is no step of a region", other.name()),
     }

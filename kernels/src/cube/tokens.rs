@@ -174,7 +174,7 @@ fn choose(
 ) {
     let row = min(CUBE_POS as u32, count - 1u32);
     let start = row * width;
-    let run = (width + TOGETHER - 1u32) / TOGETHER;
+    let run = width.div_ceil(TOGETHER);
     let from = UNIT_POS * run;
     let to = min(width, from + run);
     let mut most = f32::reinterpret(0xff80_0000u32.runtime());
