@@ -108,6 +108,33 @@ fn three_threads_of_the_cpu_give_the_references() {
     check(On::Cpu(3));
 }
 
+#[cfg(feature = "wgpu")]
+#[test]
+fn a_gpu_gives_the_references() {
+    check(On::Wgpu);
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn stages_of_opt_on_a_gpu() {
+    check_stages("opt", On::Wgpu);
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn stages_of_llama_on_a_gpu() {
+    check_stages("llma", On::Wgpu);
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn decoding_on_a_gpu_is_the_full_forward() {
+    for family in ["opt", "llma"] {
+        let worst = of(family).decoding(On::Wgpu).unwrap_or_else(|e| panic!("{family}: {e}"));
+        assert!(worst < 1e-5, "{family}: logits differ by {worst:.1e}");
+    }
+}
+
 /// D1: in how many parts an optimizer batch is computed changes no number. Its rows have 17 to 50 tokens, so a mean of
 /// means would be another number.
 #[test]

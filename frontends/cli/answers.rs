@@ -60,9 +60,10 @@ impl SamplingArgs {
         let mut program = model.generation(length, most, sampling)?;
         program.stage.seed = self.seed;
         self.weights.set(&mut program);
-        let target = self.device.target();
+        let chosen = self.device.chosen();
+        let target = chosen.target()?;
         let planned = dsgc_passes::compile(program, &PassContext::new(target.as_ref()), &mut |_| {})?;
-        let mut device = self.device.open(planned.clone())?;
+        let mut device = chosen.open(planned.clone())?;
         if profiled {
             profile::begin(device.as_mut())?;
         }

@@ -10,6 +10,7 @@ use dsgc_kernels::cpu::{Cpu, CpuTarget};
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_yaml::load;
 
+use crate::console::note;
 use crate::report::size;
 
 /// A device to compile for and run on.
@@ -17,6 +18,12 @@ use crate::report::size;
 pub enum DeviceName {
     /// All cores of this machine.
     Cpu,
+    /// A GPU through Vulkan.
+    Wgpu,
+    /// An NVIDIA GPU.
+    Cuda,
+    /// The best that this machine has of these three.
+    Auto,
     /// The interpreter in single precision: slow, and what every device is tested against.
     Interp,
     /// The interpreter in double precision.
@@ -27,22 +34,38 @@ impl From<load::Device> for DeviceName {
     fn from(device: load::Device) -> DeviceName {
         match device {
             load::Device::Cpu => DeviceName::Cpu,
+            load::Device::Wgpu => DeviceName::Wgpu,
+            load::Device::Cuda => DeviceName::Cuda,
             load::Device::Interp => DeviceName::Interp,
         }
     }
 }
 
 impl DeviceName {
-    /// What passes must know of it.
-    pub fn target(self) -> Box<dyn Target> {
-        match self {
-            DeviceName::Cpu => Box::new(CpuTarget { threads: threads() }),
-            DeviceName::Interp | DeviceName::InterpF64 => Box::new(InterpTarget),
+    /// The device that it names, which is another where the choice is this program's; it says which.
+    pub fn chosen(self) -> DeviceName {
+        if self != DeviceName::Auto {
+            return self;
         }
+        let best = gpu::best().unwrap_or(DeviceName::Cpu);
+        note(format_args!("the device is `{}`", best.to_possible_value().expect("it has a name").get_name()));
+        best
+    }
+
+    /// What passes must know of it; an error where this program was built without it.
+    pub fn target(self) -> Result<Box<dyn Target>, Diag> {
+        Ok(match self {
+            DeviceName::Cpu | DeviceName::Auto => Box::new(CpuTarget { threads: threads() }),
+            DeviceName::Interp | DeviceName::InterpF64 => Box::new(InterpTarget),
+            DeviceName::Wgpu | DeviceName::Cuda => return gpu::target(self),
+        })
     }
 
     /// The device, with a planned program in it; an error where this machine does not give it the memory.
     pub fn open(self, planned: Planned) -> Result<Box<dyn Device>, Diag> {
+        if let DeviceName::Wgpu | DeviceName::Cuda = self {
+            return gpu::open(self, planned);
+        }
         let bytes = planned.arena.total();
         // An allocation that fails within the device would end the program; the box keeps this trial from being
         // optimised away.
@@ -55,9 +78,9 @@ impl DeviceName {
         }
         drop(trial);
         Ok(match self {
-            DeviceName::Cpu => Box::new(Cpu::new(planned, threads())),
             DeviceName::Interp => Box::new(Interp::planned(planned, Precision::F32)),
             DeviceName::InterpF64 => Box::new(Interp::planned(planned, Precision::F64)),
+            _ => Box::new(Cpu::new(planned, threads())),
         })
     }
 }
@@ -65,4 +88,83 @@ impl DeviceName {
 /// A thread per core that this process may use.
 pub fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
+/// GPUs, where this program was built with them.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub mod gpu {
+    use dsgc_ir::diag::Diag;
+    use dsgc_ir::{Planned, Target};
+    use dsgc_kernels::Device;
+    use dsgc_kernels::cube::{self, CubeTarget, Platform};
+
+    use super::DeviceName;
+
+    /// All platforms, the best first.
+    pub const PLATFORMS: [(DeviceName, Platform); 2] =
+        [(DeviceName::Cuda, Platform::Cuda), (DeviceName::Wgpu, Platform::Wgpu)];
+
+    fn platform(name: DeviceName) -> Platform {
+        if name == DeviceName::Cuda { Platform::Cuda } else { Platform::Wgpu }
+    }
+
+    pub(super) fn best() -> Option<DeviceName> {
+        PLATFORMS.into_iter().find(|(_, platform)| cube::has_hardware(*platform)).map(|(name, _)| name)
+    }
+
+    pub(super) fn target(name: DeviceName) -> Result<Box<dyn Target>, Diag> {
+        let platform = platform(name);
+        cube::built(platform)?;
+        Ok(Box::new(CubeTarget { platform }))
+    }
+
+    pub(super) fn open(name: DeviceName, planned: Planned) -> Result<Box<dyn Device>, Diag> {
+        cube::open(platform(name), planned)
+    }
+
+    /// A line for each platform: what is there, or why nothing is.
+    pub fn lines() -> Vec<String> {
+        let line = |(_, platform): (DeviceName, Platform)| match cube::describe(platform) {
+            Ok(found) => {
+                let features = if found.features.is_empty() { "none".into() } else { found.features.join(", ") };
+                let memory = crate::report::size(found.memory as usize);
+                format!("{}: {memory} at once, features beyond f32: {features}", platform.name())
+            }
+            Err(why) => format!("{}: not here, {}", platform.name(), why.message),
+        };
+        PLATFORMS.into_iter().map(line).collect()
+    }
+}
+
+/// GPUs, where this program was built without them.
+#[cfg(not(any(feature = "wgpu", feature = "cuda")))]
+pub mod gpu {
+    use dsgc_ir::diag::Diag;
+    use dsgc_ir::{Planned, Target};
+    use dsgc_kernels::Device;
+
+    use super::DeviceName;
+
+    pub(super) fn best() -> Option<DeviceName> {
+        None
+    }
+
+    pub(super) fn target(name: DeviceName) -> Result<Box<dyn Target>, Diag> {
+        Err(missing(name))
+    }
+
+    pub(super) fn open(name: DeviceName, _: Planned) -> Result<Box<dyn Device>, Diag> {
+        Err(missing(name))
+    }
+
+    /// A line for each platform: why nothing is there.
+    pub fn lines() -> Vec<String> {
+        [DeviceName::Cuda, DeviceName::Wgpu].map(|name| missing(name).message).into()
+    }
+
+    fn missing(name: DeviceName) -> Diag {
+        let name = if name == DeviceName::Cuda { "cuda" } else { "wgpu" };
+        Diag::error(format!("this dsgc was built without the device `{name}`"))
+            .help(format!("build it with `cargo build --release --features {name}`, or write `--device cpu`"))
+    }
 }

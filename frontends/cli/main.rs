@@ -19,7 +19,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{bench, chat, check, compile, generate, library, opt, run, score};
+use commands::{bench, chat, check, compile, doctor, generate, library, opt, run, score};
 
 /// A compiler for training pipelines: YAML graphs to planned programs.
 #[derive(Parser)]
@@ -47,6 +47,8 @@ enum Command {
     Opt(opt::Args),
     /// Look into the standard library.
     Std(library::Args),
+    /// List the devices of this machine.
+    Doctor(doctor::Args),
     /// Measure kernels against the limits of this machine.
     Bench(bench::Args),
 }
@@ -70,6 +72,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(&args),
         Command::Opt(args) => opt::run(&args),
         Command::Std(args) => library::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     match done {

@@ -8,6 +8,8 @@ use dsgc_ir::diag::Diag;
 use dsgc_ir::{Bindings, Graph, StateId, Tensor};
 
 pub mod cpu;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub mod cube;
 pub mod interp;
 mod profile;
 pub mod random;

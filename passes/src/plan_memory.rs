@@ -41,7 +41,7 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     if !large.is_empty() {
         return Err(large);
     }
-    let missing: Vec<Diag> = program.graphs.iter().flat_map(|g| missing_kernels(g, target)).collect();
+    let missing = missing_kernels(&program, target);
     if !missing.is_empty() {
         return Err(missing);
     }
@@ -131,9 +131,9 @@ pub(crate) fn too_large(graph: &Graph) -> Option<Diag> {
 }
 
 /// One message per op and operand types for which the device has no kernel.
-fn missing_kernels(graph: &Graph, target: &dyn Target) -> Vec<Diag> {
+fn missing_kernels(program: &Program, target: &dyn Target) -> Vec<Diag> {
     let mut all: Vec<Diag> = Vec::new();
-    for (_, op) in graph.ops() {
+    for (graph, op) in program.graphs.iter().flat_map(|graph| graph.ops().map(move |(_, op)| (graph, op))) {
         if let Some(why) = target.missing_kernel(&op.op, &types(graph, &op.args)) {
             let diag = Diag::error(format!("{} has no kernel for `{}`: {why}", target.name(), op.op.name()));
             if !all.iter().any(|d| d.message == diag.message) {

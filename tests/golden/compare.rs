@@ -30,6 +30,8 @@ use dsgc_ir::stage::{Operands, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::{Bindings, Planned, Program, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
+#[cfg(feature = "wgpu")]
+use dsgc_kernels::cube::{CubeTarget, Platform, open};
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_passes::PassContext;
 use dsgc_runtime::calls::{self, Named, Parts};
@@ -50,6 +52,9 @@ pub enum On {
     Doubles,
     /// The CPU with so many threads.
     Cpu(usize),
+    /// A GPU through Vulkan, or what Vulkan gives for one.
+    #[cfg(feature = "wgpu")]
+    Wgpu,
 }
 
 impl On {
@@ -58,6 +63,8 @@ impl On {
         match self {
             On::Doubles => 1e-8,
             On::Cpu(_) => 1e-4,
+            #[cfg(feature = "wgpu")]
+            On::Wgpu => 1e-4,
         }
     }
 
@@ -67,11 +74,15 @@ impl On {
         let planned = match self {
             On::Doubles => compile(&InterpTarget),
             On::Cpu(threads) => compile(&CpuTarget { threads }),
+            #[cfg(feature = "wgpu")]
+            On::Wgpu => compile(&CubeTarget { platform: Platform::Wgpu }),
         };
         let planned = planned.unwrap_or_else(|e| panic!("{}", e.iter().map(|d| d.to_string()).collect::<String>()));
         let device: Box<dyn Device> = match self {
             On::Doubles => Box::new(Interp::planned(planned.clone(), Precision::F64)),
             On::Cpu(threads) => Box::new(Cpu::new(planned.clone(), threads)),
+            #[cfg(feature = "wgpu")]
+            On::Wgpu => open(Platform::Wgpu, planned.clone()).unwrap_or_else(|e| panic!("{}", e.message)),
         };
         (planned, device)
     }

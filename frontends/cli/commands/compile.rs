@@ -38,7 +38,7 @@ pub fn run(args: &Args) -> Done {
         return Err(Diag::error("found `--json` with `--emit ir`, which has a text form only").into());
     }
     let (loaded, device) = args.pipeline.open()?;
-    let target = device.target();
+    let target = device.target()?;
     let mut all = Vec::new();
     for program in &loaded.stages {
         let (mut passes, mut changes) = (Vec::<PassReport>::new(), Vec::new());

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod chat;
 pub mod check;
 pub mod compile;
+pub mod doctor;
 pub mod generate;
 pub mod library;
 pub mod opt;
@@ -49,7 +50,7 @@ impl PipelineArgs {
     fn open_as(&self, options: Options) -> Result<(Loaded, DeviceName), Failure> {
         let loaded = load(&self.file, &options, &Disk)?;
         show(&loaded.warnings, &loaded.sources);
-        let device = self.device.unwrap_or(loaded.device.into());
+        let device = self.device.unwrap_or(loaded.device.into()).chosen();
         Ok((loaded, device))
     }
 }
@@ -62,7 +63,7 @@ fn plan(
     explain: bool,
     observe: Observer,
 ) -> Result<Planned, Failure> {
-    let target = device.target();
+    let target = device.target()?;
     let mut context = PassContext::new(target.as_ref());
     context.explain = explain;
     dsgc_passes::compile(program.clone(), &context, observe).map_err(|e| Failure::new(e, &loaded.sources))

@@ -74,10 +74,11 @@ pub fn run(args: &Args) -> Done {
     let length = texts.iter().map(|t| t.tokens.len()).max().unwrap_or(0).max(2);
     let mut program = FolderModel::open(&args.model, &Disk)?.score(1, length)?;
     args.weights.set(&mut program);
-    let target = args.device.target();
+    let chosen = args.device.chosen();
+    let target = chosen.target()?;
     let context = PassContext::new(target.as_ref());
     let planned = dsgc_passes::compile(program, &context, &mut |_| {})?;
-    let mut scorer = Scorer::open(planned.clone(), args.device.open(planned)?, &args.model)?;
+    let mut scorer = Scorer::open(planned.clone(), chosen.open(planned)?, &args.model)?;
     let wrong: Vec<Diag> = texts.iter().filter_map(|t| Some(scorer.check(&t.tokens).err()?.label(t.at, ""))).collect();
     if !wrong.is_empty() {
         return Err(fail(wrong));

@@ -5,8 +5,8 @@
 use dsgc_ir::op::Class;
 use dsgc_ir::{Arena, Bindings, Buffer, Level, Op, Program, Region, Type};
 
-/// Bytes to which offsets are aligned: a cache line, enough for every device.
-const ALIGNMENT: usize = 64;
+/// Bytes to which offsets are aligned: what GPUs may ask for, enough for every device.
+const ALIGNMENT: usize = 256;
 
 /// Gives every value and state of a logical program a place of its own, and no workspace. Reads lie at their states,
 /// views at their operands, as the verifier wants.

@@ -39,11 +39,17 @@ pub fn numbers(tensor: &Tensor) -> Vec<f64> {
 
 /// Runs `@g` on numbers for its inputs in one mode.
 pub fn run(mut interp: Interp, given: &[&[f64]]) -> Result<Vec<Tensor>, String> {
-    let graph = interp.program().graph("g").expect("the graph is called g").clone();
+    let program = interp.program().clone();
+    run_on(&mut interp, &program, given)
+}
+
+/// Runs `@g` of a device's program on numbers for its inputs.
+pub fn run_on(device: &mut dyn Device, program: &Program, given: &[&[f64]]) -> Result<Vec<Tensor>, String> {
+    let graph = program.graph("g").expect("the graph is called g");
     let named: Vec<(&str, Tensor)> =
         graph.inputs().zip(given).map(|(v, x)| (graph.name_of(v), tensor(graph.ty(v), x))).collect();
     let named: Vec<(&str, &Tensor)> = named.iter().map(|(n, t)| (*n, t)).collect();
-    Ok(interp.run("g", &named).map_err(|e| e.message)?.into_iter().map(|(_, t)| t).collect())
+    Ok(device.run("g", &named).map_err(|e| e.message)?.into_iter().map(|(_, t)| t).collect())
 }
 
 /// A session in every mode, with the tolerance of its width.
@@ -64,7 +70,11 @@ pub fn plan(program: &Program, threads: usize) -> Planned {
 
 /// The plan, or why such a plan cannot be: where the old value of a state is used after a write, it needs a copy.
 pub fn try_plan(program: &Program, threads: usize) -> Result<Planned, Fault> {
-    let target = CpuTarget { threads };
+    plan_for(program, &CpuTarget { threads })
+}
+
+/// As [`try_plan`], with the workspaces that a device asks for.
+pub fn plan_for(program: &Program, target: &dyn Target) -> Result<Planned, Fault> {
     let mut planned = plan_apart(program.clone());
     let mut arena = Arena { scratch: 0, ..planned.arena };
     for graph in &mut planned.graphs {

@@ -17,6 +17,9 @@ type Case = (&'static str, &'static str, &'static str, &'static [&'static [f64]]
 mod composites;
 use composites::COMPOSITES;
 
+#[cfg(feature = "wgpu")]
+mod gpu;
+
 #[rustfmt::skip]
 const PLAIN: &[Case] = &[
     ("const", "", "%y = const value=1.5 dtype=f32", &[], &[&[1.5]]),
@@ -152,47 +155,40 @@ fn every_row_of_the_table_has_a_case() {
     }
 }
 
+/// Parameters, lines, inputs that are wrong, and what is said of them.
+const WRONG: &[(&str, &str, &[&[f64]], &str)] = &[
+    ("%t: f32[2, 3], %i: i32[1]", "%y = embed %t, %i", &[&[0.0; 6], &[2.0]], "found index 2, expected one of 0 to 1"),
+    ("%t: f32[2, 3], %i: i32[1]", "%y = embed %t, %i", &[&[0.0; 6], &[-1.0]], "found index -1, expected one of 0 to 1"),
+    (
+        "%i: i32[1], %g: f32[1, 3]",
+        "%y = embed_grad %i, %g rows=2",
+        &[&[5.0], &[0.0; 3]],
+        "found index 5, expected one of 0 to 1",
+    ),
+    (
+        "%l: f32[1, 3], %i: i32[1]",
+        "%y = token_logp %l, %i",
+        &[&[0.0; 3], &[3.0]],
+        "found token 3, expected one of 0 to 2",
+    ),
+    ("%a: i32[1], %b: i32[1]", "%y = div %a, %b", &[&[1.0], &[0.0]], "an integer is divided by zero"),
+    (
+        "%x: f32[3], %p: i32[]",
+        "%y = slice_at %x, %p axis=0 len=2",
+        &[&[0.0; 3], &[2.0]],
+        "found place 2 for 2 of 3 places",
+    ),
+    (
+        "%l: f32[1, 2], %k: key[], %r: i32[1], %p: i32[]",
+        "%y = sample %l, %k, %r, %p temperature=1.0 top_k=0 top_p=1.0",
+        &[&[0.0, NAN], &[1.0, 2.0], &[7.0], &[0.0]],
+        "found the logit NaN in row 7, expected finite numbers",
+    ),
+];
+
 #[test]
 fn wrong_numbers_are_errors() {
-    for (params, lines, given, expected) in [
-        (
-            "%t: f32[2, 3], %i: i32[1]",
-            "%y = embed %t, %i",
-            &[&[0.0; 6] as &[f64], &[2.0]] as &[&[f64]],
-            "found index 2, expected one of 0 to 1",
-        ),
-        (
-            "%t: f32[2, 3], %i: i32[1]",
-            "%y = embed %t, %i",
-            &[&[0.0; 6], &[-1.0]],
-            "found index -1, expected one of 0 to 1",
-        ),
-        (
-            "%i: i32[1], %g: f32[1, 3]",
-            "%y = embed_grad %i, %g rows=2",
-            &[&[5.0], &[0.0; 3]],
-            "found index 5, expected one of 0 to 1",
-        ),
-        (
-            "%l: f32[1, 3], %i: i32[1]",
-            "%y = token_logp %l, %i",
-            &[&[0.0; 3], &[3.0]],
-            "found token 3, expected one of 0 to 2",
-        ),
-        ("%a: i32[1], %b: i32[1]", "%y = div %a, %b", &[&[1.0], &[0.0]], "an integer is divided by zero"),
-        (
-            "%x: f32[3], %p: i32[]",
-            "%y = slice_at %x, %p axis=0 len=2",
-            &[&[0.0; 3], &[2.0]],
-            "found place 2 for 2 of 3 places",
-        ),
-        (
-            "%l: f32[1, 2], %k: key[], %r: i32[1], %p: i32[]",
-            "%y = sample %l, %k, %r, %p temperature=1.0 top_k=0 top_p=1.0",
-            &[&[0.0, NAN] as &[f64], &[1.0, 2.0], &[7.0], &[0.0]] as &[&[f64]],
-            "found the logit NaN in row 7, expected finite numbers",
-        ),
-    ] {
+    for (params, lines, given, expected) in WRONG {
         for (mode, _, interp) in modes(&program(params, lines)) {
             let found = run(interp, given).expect_err("the numbers are wrong");
             assert!(found.contains(expected), "in {mode}: found `{found}`, expected `{expected}`");

@@ -95,6 +95,10 @@ pub enum Device {
     /// All cores of this machine.
     #[default]
     Cpu,
+    /// A GPU through Vulkan.
+    Wgpu,
+    /// An NVIDIA GPU.
+    Cuda,
     /// The interpreter: slow, and what everything else is tested against.
     Interp,
 }
@@ -280,6 +284,8 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, HostS
         let given = settings::literal(value).value;
         match (key.text.as_str(), &given) {
             ("device", Constant::Str(name)) if name == "cpu" => device = Device::Cpu,
+            ("device", Constant::Str(name)) if name == "wgpu" => device = Device::Wgpu,
+            ("device", Constant::Str(name)) if name == "cuda" => device = Device::Cuda,
             ("device", Constant::Str(name)) if name == "interp" => device = Device::Interp,
             ("devices", Constant::Int(1)) | ("zero_stage", Constant::Int(0)) => {}
             ("gradient_checkpointing", Constant::Bool(on)) => memory.gradient_checkpointing = *on,

@@ -1,0 +1,195 @@
+//! The arena: one allocation on the device.
+
+use std::marker::PhantomData;
+
+use cubecl::client::ComputeClient;
+use cubecl::prelude::*;
+use cubecl::server::Handle;
+use dsgc_ir::diag::Diag;
+use dsgc_ir::{Arena, Buffer, DType, Data, Region, Tensor};
+
+use super::target::ALIGNMENT;
+use super::units;
+
+#[cube(launch_unchecked)]
+fn copy(from: &Array<u32>, to: &mut Array<u32>, len: u32) {
+    if (ABSOLUTE_POS as u32) < len {
+        to[ABSOLUTE_POS] = from[ABSOLUTE_POS];
+    }
+}
+
+#[cube(launch_unchecked)]
+fn clear(to: &mut Array<u32>, len: u32) {
+    if (ABSOLUTE_POS as u32) < len {
+        to[ABSOLUTE_POS] = 0u32;
+    }
+}
+
+/// Regions of the plan one after the other, and a place for faults behind them.
+pub(super) struct Memory<R: Runtime> {
+    all: Handle,
+    starts: [usize; 3],
+    faults: Buffer,
+    runtime: PhantomData<R>,
+}
+
+/// A tensor that is in memory: where, of which elements, and its shape.
+pub(super) type Part = (Buffer, DType, Vec<usize>);
+
+impl<R: Runtime> Memory<R> {
+    /// All zeros. An error where the device does not give so much at once.
+    pub(super) fn new(client: &ComputeClient<R>, arena: Arena) -> Result<Memory<R>, Diag> {
+        let mut bytes = 0;
+        let starts = [arena.persistent, arena.values, arena.scratch].map(|region| {
+            let start = bytes;
+            bytes += region.next_multiple_of(ALIGNMENT);
+            start
+        });
+        let most = client.properties().memory.max_page_size;
+        let total = bytes + ALIGNMENT;
+        if total as u64 > most {
+            let message = format!("{total} bytes of memory are needed, and the device gives {most} at once");
+            let help = "a smaller `micro_batch_size` or `max_length` needs less; `dsgc compile` says what takes it";
+            return Err(Diag::error(message).help(help));
+        }
+        // The last region has a neighbour: the place for faults.
+        let faults = Buffer { region: Region::Scratch, offset: bytes - starts[2], bytes: ALIGNMENT };
+        let memory = Memory { all: client.empty(total), starts, faults, runtime: PhantomData };
+        let persistent = Buffer { region: Region::Persistent, offset: 0, bytes: arena.persistent };
+        memory.clear(client, persistent);
+        memory.clear_faults(client);
+        Ok(memory)
+    }
+
+    /// A part of the arena, to whole words.
+    fn handle(&self, buffer: Buffer) -> Handle {
+        let start = self.starts[buffer.region as usize] + buffer.offset;
+        let end = start + buffer.bytes.next_multiple_of(4);
+        let rest = (self.all.size() as usize).checked_sub(end).expect("bug: a buffer leaves the arena");
+        self.all.clone().offset_start(start as u64).offset_end(rest as u64)
+    }
+
+    /// A buffer, for a kernel.
+    pub(super) fn words(&self, buffer: Buffer) -> ArrayArg<R> {
+        // SAFETY: the handle has so many words.
+        unsafe { ArrayArg::from_raw_parts(self.handle(buffer), buffer.bytes.div_ceil(4)) }
+    }
+
+    /// The place for faults, for a kernel.
+    pub(super) fn faults(&self) -> ArrayArg<R> {
+        self.words(self.faults)
+    }
+
+    /// Makes the place for faults empty.
+    pub(super) fn clear_faults(&self, client: &ComputeClient<R>) {
+        self.clear(client, self.faults);
+    }
+
+    /// Makes a buffer zeros.
+    pub(super) fn clear(&self, client: &ComputeClient<R>, buffer: Buffer) {
+        let len = buffer.bytes.div_ceil(4);
+        if len == 0 {
+            return;
+        }
+        let (cubes, cube) = units(len);
+        // SAFETY: units beyond the last word do nothing.
+        unsafe { clear::launch_unchecked::<R>(client, cubes, cube, self.words(buffer), len as u32) }
+    }
+
+    /// Copies as many bytes as both buffers have.
+    pub(super) fn copy(&self, client: &ComputeClient<R>, from: Buffer, to: Buffer) {
+        let bytes = from.bytes.min(to.bytes);
+        let (from, to) = (Buffer { bytes, ..from }, Buffer { bytes, ..to });
+        let len = bytes.div_ceil(4);
+        if len == 0 {
+            return;
+        }
+        let (cubes, cube) = units(len);
+        // SAFETY: units beyond the last word do nothing; the plan keeps values apart that are alive at once.
+        unsafe { copy::launch_unchecked::<R>(client, cubes, cube, self.words(from), self.words(to), len as u32) }
+    }
+
+    /// Writes tensors into buffers, in one transfer.
+    pub(super) fn write(&self, client: &ComputeClient<R>, parts: &[(Buffer, DType, &Tensor)]) {
+        let mut staged = Vec::new();
+        let mut starts = Vec::new();
+        for (buffer, dtype, tensor) in parts {
+            starts.push(staged.len());
+            pack(tensor, *dtype, &mut staged);
+            let bytes = staged.len() - starts[starts.len() - 1];
+            assert!(bytes <= buffer.bytes, "bug: a tensor is larger than its buffer");
+            staged.resize(staged.len().next_multiple_of(ALIGNMENT), 0);
+        }
+        if staged.is_empty() {
+            return;
+        }
+        let total = staged.len();
+        let handle = client.create_from_slice(&staged);
+        for ((buffer, dtype, tensor), start) in parts.iter().zip(starts) {
+            let len = (tensor.len() * dtype.bytes()).div_ceil(4);
+            if len == 0 {
+                continue;
+            }
+            let (cubes, cube) = units(len);
+            let from = handle.clone().offset_start(start as u64).offset_end((total - start - 4 * len) as u64);
+            // SAFETY: both places hold so many words; units beyond the last do nothing.
+            unsafe {
+                let from = ArrayArg::from_raw_parts(from, len);
+                copy::launch_unchecked::<R>(client, cubes, cube, from, self.words(*buffer), len as u32);
+            }
+        }
+    }
+
+    /// Reads tensors and the place for faults, in one transfer.
+    pub(super) fn read(&self, client: &ComputeClient<R>, parts: &[Part]) -> Result<(Vec<Tensor>, [u32; 3]), String> {
+        let sized = parts.iter().filter(|(_, _, shape)| shape.iter().product::<usize>() > 0);
+        let handles = sized.map(|(buffer, dtype, shape)| {
+            let bytes = shape.iter().product::<usize>() * dtype.bytes();
+            self.handle(Buffer { bytes, ..*buffer })
+        });
+        let faults = self.handle(Buffer { bytes: 12, ..self.faults });
+        let handles: Vec<Handle> = handles.chain([faults]).collect();
+        let read = cubecl::future::block_on(client.read_async(handles)).map_err(|error| format!("{error:?}"))?;
+        let (faults, read) = read.split_last().ok_or("it gives nothing back")?;
+        let mut read = read.iter();
+        let tensors = parts.iter().map(|(_, dtype, shape)| {
+            let empty = shape.iter().product::<usize>() == 0;
+            unpack(if empty { &[] } else { read.next().map_or(&[][..], |bytes| bytes) }, *dtype, shape)
+        });
+        let tensors = tensors.collect();
+        let mut words = words(faults);
+        Ok((tensors, [(); 3].map(|()| words.next().unwrap_or(0))))
+    }
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u32> {
+    bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+}
+
+/// Appends a tensor's elements as a type of elements.
+fn pack(tensor: &Tensor, dtype: DType, to: &mut Vec<u8>) {
+    match (&tensor.data, dtype) {
+        (Data::F32(v), DType::F32) => to.extend(v.iter().flat_map(|x| x.to_le_bytes())),
+        (Data::F64(v), DType::F32) => to.extend(v.iter().flat_map(|&x| (x as f32).to_le_bytes())),
+        (Data::I32(v), DType::I32) => to.extend(v.iter().flat_map(|x| x.to_le_bytes())),
+        (Data::Bool(v), DType::Bool) => to.extend(v.iter().map(|&b| u8::from(b))),
+        (Data::Key(v), DType::Key) => to.extend(v.iter().flatten().flat_map(|x| x.to_le_bytes())),
+        (_, dtype) => panic!("bug: {} where {dtype} belongs", tensor.dtype()),
+    }
+}
+
+/// A tensor from elements of a type; there may be bytes behind the last one.
+fn unpack(bytes: &[u8], dtype: DType, shape: &[usize]) -> Tensor {
+    let n: usize = shape.iter().product();
+    let data = match dtype {
+        DType::F32 => Data::F32(words(bytes).take(n).map(f32::from_bits).collect()),
+        DType::I32 => Data::I32(words(bytes).take(n).map(u32::cast_signed).collect()),
+        DType::Bool => Data::Bool(bytes.iter().take(n).map(|&b| b != 0).collect()),
+        DType::Key => {
+            let all: Vec<u32> = words(bytes).take(2 * n).collect();
+            Data::Key(all.chunks_exact(2).map(|k| [k[0], k[1]]).collect())
+        }
+        DType::Bf16 | DType::F16 | DType::Quantized(_) => panic!("bug: {dtype} on a GPU"),
+    };
+    Tensor::new(shape, data)
+}

@@ -1,0 +1,343 @@
+//! GPUs: planned graphs as kernel launches over one arena, through CubeCL.
+//!
+//! Everything that knows CubeCL lives in this folder. One code serves every runtime: [`Cube`] is generic over it, and
+//! kernels are written once. The arena is one allocation; kernels are given parts of it by offset, in the order of the
+//! plan, and nothing waits for the device until values are read. What goes wrong in a kernel (a token outside of the
+//! vocabulary) is written to a place of its own, which is read together with the next values.
+//!
+//! Memory is seen as 32-bit words. Four truth values share one, so a unit of a kernel that makes some makes four.
+//! Reductions have fixed orders and there are no atomics: results depend on the sizes alone.
+
+mod attention;
+mod contract;
+mod head;
+mod index;
+mod math;
+mod memory;
+mod movement;
+mod norm;
+mod platform;
+mod reduce;
+mod region;
+mod target;
+mod tokens;
+mod update;
+
+use std::sync::Arc;
+
+use cubecl::client::ComputeClient;
+use cubecl::prelude::*;
+use dsgc_ir::diag::Diag;
+use dsgc_ir::op::Class;
+use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, StateId, Tensor, Value};
+
+use crate::{Device, bind};
+use attention::Look;
+use memory::Memory;
+pub use platform::{Description, built, describe, has_hardware, open, present};
+pub use target::{CubeTarget, Platform};
+
+/// Units of a cube of kernels in which every unit works alone.
+const UNITS: u32 = 256;
+
+/// Cubes along one dim of a launch: what every runtime allows.
+const MOST_CUBES: usize = 65535;
+
+/// A planned program in the memory of a GPU.
+pub struct Cube<R: Runtime> {
+    platform: Platform,
+    program: Arc<Planned>,
+    client: ComputeClient<R>,
+    memory: Memory<R>,
+}
+
+impl<R: Runtime> Cube<R> {
+    /// Takes a program that was planned for [`CubeTarget`]. All states are zero. An error where the device does not give
+    /// so much memory at once.
+    pub fn new(program: Planned, platform: Platform, client: ComputeClient<R>) -> Result<Cube<R>, Diag> {
+        let memory = Memory::new(&client, program.arena)?;
+        Ok(Cube { platform, program: Arc::new(program), client, memory })
+    }
+
+    /// What a code of [`Launch::code`] names.
+    fn launched(&self, code: u32) -> Option<(&Graph, &OpData)> {
+        let mut before = 1;
+        self.program.graphs.iter().find_map(|graph| {
+            let own = code.checked_sub(before)?;
+            before += graph.len() as u32;
+            graph.ops().find(|(id, _)| id.0 == own).map(|(_, op)| (graph, op))
+        })
+    }
+
+    /// An error for what a kernel wrote into the place for faults.
+    fn fault(&self, words: [u32; 3]) -> Result<(), Diag> {
+        let Some((graph, op)) = self.launched(words[0]) else { return Ok(()) };
+        self.memory.clear_faults(&self.client);
+        let found = words[1].cast_signed();
+        let dims = |value: Value| &graph.ty(value).dims;
+        let outside = |what: &str, rows: &Dim| match rows.eval(&Bindings::new()) {
+            Ok(n) => format!("found {what} {found}, expected one of 0 to {} ({n} rows)", n - 1),
+            Err(_) => format!("found {what} {found}, expected one of 0 to {rows} - 1"),
+        };
+        let place =
+            |len: &Dim, axis: usize| format!("found place {found} for {len} of {} places", dims(op.args[0])[axis]);
+        let why = match &op.op {
+            Op::Embed {} | Op::AddRows {} => outside("index", &dims(op.args[0])[0]),
+            Op::EmbedGrad { rows } => outside("index", rows),
+            Op::TokenLogp {} | Op::TokenLogpGrad {} => {
+                outside("token", dims(op.args[0]).last().expect("logits have a dim"))
+            }
+            Op::SliceAt { axis, len } => place(len, *axis),
+            Op::WriteAt { axis } => place(&dims(op.args[1])[*axis], *axis),
+            Op::CachedAttention { .. } => {
+                format!("found place {found} for {} of {} places", dims(op.args[0])[1], dims(op.args[1])[1])
+            }
+            Op::Sample { .. } => {
+                let (logit, row) = (f32::from_bits(words[1]), words[2].cast_signed());
+                format!("found the logit {logit} in row {row}, expected finite numbers")
+            }
+            Op::Div {} => "an integer is divided by zero".into(),
+            other => panic!("bug: `{}` found something wrong", other.name()),
+        };
+        let what = format!("`{}` in graph @{}: {why}", op.op.name(), graph.name);
+        Err(Diag::error(what).label(op.site.loc.span, ""))
+    }
+
+    fn run_graph(
+        &mut self,
+        name: &str,
+        inputs: &[(&str, &Tensor)],
+        wanted: Option<&[&str]>,
+    ) -> Result<Vec<(String, Tensor)>, Diag> {
+        let program = Arc::clone(&self.program);
+        let Some(at) = program.graphs.iter().position(|g| g.name == name) else {
+            return Err(Diag::error(format!("the program has no graph @{name}")));
+        };
+        let graph = &program.graphs[at];
+        let dims = bind(graph, inputs)?;
+        let buffer = |value: Value| graph.buffer(value).expect("a planned program has a buffer for every value");
+        let given = graph.inputs().map(|input| {
+            let tensor = inputs.iter().find(|(n, _)| *n == graph.name_of(input)).map(|(_, t)| *t);
+            (buffer(input), graph.ty(input).dtype, tensor.expect("`bind` saw every input"))
+        });
+        self.memory.write(&self.client, &given.collect::<Vec<_>>());
+        let before: usize = program.graphs[..at].iter().map(Graph::len).sum();
+        for (id, op) in graph.ops() {
+            let launch = Launch {
+                client: &self.client,
+                memory: &self.memory,
+                graph,
+                op,
+                scratch: graph.scratch[id.0 as usize],
+                dims: &dims,
+                code: (1 + before) as u32 + id.0,
+            };
+            launch.run(&program).map_err(|why| {
+                let what = format!("`{}` in graph @{}: {why}", op.op.name(), graph.name);
+                Diag::error(what).label(op.site.loc.span, "")
+            })?;
+        }
+        let wanted = |name: &str| wanted.is_none_or(|all| all.contains(&name));
+        let outputs: Vec<(&String, Value)> =
+            graph.outputs.iter().filter(|(name, _)| wanted(name)).map(|(name, value)| (name, *value)).collect();
+        if outputs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let parts: Vec<_> = outputs
+            .iter()
+            .map(|&(_, value)| {
+                let shape = graph.ty(value).shape(&dims).expect("every dim that a value needs is bound");
+                (buffer(value), graph.ty(value).dtype, shape)
+            })
+            .collect();
+        let (tensors, faults) = self.memory.read(&self.client, &parts).map_err(|why| self.failed(&why))?;
+        self.fault(faults)?;
+        Ok(outputs.into_iter().map(|(name, _)| name.clone()).zip(tensors).collect())
+    }
+
+    fn failed(&self, why: &str) -> Diag {
+        Diag::error(format!("the device `{}` failed: {why}", self.platform.name()))
+    }
+}
+
+impl<R: Runtime> Device for Cube<R> {
+    fn name(&self) -> &str {
+        self.platform.name()
+    }
+
+    fn set_state(&mut self, id: StateId, value: &Tensor) {
+        let parts: Vec<_> = [id]
+            .into_iter()
+            .chain(self.program.copies_of(id))
+            .map(|id| {
+                let state = self.program.state(id);
+                let shape = state.ty.shape(&Bindings::new()).expect("states have constant dims");
+                assert!(value.fits(state.ty.dtype) && value.shape == shape, "bug: `@{}` is {}", state.name, state.ty);
+                (state.buffer.expect("a planned program has a buffer for every state"), state.ty.dtype, value)
+            })
+            .collect();
+        self.memory.write(&self.client, &parts);
+    }
+
+    fn state(&self, id: StateId) -> Tensor {
+        let state = self.program.state(id);
+        let shape = state.ty.shape(&Bindings::new()).expect("states have constant dims");
+        let buffer = state.buffer.expect("a planned program has a buffer for every state");
+        let read = self.memory.read(&self.client, &[(buffer, state.ty.dtype, shape)]);
+        let (mut tensors, _) = read.unwrap_or_else(|why| panic!("the device `{}` failed: {why}", self.platform.name()));
+        tensors.remove(0)
+    }
+
+    fn run(&mut self, graph: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag> {
+        self.run_graph(graph, inputs, None)
+    }
+
+    fn run_for(
+        &mut self,
+        graph: &str,
+        inputs: &[(&str, &Tensor)],
+        wanted: &[&str],
+    ) -> Result<Vec<(String, Tensor)>, Diag> {
+        self.run_graph(graph, inputs, Some(wanted))
+    }
+}
+
+/// An op that is launched under the bound dims.
+struct Launch<'a, R: Runtime> {
+    client: &'a ComputeClient<R>,
+    memory: &'a Memory<R>,
+    graph: &'a Graph,
+    op: &'a OpData,
+    /// Bytes of workspace.
+    scratch: usize,
+    dims: &'a Bindings,
+    /// Names the op among those of all graphs, from 1.
+    code: u32,
+}
+
+impl<R: Runtime> Launch<'_, R> {
+    fn run(&self, program: &Planned) -> Result<(), String> {
+        // A dim that is negative is a slice beyond its operand; the interpreter's words.
+        for value in self.op.results() {
+            for dim in &self.graph.ty(value).dims {
+                self.extent(dim)?;
+            }
+        }
+        match &self.op.op {
+            Op::Read { .. } => {}
+            Op::Write { state } => {
+                let to = program.state(*state).buffer.expect("a planned program has a buffer for every state");
+                let from = self.buffer(self.op.args[0]);
+                if (from.region, from.offset) != (to.region, to.offset) {
+                    self.memory.copy(self.client, from, to);
+                }
+            }
+            op if op.class() == Class::View => {}
+            op if op.class() == Class::Elementwise => region::single(self),
+            Op::Fused { body, .. } => region::fused(self, body),
+            Op::Contract { spec } => contract::run(self, spec, [0, 1], 0),
+            Op::ContractEach { spec, common } => {
+                for i in 1..self.op.args.len() {
+                    let mut pair = [0, i];
+                    pair.rotate_left(*common);
+                    contract::run(self, spec, pair, i - 1);
+                }
+            }
+            Op::ReduceSum { axes } | Op::ReduceMax { axes } | Op::ReduceMin { axes } => reduce::run(self, axes),
+            Op::SumSquares {} => reduce::sum_squares(self),
+            Op::Cumsum { axis, reverse } => reduce::along(self, *axis, 1.0, *reverse),
+            Op::Recurrence { axis, decay, reverse } => reduce::along(self, *axis, *decay, *reverse),
+            Op::LayerNorm { eps } => norm::run(self, *eps, true),
+            Op::RmsNorm { eps } => norm::run(self, *eps, false),
+            Op::LayerNormGrad { eps } => norm::gradient(self, *eps, true),
+            Op::RmsNormGrad { eps } => norm::gradient(self, *eps, false),
+            &Op::Attention { causal, scale, window } => attention::run(self, Look { causal, scale, window }),
+            &Op::CachedAttention { scale, window } => attention::run(self, Look { causal: true, scale, window }),
+            &Op::AttentionGrad { causal, scale, window } => attention::gradient(self, Look { causal, scale, window }),
+            Op::Embed {} => tokens::embed(self),
+            Op::EmbedGrad { .. } | Op::AddRows {} => tokens::embed_grad(self),
+            Op::TokenLogp {} | Op::TokenLogpGrad {} => tokens::log_probabilities(self),
+            Op::HeadLogp {} | Op::HeadLogpGrad { .. } => head::run(self),
+            Op::Sample { temperature, .. } => tokens::sample(self, *temperature),
+            Op::PositionIn {} => tokens::position_in(self),
+            Op::Rope { inverse } => update::rope(self, *inverse),
+            Op::Adamw { .. } => update::optimizer(self),
+            Op::Fold { .. } | Op::RandomNormal { .. } | Op::RandomUniform { .. } | Op::RowUniform { .. } => {
+                update::random(self);
+            }
+            _ => movement::run(self)?,
+        }
+        Ok(())
+    }
+
+    fn dtype(&self, value: Value) -> DType {
+        self.graph.ty(value).dtype
+    }
+
+    fn shape(&self, value: Value) -> Vec<usize> {
+        self.graph.ty(value).shape(self.dims).expect("every dim that a value needs is bound")
+    }
+
+    fn len(&self, value: Value) -> usize {
+        self.shape(value).iter().product()
+    }
+
+    fn extent(&self, dim: &Dim) -> Result<usize, String> {
+        let n = dim.eval(self.dims).map_err(|symbol| format!("no input shows how large `{symbol}` is"))?;
+        usize::try_from(n).map_err(|_| format!("`{dim}` is {n}, expected at least 0"))
+    }
+
+    /// A value's elements, for a kernel.
+    fn words(&self, value: Value) -> ArrayArg<R> {
+        self.memory.words(self.buffer(value))
+    }
+
+    fn buffer(&self, value: Value) -> Buffer {
+        self.graph.buffer(value).expect("a planned program has a buffer for every value")
+    }
+
+    /// Operand `i`.
+    fn arg(&self, i: usize) -> ArrayArg<R> {
+        self.words(self.op.args[i])
+    }
+
+    /// Result `i`.
+    fn out(&self, i: usize) -> ArrayArg<R> {
+        self.words(self.op.results().nth(i).expect("the op has this result"))
+    }
+
+    /// The code of an op that found something wrong, and what it found.
+    fn faults(&self) -> ArrayArg<R> {
+        self.memory.faults()
+    }
+
+    /// The kernel's workspace.
+    fn workspace(&self) -> ArrayArg<R> {
+        self.memory.words(self.scratch())
+    }
+
+    fn scratch(&self) -> Buffer {
+        Buffer { region: Region::Scratch, offset: 0, bytes: self.scratch }
+    }
+
+    /// Cubes for so many units that work alone.
+    fn units(&self, n: usize) -> (CubeCount, CubeDim) {
+        units(n)
+    }
+}
+
+/// Cubes for so many units that work alone.
+fn units(n: usize) -> (CubeCount, CubeDim) {
+    (cubes(n.div_ceil(UNITS as usize)), CubeDim::new_1d(UNITS))
+}
+
+/// So many cubes or a few more, in two dims where one does not hold them.
+fn cubes(n: usize) -> CubeCount {
+    let x = n.clamp(1, MOST_CUBES);
+    CubeCount::Static(x as u32, n.div_ceil(x) as u32, 1)
+}
+
+/// Shapes and strides for a kernel.
+fn numbers<R: Runtime>(all: &[usize]) -> SequenceArg<R, u32> {
+    all.iter().map(|&n| n as u32).collect()
+}
