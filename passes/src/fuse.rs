@@ -45,8 +45,8 @@ use dsgc_ir::body::can_be_step;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::verify::{last_uses, root};
 use dsgc_ir::{
-    Along, Bindings, Body, Builder, Class, Dim, Graph, Loc, Op, OpData, OpId, Program, Reason, Site, StateId, Step,
-    Type, Value,
+    Along, Bindings, Body, Builder, Class, DType, Dim, Graph, Loc, Op, OpData, OpId, Program, Reason, Site, StateId,
+    Step, Target, Type, Value,
 };
 
 use crate::canonicalize::constant;
@@ -60,7 +60,7 @@ pub const PASS: Pass = Pass { name: "fuse", requires: &[Fact::Typed], provides: 
 pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
     // Every value of a region has a use; operands that regions take without a broadcast leave it dead.
     let alive = |g: &Graph| without_dead_ops(g, &program);
-    let fused = |g: &Graph| products::finish(&alive(&fuse(&alive(g), &program)), &program, context);
+    let fused = |g: &Graph| products::finish(&alive(&fuse(&alive(g), &program, context.target)), &program, context);
     program.graphs = program.graphs.iter().map(fused).collect();
     let ops = program.graphs.iter().flat_map(|g| g.ops());
     let reduces = |op: &OpData| matches!(&op.op, Op::Fused { body, .. } if body.reduction().is_some());
@@ -72,11 +72,16 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
 }
 
 /// The graph with its elementwise ops and reductions joined.
-pub(crate) fn fuse(graph: &Graph, program: &Program) -> Graph {
-    let regions = Regions::grow(graph);
+pub(crate) fn fuse(graph: &Graph, program: &Program, target: &dyn Target) -> Graph {
+    let regions = Regions::grow(graph, has_reductions(target));
+    let pays = |members: &Vec<OpId>| {
+        !members.is_empty() && regions.gains(members) && regions.op(members).has_kernel(graph, target)
+    };
+    let pays: Vec<bool> = regions.members.iter().map(pays).collect();
     let mut rebuild = Rebuild::same(graph);
     for (id, op) in graph.ops() {
-        match regions.of(id).filter(|members| regions.gains(members)) {
+        let region = regions.region[id.0 as usize].filter(|&region| pays[region]);
+        match region.map(|region| &regions.members[region]) {
             // What it looks at is yet to come; it is made when it is needed, if it is.
             None if stretches(op) && rebuild.find(op.args[0]).is_none() => {}
             None => {
@@ -166,8 +171,32 @@ impl Frame<'_> {
     }
 }
 
+/// A region as an op.
+struct RegionOp {
+    op: Op,
+    /// Operands, and whether they have the dims of rows.
+    operands: Vec<(Value, bool)>,
+    /// What its results are, and which steps give them.
+    results: Vec<(Value, usize)>,
+}
+
+impl RegionOp {
+    fn has_kernel(&self, graph: &Graph, target: &dyn Target) -> bool {
+        let types: Vec<Type> = self.operands.iter().map(|operand| graph.ty(operand.0).clone()).collect();
+        target.missing_kernel(&self.op, &types).is_none()
+    }
+}
+
+/// Whether a target has kernels of regions around a reduction.
+fn has_reductions(target: &dyn Target) -> bool {
+    let rows = Type::new(DType::F32, [Dim::from(2i64), Dim::from(2i64)]);
+    let step = Step { op: Op::ReduceSum { axes: vec![1] }, args: vec![0] };
+    let region = Op::Fused { shape: rows.dims.clone(), body: Body::new(1, vec![step], vec![1]) };
+    target.missing_kernel(&region, &[rows]).is_none()
+}
+
 impl<'a> Regions<'a> {
-    fn grow(graph: &'a Graph) -> Regions<'a> {
+    fn grow(graph: &'a Graph, reductions: bool) -> Regions<'a> {
         let mut users = vec![Vec::new(); graph.values().len()];
         for (id, op) in graph.ops() {
             op.args.iter().for_each(|a| users[a.0 as usize].push(id));
@@ -191,18 +220,13 @@ impl<'a> Regions<'a> {
             members: Vec::new(),
         };
         for (id, op) in graph.ops() {
-            if joins(graph, op) {
+            if joins(graph, op) && (reductions || !reduces(op)) {
                 regions.region[id.0 as usize] = Some(regions.members.len());
                 regions.members.push(vec![id]);
                 regions.take_in_producers(id);
             }
         }
         regions
-    }
-
-    /// The ops of the region of an op, if it is in one.
-    fn of(&self, op: OpId) -> Option<&Vec<OpId>> {
-        self.region[op.0 as usize].map(|r| &self.members[r])
     }
 
     /// Joins the regions of an op's operands with the one that begins with it, the latest first: that one may stand
@@ -564,9 +588,8 @@ impl<'a> Regions<'a> {
         (members.len() > 1 || smaller) && !self.operands(members).is_empty()
     }
 
-    /// Pushes the region as one op.
-    fn push(&self, members: &[OpId], rebuild: &mut Rebuild) {
-        let at = *members.last().expect("a region has an op");
+    /// The region as one op.
+    fn op(&self, members: &[OpId]) -> RegionOp {
         let frame = self.frame(members).expect("the ops of a region go over the same");
         let operands = self.operands(members);
         let mut numbers: BTreeMap<(Value, bool), usize> = operands.iter().enumerate().map(|(i, &v)| (v, i)).collect();
@@ -596,15 +619,19 @@ impl<'a> Regions<'a> {
                 results.push((op.result(), number));
             }
         }
-        let last = self.graph.op(at);
+        let body = Body::new(operands.len(), steps, results.iter().map(|r| r.1).collect());
+        RegionOp { op: Op::Fused { shape: frame.shape.to_vec(), body }, operands, results }
+    }
+
+    /// Pushes the region as one op.
+    fn push(&self, members: &[OpId], rebuild: &mut Rebuild) {
+        let frame = self.frame(members).expect("the ops of a region go over the same");
+        let RegionOp { op, operands, results } = self.op(members);
+        let last = self.graph.op(*members.last().expect("a region has an op"));
         let reason = if members.len() > 1 { Reason::Fused } else { last.site.loc.reason };
         let loc =
             Loc { reason: if last.site.loc.span.is_some() { reason } else { Reason::default() }, ..last.site.loc };
         let site = Site { loc, ..last.site.clone() };
-        let op = Op::Fused {
-            shape: frame.shape.to_vec(),
-            body: Body::new(operands.len(), steps, results.iter().map(|r| r.1).collect()),
-        };
         let view = |rebuild: &mut Rebuild, value: Value, shape: Vec<Dim>| {
             Builder::new(&mut rebuild.new, site.clone()).one(Op::Reshape { shape }, &[value])
         };

@@ -95,7 +95,7 @@ fn arena(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
     let quiet = PassContext::new(target);
     let fused = |graph: &Graph| {
         let merged = merge(&without_dead_ops(graph, program), program, &quiet);
-        without_dead_ops(&fuse(&merged, program), program)
+        without_dead_ops(&fuse(&merged, program, target), program)
     };
     let others = program.graphs.iter().filter(|g| g.name != graph.name);
     let scratch = others.map(|g| scratch_bytes(&fused(g), target)).max().unwrap_or(0);

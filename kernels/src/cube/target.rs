@@ -59,7 +59,8 @@ impl Target for CubeTarget {
             Op::Fused { body, .. } if args.len() + body.results().len() > MOST_TENSORS => {
                 Some(format!("a region of more than {MOST_TENSORS} operands and results"))
             }
-            // The pass `fuse` asks, and leaves products apart.
+            // The pass `fuse` asks, and leaves them apart.
+            Op::Fused { body, .. } if body.reduction().is_some() => Some("a region around a reduction".into()),
             Op::ContractFused { .. } => Some("products are finished by an op of their own".into()),
             Op::Sample { top_k, top_p, .. } if *top_k > 0 || *top_p < 1.0 => {
                 Some("it takes no `top_k` and no `top_p`".into())
