@@ -161,6 +161,11 @@ fn every_example_can_be_tried() {
         args.extend(sets.iter().map(String::as_str));
         let out = succeeds(&args);
         assert!(out.contains("smoke: sft, reward, ppo ran"), "{out}");
+        if cfg!(feature = "wgpu") {
+            args.extend(["--device", "wgpu"]);
+            let out = succeeds(&args);
+            assert!(out.contains("smoke: sft, reward, ppo ran"), "{out}");
+        }
         assert!(!folder.exists(), "nothing of it is kept");
     }
 }

@@ -13,6 +13,8 @@ use std::path::Path;
 
 use compare::{Compared, Golden, On, ZERO_GRADIENT, relative_error};
 use dsgc_ir::Tensor;
+#[cfg(feature = "wgpu")]
+use dsgc_kernels::cube::Platform;
 
 fn references() -> Golden {
     of("opt")
@@ -111,26 +113,26 @@ fn three_threads_of_the_cpu_give_the_references() {
 #[cfg(feature = "wgpu")]
 #[test]
 fn a_gpu_gives_the_references() {
-    check(On::Wgpu);
+    check(On::Gpu(Platform::Wgpu));
 }
 
 #[cfg(feature = "wgpu")]
 #[test]
 fn stages_of_opt_on_a_gpu() {
-    check_stages("opt", On::Wgpu);
+    check_stages("opt", On::Gpu(Platform::Wgpu));
 }
 
 #[cfg(feature = "wgpu")]
 #[test]
 fn stages_of_llama_on_a_gpu() {
-    check_stages("llma", On::Wgpu);
+    check_stages("llma", On::Gpu(Platform::Wgpu));
 }
 
 #[cfg(feature = "wgpu")]
 #[test]
 fn decoding_on_a_gpu_is_the_full_forward() {
     for family in ["opt", "llma"] {
-        let worst = of(family).decoding(On::Wgpu).unwrap_or_else(|e| panic!("{family}: {e}"));
+        let worst = of(family).decoding(On::Gpu(Platform::Wgpu)).unwrap_or_else(|e| panic!("{family}: {e}"));
         assert!(worst < 1e-5, "{family}: logits differ by {worst:.1e}");
     }
 }

@@ -3,6 +3,7 @@
 mod answers;
 mod bench;
 mod compile;
+mod devices;
 mod documents;
 mod run;
 mod score;

@@ -8,12 +8,12 @@ use serde_json::{Map, Value};
 use super::{Workplace, has};
 
 /// The lines of a `metrics.jsonl`.
-fn metrics(place: &Workplace, file: &str) -> Vec<Map<String, Value>> {
+pub fn metrics(place: &Workplace, file: &str) -> Vec<Map<String, Value>> {
     let lines = place.read(file);
     lines.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e} in {line}"))).collect()
 }
 
-fn numbers(lines: &[Map<String, Value>], key: &str) -> Vec<f64> {
+pub fn numbers(lines: &[Map<String, Value>], key: &str) -> Vec<f64> {
     lines.iter().filter_map(|line| line.get(key)?.as_f64()).collect()
 }
 

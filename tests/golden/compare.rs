@@ -30,7 +30,7 @@ use dsgc_ir::stage::{Operands, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::{Bindings, Planned, Program, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
-#[cfg(feature = "wgpu")]
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
 use dsgc_kernels::cube::{CubeTarget, Platform, open};
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_passes::PassContext;
@@ -52,9 +52,9 @@ pub enum On {
     Doubles,
     /// The CPU with so many threads.
     Cpu(usize),
-    /// A GPU through Vulkan, or what Vulkan gives for one.
-    #[cfg(feature = "wgpu")]
-    Wgpu,
+    /// A GPU, or what Vulkan gives for one.
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    Gpu(Platform),
 }
 
 impl On {
@@ -63,8 +63,8 @@ impl On {
         match self {
             On::Doubles => 1e-8,
             On::Cpu(_) => 1e-4,
-            #[cfg(feature = "wgpu")]
-            On::Wgpu => 1e-4,
+            #[cfg(any(feature = "wgpu", feature = "cuda"))]
+            On::Gpu(_) => 1e-4,
         }
     }
 
@@ -74,15 +74,15 @@ impl On {
         let planned = match self {
             On::Doubles => compile(&InterpTarget),
             On::Cpu(threads) => compile(&CpuTarget { threads }),
-            #[cfg(feature = "wgpu")]
-            On::Wgpu => compile(&CubeTarget { platform: Platform::Wgpu }),
+            #[cfg(any(feature = "wgpu", feature = "cuda"))]
+            On::Gpu(platform) => compile(&CubeTarget { platform }),
         };
         let planned = planned.unwrap_or_else(|e| panic!("{}", e.iter().map(|d| d.to_string()).collect::<String>()));
         let device: Box<dyn Device> = match self {
             On::Doubles => Box::new(Interp::planned(planned.clone(), Precision::F64)),
             On::Cpu(threads) => Box::new(Cpu::new(planned.clone(), threads)),
-            #[cfg(feature = "wgpu")]
-            On::Wgpu => open(Platform::Wgpu, planned.clone()).unwrap_or_else(|e| panic!("{}", e.message)),
+            #[cfg(any(feature = "wgpu", feature = "cuda"))]
+            On::Gpu(platform) => open(platform, planned.clone()).unwrap_or_else(|e| panic!("{}", e.message)),
         };
         (planned, device)
     }

@@ -1,4 +1,5 @@
-//! Compares the devices with a folder of reference numbers, and prints a table: `scripts/golden DIR [FAMILY...]`.
+//! Compares the devices with a folder of reference numbers, and prints a table: `scripts/golden DIR [FAMILY...]`. With
+//! `--gpu wgpu` or `--gpu cuda`, a GPU only.
 
 mod compare;
 
@@ -8,9 +9,20 @@ use std::process::ExitCode;
 use compare::{Golden, On};
 
 fn main() -> ExitCode {
-    let mut args = std::env::args().skip(1);
+    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let mut devices = vec![On::Doubles, On::Cpu(threads)];
+    if args.first().is_some_and(|arg| arg == "--gpu") {
+        let Some(gpu) = args.get(1).and_then(|name| gpu(name)) else {
+            eprintln!("error: `--gpu` takes `wgpu` or `cuda`, in a build with that feature");
+            return ExitCode::from(1);
+        };
+        devices = vec![gpu];
+        args.drain(..2);
+    }
+    let mut args = args.into_iter();
     let Some(folder) = args.next() else {
-        eprintln!("usage: scripts/golden DIR [FAMILY...]");
+        eprintln!("usage: scripts/golden [--gpu wgpu|cuda] DIR [FAMILY...]");
         return ExitCode::from(1);
     };
     let mut folder = Path::new(&folder);
@@ -29,9 +41,23 @@ fn main() -> ExitCode {
     }
     let mut good = true;
     for family in &families {
-        good &= show(folder, family);
+        good &= show(folder, family, &devices);
     }
     if good { ExitCode::SUCCESS } else { ExitCode::from(1) }
+}
+
+/// A GPU by the name of its device, if this build has it.
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+fn gpu(name: &str) -> Option<On> {
+    use dsgc_kernels::cube::{Platform, built};
+    let platform = [Platform::Wgpu, Platform::Cuda].into_iter().find(|platform| platform.name() == name)?;
+    built(platform).is_ok().then_some(On::Gpu(platform))
+}
+
+/// A GPU by the name of its device, if this build has it.
+#[cfg(not(any(feature = "wgpu", feature = "cuda")))]
+fn gpu(_: &str) -> Option<On> {
+    None
 }
 
 /// Names of the Hugging Face folders that have references beside them.
@@ -46,7 +72,7 @@ fn families(folder: &Path) -> Vec<String> {
 }
 
 /// Prints a family's table; whether everything is within its tolerance.
-fn show(folder: &Path, family: &str) -> bool {
+fn show(folder: &Path, family: &str, devices: &[On]) -> bool {
     let golden = match Golden::open(folder, family) {
         Ok(golden) => golden,
         Err(e) => {
@@ -54,9 +80,8 @@ fn show(folder: &Path, family: &str) -> bool {
             return false;
         }
     };
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let mut good = true;
-    for on in [On::Doubles, On::Cpu(threads)] {
+    for &on in devices {
         let both = golden.compare(on).and_then(|mut all| {
             all.extend(golden.compare_stages(on)?);
             Ok(all)
