@@ -13,7 +13,7 @@
 //! 4. it is then a parameter, another name of one (`also_called`), to be left (`may_be_left`), a repetition
 //!    (`may_repeat`), or not ours (`skip`).
 //!
-//! Files are mapped into memory and read one tensor at a time, so no more than one is held twice.
+//! Files are mapped into memory and read one tensor at a time, and let go of, so no more than one is held twice.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -23,6 +23,8 @@ use dsgc_ir::Tensor;
 use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::stage::{TensorRules, glob};
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
@@ -56,15 +58,16 @@ pub struct ParamFiles<'a> {
 pub struct FoundParams<'a> {
     rules: &'a TensorRules,
     wanted: &'a [(String, Vec<usize>)],
-    found: Vec<Option<Found<'a>>>,
+    found: Vec<Option<(Found<'a>, &'a Mmap)>>,
 }
 
 impl FoundParams<'_> {
     /// A parameter by its place in what was wanted, as [`read_params`] gives it but without an adapter.
     pub fn read(&self, at: usize) -> Option<Tensor> {
         let (name, shape) = &self.wanted[at];
-        let tensor = self.found[at].as_ref()?;
+        let (tensor, map) = self.found[at].as_ref()?;
         let read = tensor.read(name, shape, is_transposed(self.rules, name));
+        forget(map, tensor.view.data());
         Some(read.unwrap_or_else(|e| panic!("bug: what was checked cannot be read: {}", e.message)))
     }
 
@@ -97,7 +100,7 @@ fn find<'a>(
     wanted: &'a [(String, Vec<usize>)],
 ) -> Result<FoundParams<'a>, Vec<Diag>> {
     let places = Places::new(folder, rules, wanted);
-    let mut found: Vec<Option<Found>> = wanted.iter().map(|_| None).collect();
+    let mut found: Vec<Option<(Found, &Mmap)>> = wanted.iter().map(|_| None).collect();
     let (mut repeats, mut surplus, mut errors) = (Vec::new(), Vec::new(), Vec::new());
     for (file, map) in files {
         let tensors = parse(folder.path(), file, map).map_err(|e| vec![e])?;
@@ -107,14 +110,14 @@ fn find<'a>(
             let tensor = Found { name, file, view };
             match places.of(&tensor.name) {
                 Some(Place::Param(at)) => match &found[at] {
-                    Some(first) => errors.push(
+                    Some((first, _)) => errors.push(
                         Diag::error(format!(
                             "tensors `{}` in `{}` and `{}` in `{file}` are both parameter `{}`, expected one",
                             first.name, first.file, tensor.name, wanted[at].0
                         ))
                         .help("take one of them out of the file"),
                     ),
-                    None => found[at] = Some(tensor),
+                    None => found[at] = Some((tensor, map)),
                 },
                 Some(Place::Repeats(of)) => repeats.push((tensor, of)),
                 Some(Place::Skipped) => {}
@@ -143,12 +146,13 @@ fn find<'a>(
     }
 
     for ((name, shape), tensor) in wanted.iter().zip(&found) {
-        let checked = tensor.as_ref().map(|tensor| tensor.check(name, shape, is_transposed(rules, name)));
+        let checked = tensor.as_ref().map(|(tensor, _)| tensor.check(name, shape, is_transposed(rules, name)));
         errors.extend(checked.and_then(Result::err));
     }
     for (tensor, of) in repeats {
         // A repetition of something that is not read, or that has failed already, proves nothing.
-        let Some(first) = wanted.iter().position(|w| w.0 == of).and_then(|at| found[at].as_ref()) else { continue };
+        let first = wanted.iter().position(|w| w.0 == of).and_then(|at| found[at].as_ref());
+        let Some((first, _)) = first else { continue };
         let same_shape = first.view.shape() == tensor.view.shape();
         if !(same_shape && first.floats().is_ok_and(|f| tensor.floats().is_ok_and(|t| f == t))) {
             errors.push(
@@ -163,6 +167,21 @@ fn find<'a>(
         }
     }
     if errors.is_empty() { Ok(FoundParams { rules, wanted, found }) } else { Err(errors) }
+}
+
+/// Gives the memory of a part of a file that was read back to the system, so that it is not held beside what was made of
+/// it. It is read again if it must be.
+fn forget(map: &Mmap, part: &[u8]) {
+    #[cfg(unix)]
+    {
+        let start = part.as_ptr() as usize - map.as_ptr() as usize;
+        // SAFETY: pages of a file that are given back come back with the bytes of the file.
+        let advised = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, part.len()) };
+        // A system that does not know of it keeps them.
+        drop(advised);
+    }
+    #[cfg(not(unix))]
+    let _ = (map, part);
 }
 
 /// Whether files have this parameter transposed.

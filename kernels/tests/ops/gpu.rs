@@ -9,17 +9,21 @@ use dsgc_kernels::cube::{CubeTarget, Platform, open};
 use super::check::{near, numbers, plan_for, program, run_on};
 use super::{COMPOSITES, PLAIN, WRONG};
 
-const TARGET: CubeTarget = CubeTarget { platform: Platform::Wgpu };
+/// The platform that `DSGC_GPU` names; Vulkan unless it names another.
+fn target() -> CubeTarget {
+    let cuda = std::env::var("DSGC_GPU").is_ok_and(|name| name == Platform::Cuda.name());
+    CubeTarget { platform: if cuda { Platform::Cuda } else { Platform::Wgpu } }
+}
 
 /// The device with the program, where it has all its kernels.
 fn device(program: &Program) -> Option<Box<dyn Device>> {
     let graph = &program.graphs[0];
     for (_, op) in graph.ops() {
         let types: Vec<Type> = op.args.iter().map(|&v| graph.ty(v).clone()).collect();
-        TARGET.missing_kernel(&op.op, &types).is_none().then_some(())?;
+        target().missing_kernel(&op.op, &types).is_none().then_some(())?;
     }
-    let planned = plan_for(program, &TARGET).unwrap_or_else(|fault| panic!("{fault}\n{program}"));
-    Some(open(TARGET.platform, planned).unwrap_or_else(|e| panic!("{}", e.message)))
+    let planned = plan_for(program, &target()).unwrap_or_else(|fault| panic!("{fault}\n{program}"));
+    Some(open(target().platform, planned).unwrap_or_else(|e| panic!("{}", e.message)))
 }
 
 #[test]
