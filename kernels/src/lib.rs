@@ -1,8 +1,8 @@
 //! Devices: what runs planned programs.
 //!
-//! A [`Device`] holds one program with all its state in one arena and runs its graphs. Two exist: the interpreter
-//! ([`interp`]), plain loops in f32 or f64 and the oracle of every test, and the CPU ([`cpu`]). What the passes must
-//! know of a device beforehand is its [`dsgc_ir::Target`].
+//! A [`Device`] holds one program with all its state in one arena and runs its graphs. There are the interpreter
+//! ([`interp`]), plain loops in f32 or f64 and the oracle of every test, the CPU ([`cpu`]), and with the features `wgpu` and
+//! `cuda` GPUs (`cube`). What the passes must know of a device beforehand is its [`dsgc_ir::Target`].
 
 use dsgc_ir::diag::Diag;
 use dsgc_ir::{Bindings, Graph, StateId, Tensor};

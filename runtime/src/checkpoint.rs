@@ -177,7 +177,8 @@ impl<'a> Keeper<'a> {
     /// the one that wrote it.
     pub fn open(&self, path: &Path) -> Result<Checkpoint, Diag> {
         let checkpoint = Checkpoint::open(path).map_err(|broken| {
-            let older = listed(&self.folder).unwrap_or_default().into_iter().rev().find(|other| other.as_path() < path);
+            let before = |other: &PathBuf| step_of(other) < step_of(path);
+            let older = listed(&self.folder).unwrap_or_default().into_iter().rev().find(before);
             match older {
                 Some(older) => broken.help(format!("`--resume {}` takes the one before it", older.display())),
                 None => broken.help("there is none before it: without `--resume` the stage begins anew"),
@@ -375,12 +376,10 @@ impl Session {
     pub(crate) fn write_checkpoint(&self, keeper: &Keeper, step: u64, reached: &Metrics) -> Result<PathBuf, Diag> {
         assert!(self.ahead.is_empty(), "bug: a checkpoint within a step");
         let path = keeper.folder.join(format!("step-{step:08}"));
-        let staging = keeper.folder.join(format!(".step-{step:08}"));
-        for old in [&staging, &path] {
-            if old.exists() {
-                fs::remove_dir_all(old).map_err(|e| failed("remove", old, &e))?;
-            }
-        }
+        let [staging, replaced] = [".writing", ".replaced"].map(|name| keeper.folder.join(name));
+        // Left by a run that was killed while it wrote.
+        remove(&staging)?;
+        remove(&replaced)?;
         fs::create_dir_all(&staging).map_err(|e| failed("create", &staging, &e))?;
         let mut files = BTreeMap::new();
         // One by one, so that no two are on the host at once.
@@ -411,8 +410,13 @@ impl Session {
         };
         write(&staging.join(MANIFEST), &json(&manifest))?;
         synchronise(&staging)?;
+        // A run that went on from an older one comes by here again; what stands here is good until the new one is.
+        if path.exists() {
+            fs::rename(&path, &replaced).map_err(|e| failed("rename", &path, &e))?;
+        }
         fs::rename(&staging, &path).map_err(|e| failed("rename", &staging, &e))?;
         synchronise(&keeper.folder)?;
+        remove(&replaced)?;
         self.forget_older(keeper)?;
         Ok(path)
     }
@@ -422,7 +426,7 @@ impl Session {
         let Some(keep) = keeper.keep else { return Ok(()) };
         let all = listed(&keeper.folder)?;
         let old = &all[..all.len().saturating_sub(keep as usize)];
-        old.iter().try_for_each(|old| fs::remove_dir_all(old).map_err(|e| failed("remove", old, &e)))
+        old.iter().try_for_each(|old| remove(old))
     }
 
     /// Names of the replay buffers, cached calls, and the tensors of both.
@@ -524,6 +528,11 @@ fn hex(hash: Sha256) -> String {
 fn json(about: &impl Serialize) -> String {
     let text = serde_json::to_string_pretty(about);
     text.unwrap_or_else(|e| panic!("bug: a checkpoint's description is no JSON: {e}")) + "\n"
+}
+
+/// Removes a folder, if it is there.
+fn remove(folder: &Path) -> Result<(), Diag> {
+    if folder.exists() { fs::remove_dir_all(folder).map_err(|e| failed("remove", folder, &e)) } else { Ok(()) }
 }
 
 /// Writes a file that is on the disk when this returns.

@@ -60,10 +60,16 @@ fn join_ints(a: i32, b: i32, #[comptime] with: With) -> i32 {
     }
 }
 
-/// Joins what the units of a cube have, in pairs; all units get the result.
+/// Joins floats that the units of a cube have, in pairs; all units get the result.
 #[cube]
 pub(super) fn together(own: f32, #[comptime] with: With) -> f32 {
-    let mut shared = SharedMemory::<f32>::new(comptime!(TOGETHER as usize));
+    f32::reinterpret(words_together(u32::reinterpret(own), with, true))
+}
+
+/// The same of floats or whole numbers.
+#[cube]
+fn words_together(own: u32, #[comptime] with: With, #[comptime] floats: bool) -> u32 {
+    let mut shared = SharedMemory::<u32>::new(comptime!(TOGETHER as usize));
     shared[UNIT_POS as usize] = own;
     sync_cube();
     #[unroll]
@@ -71,7 +77,7 @@ pub(super) fn together(own: f32, #[comptime] with: With) -> f32 {
         let width = comptime!(TOGETHER >> (step + 1));
         if UNIT_POS < width {
             let other = shared[(UNIT_POS + width) as usize];
-            shared[UNIT_POS as usize] = join_floats(shared[UNIT_POS as usize], other, with);
+            shared[UNIT_POS as usize] = join(shared[UNIT_POS as usize], other, with, floats);
         }
         sync_cube();
     }
@@ -120,7 +126,6 @@ fn by_cubes(
 ) {
     let i = CUBE_POS as u32;
     let (kept, reduced) = comptime!((plan.kept, plan.reduced));
-    let mut shared = SharedMemory::<u32>::new(comptime!(TOGETHER as usize));
     let mut all = start;
     if i < results {
         let base = offset(i, numbers, 0usize, kept, kept);
@@ -131,19 +136,9 @@ fn by_cubes(
             t += TOGETHER;
         }
     }
-    shared[UNIT_POS as usize] = all;
-    sync_cube();
-    #[unroll]
-    for step in 0..comptime!(TOGETHER.ilog2()) {
-        let width = comptime!(TOGETHER >> (step + 1));
-        if UNIT_POS < width {
-            let other = shared[(UNIT_POS + width) as usize];
-            shared[UNIT_POS as usize] = join(shared[UNIT_POS as usize], other, plan.with, plan.floats);
-        }
-        sync_cube();
-    }
+    let joined = words_together(all, plan.with, plan.floats);
     if i < results && UNIT_POS == 0u32 {
-        to[i as usize] = shared[0];
+        to[i as usize] = joined;
     }
 }
 
