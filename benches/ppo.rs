@@ -55,6 +55,9 @@ impl Device for Timed {
     fn set_state(&mut self, id: StateId, value: &Tensor) {
         self.device.set_state(id, value);
     }
+    fn set_part(&mut self, id: StateId, value: &Tensor) {
+        self.device.set_part(id, value);
+    }
     fn state(&self, id: StateId) -> Tensor {
         self.device.state(id)
     }

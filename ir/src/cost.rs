@@ -131,7 +131,9 @@ pub fn cost(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
         }
         (_, Class::Reduction) => len(args[0])?,
         (_, Class::Elementwise | Class::Composite | Class::Fused | Class::Random) => out,
-        (_, Class::Structure | Class::View | Class::State | Class::Contraction | Class::Update) => 0,
+        (_, Class::Structure | Class::View | Class::State | Class::Contraction | Class::Update | Class::Collective) => {
+            0
+        }
     };
     let bytes = match (op, op.class()) {
         (_, Class::View | Class::State) => 0,

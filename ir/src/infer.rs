@@ -20,7 +20,13 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
     let one = |ty: Type| Ok(vec![ty]);
     let takes_quantized = matches!(
         op,
-        Op::Cast { .. } | Op::Contract { .. } | Op::ContractEach { .. } | Op::Read { .. } | Op::Write { .. }
+        Op::Cast { .. }
+            | Op::Contract { .. }
+            | Op::ContractEach { .. }
+            | Op::Read { .. }
+            | Op::Write { .. }
+            | Op::AllGather { axis: 0, .. }
+            | Op::Shard { axis: 0, .. }
     );
     if let Some(arg) = args.iter().find(|arg| arg.dtype.is_quantized() && !takes_quantized) {
         return Err(format!("`{}` of {arg}, which is for products only", op.name()));
@@ -362,6 +368,14 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             place(op, &args[3])?;
             one(rows)
         }
+        Op::AllReduce { .. } => one(number(op, &args[0])?.clone()),
+        Op::AllGather { axis, len, .. } => one(with_extent(not_key(op, &args[0])?, *axis, |_| *len)?),
+        Op::ReduceScatter { axis, ranks, .. } => {
+            one(with_extent(number(op, &args[0])?, *axis, |extent| extent.div_ceil((*ranks).max(1)))?)
+        }
+        Op::Shard { axis, ranks, .. } => {
+            one(with_extent(not_key(op, &args[0])?, *axis, |extent| extent.div_ceil((*ranks).max(1)))?)
+        }
         Op::Adamw { .. } => {
             let (each, settings) = args.split_at(args.len().saturating_sub(3));
             if each.is_empty() || each.len() % 4 != 0 {
@@ -544,6 +558,15 @@ fn not_key<'a>(op: &Op, ty: &'a Type) -> Result<&'a Type, String> {
 
 fn rank(op: &Op, ty: &Type, rank: usize) -> Result<(), String> {
     if ty.rank() == rank { Ok(()) } else { Err(format!("`{}` of {ty}, expected {rank} dims", op.name())) }
+}
+
+/// A type with another extent of a dim that is a number.
+fn with_extent(ty: &Type, axis: usize, extent: impl Fn(usize) -> usize) -> Result<Type, String> {
+    let have = axis_of(ty, axis)?.constant().and_then(|n| usize::try_from(n).ok());
+    let have = have.ok_or_else(|| format!("dim {axis} of {ty} is no number"))?;
+    let mut dims = ty.dims.clone();
+    dims[axis] = Dim::from(extent(have) as i64);
+    Ok(Type::new(ty.dtype, dims))
 }
 
 fn axis_of(ty: &Type, axis: usize) -> Result<&Dim, String> {

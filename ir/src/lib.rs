@@ -35,8 +35,10 @@
 //!
 //! # Levels
 //!
-//! One IR, a stricter verifier each time: *logical* is what frontends make and most passes rewrite; *planned* has a
-//! buffer for every value and state, and only the verifier can make a [`Planned`], which is all that `runtime` takes.
+//! One IR, a stricter verifier each time: *logical* is what frontends make and most passes rewrite; *partitioned* is what
+//! one rank of a [`Mesh`] runs: a state with a [`Placement`] is the rank's part of it, and what ranks send to each other are
+//! ops ([`Class::Collective`]); *planned* has a buffer for every value and state, and only the verifier can make a
+//! [`Planned`], which is all that `runtime` takes. A program for one rank goes from the first to the last.
 
 pub mod body;
 pub mod cost;
@@ -46,6 +48,7 @@ pub mod dim;
 pub mod fuzz;
 mod graph;
 pub mod infer;
+pub mod mesh;
 pub mod op;
 mod parse;
 pub mod print;
@@ -64,6 +67,7 @@ pub use dim::{Bindings, Dim, Symbol};
 pub use graph::{
     Buffer, Builder, DimRange, Graph, Loc, OpData, OpId, Phase, Reason, Region, Site, StateId, Tag, Value,
 };
+pub use mesh::{Axis, Cut, Mesh, Placement};
 pub use op::{Class, Op};
 pub use parse::parse;
 pub use program::{Arena, Level, Program, State, StateKind};

@@ -9,6 +9,7 @@ use std::fmt::Display;
 use crate::body::{Body, ProductPart, product_parts};
 use crate::dim::Dim;
 use crate::graph::StateId;
+use crate::mesh::Axis;
 use crate::types::{DType, DimList};
 
 /// What kind of work an op is; kernels, planner and reports group by it.
@@ -34,6 +35,8 @@ pub enum Class {
     Update,
     /// Reads or writes state.
     State,
+    /// Ranks send each other something; all ranks of a group run the same ones in the same order.
+    Collective,
 }
 
 /// How many operands an op takes.
@@ -110,6 +113,16 @@ impl Attribute for Dim {
     }
     fn read(text: &str) -> Result<Self, String> {
         Dim::parse(text)
+    }
+}
+
+impl Attribute for Axis {
+    fn show(&self) -> String {
+        self.to_string()
+    }
+    fn read(text: &str) -> Result<Self, String> {
+        let found = Axis::ALL.into_iter().find(|axis| axis.name() == text);
+        found.ok_or_else(|| format!("`{text}` is no axis of a mesh"))
     }
 }
 
@@ -489,6 +502,26 @@ ops! {
         eps: f64, /// Decoupled weight decay.
         decay: f64 }
 
+    // Ranks. Made by the pass `partition`. Places are numbered along the axis as in [`crate::mesh`].
+    /// The sum of the operands of all ranks along an axis of the mesh, on each of them; that of narrow floats is taken in f32.
+    AllReduce "all_reduce" Collective 1 { /// The axis of the mesh.
+        over: Axis }
+    /// The parts of all ranks along an axis of the mesh one after the other, and of that the first places.
+    AllGather "all_gather" Collective 1 { /// The axis of the mesh.
+        over: Axis, /// The dim.
+        axis: usize, /// How many places.
+        len: usize }
+    /// A rank's part of the sum of the operands of all ranks along an axis of the mesh; parts as in [`crate::mesh::Cut`].
+    ReduceScatter "reduce_scatter" Collective 1 { /// The axis of the mesh.
+        over: Axis, /// The dim.
+        axis: usize, /// Ranks along the axis of the mesh.
+        ranks: usize }
+    /// A rank's part of the operand, which all ranks along an axis of the mesh have; parts as in [`crate::mesh::Cut`].
+    Shard "shard" Structure 1 { /// The axis of the mesh.
+        over: Axis, /// The dim.
+        axis: usize, /// Ranks along the axis of the mesh.
+        ranks: usize }
+
     // State.
     /// The value of a parameter or state when the graph began.
     Read "read" State 0 { /// Which.
@@ -541,7 +574,9 @@ impl Op {
             Op::Adamw { .. } => (0..operands / 4)
                 .flat_map(|i| [0, 2, 3].into_iter().enumerate().map(move |(r, a)| (3 * i + r, 4 * i + a)))
                 .collect(),
-            Op::Cast { .. } | Op::WriteAt { .. } | Op::Rope { .. } | Op::AddRows {} => vec![(0, 0)],
+            Op::Cast { .. } | Op::WriteAt { .. } | Op::Rope { .. } | Op::AddRows {} | Op::AllReduce { .. } => {
+                vec![(0, 0)]
+            }
             Op::Fused { body, .. } => {
                 (0..body.results().len()).flat_map(|result| (0..operands).map(move |arg| (result, arg))).collect()
             }

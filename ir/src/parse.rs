@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use crate::diag::{Diag, Span, nearest};
 use crate::dim::{Dim, Symbol};
 use crate::graph::{Buffer, DimRange, Graph, Loc, Phase, Reason, Region, Site, StateId, Tag, Value};
-use crate::op::Op;
+use crate::mesh::{Axis, Cut, Mesh, Placement};
+use crate::op::{Attribute, Op};
 use crate::program::{Arena, Level, Program, StateKind};
 use crate::types::{DType, Type};
 
@@ -39,7 +40,7 @@ impl<'a> Reader<'a> {
                 "level" => {
                     let at = self.here();
                     let name = self.word()?;
-                    let all = [Level::Logical, Level::Planned];
+                    let all = [Level::Logical, Level::Partitioned, Level::Planned];
                     self.program.level = all
                         .into_iter()
                         .find(|l| l.name() == name)
@@ -49,6 +50,15 @@ impl<'a> Reader<'a> {
                     self.word()?;
                     let name = self.json()?;
                     self.program.sources.push(name);
+                }
+                "mesh" => {
+                    let mut size = |axis: Axis| -> Read<usize> {
+                        self.expect(axis.name())?;
+                        self.expect("=")?;
+                        self.number()
+                    };
+                    let [pipeline, data, tensor] = Axis::ALL.map(&mut size);
+                    self.program.mesh = Mesh { pipeline: pipeline?, data: data?, tensor: tensor? };
                 }
                 "arena" => {
                     let mut field = |name: &str| -> Read<usize> {
@@ -66,7 +76,7 @@ impl<'a> Reader<'a> {
                 "graph" => self.graph()?,
                 "stage" => self.program.stage = self.json()?,
                 other => {
-                    let items = ["level", "source", "arena", "param", "state", "graph", "stage"];
+                    let items = ["level", "source", "mesh", "arena", "param", "state", "graph", "stage"];
                     return Err(self.unknown(at, "item of a program", other, items.into_iter()));
                 }
             }
@@ -82,6 +92,7 @@ impl<'a> Reader<'a> {
         let trained = self.take_word("trained");
         let scratch = self.take_word("scratch");
         let copied = if self.take_word("copy") { Some(self.declared()?) } else { None };
+        let placement = self.placement()?;
         let buffer = self.buffer()?;
         let span = if self.take_word("loc") { self.span()? } else { Span::NONE };
         let kind = match copied {
@@ -94,8 +105,32 @@ impl<'a> Reader<'a> {
             return Err(self.error(format!("`@{name}` is declared twice")));
         }
         let id = self.program.declare(name, ty, kind, span);
-        self.program.states[id.0 as usize].buffer = buffer;
+        let state = &mut self.program.states[id.0 as usize];
+        (state.placement, state.buffer) = (placement, buffer);
         Ok(())
+    }
+
+    fn placement(&mut self) -> Read<Option<Placement>> {
+        if !self.take_word("of") {
+            return Ok(None);
+        }
+        let text = self.attribute_value()?;
+        let whole = Vec::<usize>::read(text).map_err(|why| self.error(why))?;
+        let mut placement = Placement { whole, cuts: Vec::new(), partial: None };
+        while self.take_word("cut") {
+            let over = self.axis()?;
+            self.expect("/")?;
+            placement.cuts.push(Cut { over, dim: self.number()? });
+        }
+        if self.take_word("partial") {
+            placement.partial = Some(self.axis()?);
+        }
+        Ok(Some(placement))
+    }
+
+    fn axis(&mut self) -> Read<Axis> {
+        let name = self.letters();
+        Axis::read(name).map_err(|why| self.error(why))
     }
 
     /// A parameter or state that stands above.

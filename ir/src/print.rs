@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::graph::{Buffer, Graph, Loc, Phase, Reason, Site, Value};
+use crate::mesh::Placement;
 use crate::op::Op;
 use crate::program::{Level, Program, StateKind};
 use crate::stage::Stage;
@@ -15,6 +16,9 @@ impl fmt::Display for Program {
         writeln!(f, "level {}", self.level.name())?;
         for (i, name) in self.sources.iter().enumerate() {
             writeln!(f, "source {i} {}", quoted(name))?;
+        }
+        if !self.mesh.is_single() {
+            writeln!(f, "mesh {}", self.mesh)?;
         }
         if self.level == Level::Planned {
             let a = self.arena;
@@ -28,6 +32,7 @@ impl fmt::Display for Program {
                 StateKind::Scratch => ("state", " scratch".into()),
             };
             write!(f, "{kind} @{} : {}{what}", state.name, state.ty)?;
+            write_placement(f, state.placement.as_ref())?;
             write_buffer(f, state.buffer)?;
             if state.span.is_some() {
                 let s = state.span;
@@ -44,6 +49,18 @@ impl fmt::Display for Program {
             writeln!(f, "\nstage {json}")?;
         }
         Ok(())
+    }
+}
+
+fn write_placement(f: &mut fmt::Formatter<'_>, placement: Option<&Placement>) -> fmt::Result {
+    let Some(placement) = placement else { return Ok(()) };
+    write!(f, " of {:?}", placement.whole)?;
+    for cut in &placement.cuts {
+        write!(f, " cut {}/{}", cut.over, cut.dim)?;
+    }
+    match placement.partial {
+        Some(axis) => write!(f, " partial {axis}"),
+        None => Ok(()),
     }
 }
 

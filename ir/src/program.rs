@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use crate::diag::Span;
-use crate::dim::Bindings;
+use crate::dim::{Bindings, Dim};
 use crate::graph::{Buffer, Graph, StateId};
+use crate::mesh::{Mesh, Placement};
 use crate::stage::{Origin, Stage};
 use crate::types::Type;
 
@@ -34,18 +35,28 @@ pub enum StateKind {
 pub struct State {
     /// `<role>/<Hugging Face name>` for parameters; states of a parameter add a suffix: `model/fc1.weight.m`.
     pub name: String,
-    /// Type; its dims are constants.
+    /// Type; its dims are constants. Of a state with a placement, the type of a rank's part.
     pub ty: Type,
     /// What it is for.
     pub kind: StateKind,
     /// Where it was declared.
     pub span: Span,
+    /// What each rank holds of it; `None` where that is all of it.
+    pub placement: Option<Placement>,
     /// Where it lies; `None` before `plan_memory`.
     pub buffer: Option<Buffer>,
 }
 
 impl State {
-    /// Bytes in memory.
+    /// Dims of the whole.
+    pub fn whole_dims(&self) -> Vec<Dim> {
+        match &self.placement {
+            Some(placement) => placement.whole.iter().map(|&extent| Dim::from(extent as i64)).collect(),
+            None => self.ty.dims.clone(),
+        }
+    }
+
+    /// Bytes in memory, of a rank's part where it is in parts.
     ///
     /// # Panics
     /// If a dim is not a constant, which the verifier refuses.
@@ -60,6 +71,8 @@ pub enum Level {
     /// What the frontend makes and most passes rewrite.
     #[default]
     Logical,
+    /// What one of several ranks runs.
+    Partitioned,
     /// Every value and state has a buffer.
     Planned,
 }
@@ -69,6 +82,7 @@ impl Level {
     pub fn name(self) -> &'static str {
         match self {
             Level::Logical => "logical",
+            Level::Partitioned => "partitioned",
             Level::Planned => "planned",
         }
     }
@@ -97,6 +111,8 @@ impl Arena {
 pub struct Program {
     /// How far it has come down.
     pub level: Level,
+    /// The ranks that run it.
+    pub mesh: Mesh,
     /// Names of the files that locations point into; their index is [`Span::source`].
     pub sources: Vec<String>,
     /// Parameters and state; [`StateId`] is the index.
@@ -112,7 +128,7 @@ pub struct Program {
 impl Program {
     /// Declares a parameter or state.
     pub fn declare(&mut self, name: impl Into<String>, ty: Type, kind: StateKind, span: Span) -> StateId {
-        self.states.push(State { name: name.into(), ty, kind, span, buffer: None });
+        self.states.push(State { name: name.into(), ty, kind, span, placement: None, buffer: None });
         StateId(self.states.len() as u32 - 1)
     }
 

@@ -87,6 +87,10 @@ fn one() -> usize {
     1
 }
 
+fn is_zero(stage: &u8) -> bool {
+    *stage == 0
+}
+
 fn is_one(samples: &usize) -> bool {
     *samples == 1
 }
@@ -147,6 +151,9 @@ pub struct Role {
     /// What the weights of its layers are kept in, if not in f32; the pass `quantize` says what that means.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<DType>,
+    /// What ranks with different rows share out of it (ZeRO): 0 nothing, 1 the optimizer's moments, 2 gradients too, 3 parameters too.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub zero_stage: u8,
     /// Folder with its `tokenizer.json`, as the user gave it.
     pub tokenizer: Option<String>,
     /// Parameters of a snapshot that are those of the role it is taken of, by their Hugging Face names: nothing changes

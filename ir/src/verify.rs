@@ -48,12 +48,14 @@ pub fn verify(program: &Program) -> Result<(), Fault> {
         }
     }
     copies_fit(program).map_err(fault)?;
+    placements_fit(program).map_err(fault)?;
     let mut names = BTreeSet::new();
     for graph in &program.graphs {
         if !names.insert(&graph.name) {
             return Err(fault(format!("graph `@{}` is defined twice", graph.name)));
         }
         logical(program, graph)?;
+        collectives_fit(program, graph)?;
         if program.level == Level::Planned {
             planned(program, graph)?;
         }
@@ -147,11 +149,50 @@ fn copies_fit(program: &Program) -> Result<(), String> {
         let StateKind::Copy { of } = copy.kind else { continue };
         let fits = program.states.get(of.0 as usize).is_some_and(|of| {
             matches!(of.kind, StateKind::Param { .. })
-                && (of.ty.dtype, &of.ty.dims) == (DType::F32, &copy.ty.dims)
+                && (of.ty.dtype, of.whole_dims()) == (DType::F32, copy.whole_dims())
                 && (copy.ty.dtype.is_narrow() || copy.ty.dtype.is_quantized())
         });
         if !fits {
             return Err(format!("`@{}` is {}, which is no copy of a parameter in f32", copy.name, copy.ty));
+        }
+    }
+    Ok(())
+}
+
+/// What a rank holds of a state is what the mesh leaves of the whole.
+fn placements_fit(program: &Program) -> Result<(), String> {
+    for state in &program.states {
+        let Some(placement) = &state.placement else { continue };
+        if program.level == Level::Logical {
+            return Err(format!("`@{}` is in parts, and nothing is yet", state.name));
+        }
+        if placement.cuts.iter().any(|cut| cut.dim >= placement.whole.len()) {
+            return Err(format!("a cut of `@{}` is along no dim of it", state.name));
+        }
+        let local = placement.local(&program.mesh);
+        if state.ty.dims.iter().map(Dim::constant).ne(local.iter().map(|&n| Some(n as i64))) {
+            return Err(format!("`@{}` is {}, and a rank's part of it is {local:?}", state.name, state.ty));
+        }
+    }
+    Ok(())
+}
+
+/// Ranks send each other something only where there are several, and as many as the mesh has.
+fn collectives_fit(program: &Program, graph: &Graph) -> Result<(), Fault> {
+    for (id, op) in graph.ops() {
+        let fault = |message: String| Err(Fault { graph: graph.name.clone(), op: Some(id), message });
+        let extent = |axis: usize| graph.ty(op.args[0]).dims[axis].constant().unwrap_or_default() as usize;
+        let fits = match op.op {
+            Op::AllReduce { .. } => true,
+            Op::AllGather { over, axis, len } => extent(axis) == len.div_ceil(program.mesh.size(over)),
+            Op::ReduceScatter { over, ranks, .. } | Op::Shard { over, ranks, .. } => ranks == program.mesh.size(over),
+            _ => continue,
+        };
+        if program.level == Level::Logical {
+            return fault(format!("`{}`, and nothing is in parts yet", op.op.name()));
+        }
+        if !fits {
+            return fault(format!("`{}` does not fit the mesh {}", op.op, program.mesh));
         }
     }
     Ok(())

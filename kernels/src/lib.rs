@@ -13,6 +13,7 @@ pub mod cube;
 pub mod interp;
 mod profile;
 pub mod random;
+pub mod ranks;
 pub mod sample;
 
 pub use profile::Launches;
@@ -25,6 +26,9 @@ pub trait Device {
     /// Sets a parameter or state, and its copies. The tensor has the state's shape; floats of either width are taken, and
     /// rounded to the state's.
     fn set_state(&mut self, id: StateId, value: &Tensor);
+
+    /// The same without its copies: of a state in parts, and of its copies, ranks hold parts of different shapes.
+    fn set_part(&mut self, id: StateId, value: &Tensor);
 
     /// The current value of a parameter or state; floats in the device's width, narrow ones in f32.
     fn state(&self, id: StateId) -> Tensor;

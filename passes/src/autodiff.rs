@@ -101,6 +101,11 @@ impl Rows {
     fn fit(self) -> bool {
         self.batch <= self.micro
     }
+
+    /// Rows of a part, where ranks with different rows share them.
+    fn part(self, ranks: usize) -> usize {
+        self.micro.min(self.batch.div_ceil(ranks))
+    }
 }
 
 impl Derive {
@@ -181,21 +186,21 @@ impl Derive {
     fn call(&mut self, program: &mut Program, name: &str, rows: Option<Rows>, wanted: bool) -> Result<CallSteps, Diag> {
         let graph = graph_named(program, name)?;
         let rows = rows.unwrap_or(Rows { micro: 1, batch: 1 });
-        if graph.batch.is_none() || rows.fit() {
-            let most = self.called.entry(name.to_string()).or_default();
-            *most = rows.batch.max(*most);
-            if let Some(graph) = program.graphs.iter_mut().find(|g| g.name == name) {
-                limit_rows(graph, *most);
-            }
-            return Ok(CallSteps::Whole);
+        let ranks = program.mesh.data;
+        if graph.batch.is_none() || (rows.fit() && ranks == 1) {
+            return Ok(self.whole_call(program, name, rows));
         }
         let key = (name.to_string(), wanted);
         if let Some(steps) = self.calls.get(&key) {
             return Ok(steps.clone());
         }
         let mut graph = graph;
-        limit_rows(&mut graph, rows.micro);
-        let parts = split::call(program, &graph, wanted)?;
+        limit_rows(&mut graph, rows.part(ranks));
+        let parts = match split::call(program, &graph, wanted) {
+            // Every rank does all of it.
+            Err(_) if rows.fit() => return Ok(self.whole_call(program, name, rows)),
+            parts => parts?,
+        };
         let prefix = if wanted { name.to_string() } else { format!("{name}.totals") };
         let add = |program: &mut Program, graph: Graph, suffix: &str| add(program, graph, format!("{prefix}.{suffix}"));
         let count = parts.count.into_iter().enumerate();
@@ -209,6 +214,16 @@ impl Derive {
         Ok(steps)
     }
 
+    /// A call of the graph as it is, on all rows.
+    fn whole_call(&mut self, program: &mut Program, name: &str, rows: Rows) -> CallSteps {
+        let most = self.called.entry(name.to_string()).or_default();
+        *most = rows.batch.max(*most);
+        if let Some(graph) = program.graphs.iter_mut().find(|g| g.name == name) {
+            limit_rows(graph, *most);
+        }
+        CallSteps::Whole
+    }
+
     fn update(&mut self, program: &mut Program, update: &Update, aligned: bool) -> Result<UpdateSteps, Diag> {
         let rows: Vec<Rows> =
             update.terms.iter().map(|t| self.rows_in(&t.args).unwrap_or(Rows { micro: 1, batch: 1 })).collect();
@@ -216,6 +231,7 @@ impl Derive {
             && term.weight == 1.0
             && rows.fit()
             && !aligned
+            && program.mesh.data == 1
         {
             let Derived::Whole(step) = self.term(program, &update.role, term, *rows, false)? else {
                 unreachable!("bug: a whole step of `{}` was cut", term.graph)
@@ -230,6 +246,9 @@ impl Derive {
             match self.term(program, &update.role, term, rows, true) {
                 Ok(Derived::Term(steps)) => terms.push(steps),
                 Ok(Derived::Whole(_)) => unreachable!("bug: a part of `{}` was not cut", term.graph),
+                Err(diag) if program.mesh.data > 1 => {
+                    return Err(diag.help("ranks with different rows each compute a part: write `data: 1`"));
+                }
                 Err(diag) if aligned && rows.fit() => {
                     return Err(diag.help("with `align_overflow: false`, the batch is one call and needs no sums"));
                 }
@@ -253,7 +272,7 @@ impl Derive {
         let loss = loss_of(&graph)?;
         let prefix = format!("{role}.{}", term.graph);
         let derived = if cut {
-            limit_rows(&mut graph, rows.micro.min(rows.batch));
+            limit_rows(&mut graph, rows.part(program.mesh.data));
             let parts = split::update(program, &graph, role, (loss, term.weight))?;
             // The same loss may stand in sums with several weights.
             let others = self.updates.keys().filter(|k| (&k.0, &k.1, k.3) == (&key.0, &key.1, true)).count();

@@ -8,8 +8,8 @@ use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
 use crate::{
-    adapt, autodiff, canonicalize, copies, decode, fit, fuse, infer, join_updates, merge, order, plan_memory,
-    precision, quantize, rematerialize, share_prefix, simplify,
+    adapt, autodiff, canonicalize, copies, decode, fit, fuse, infer, join_updates, merge, order, partition,
+    plan_memory, precision, quantize, rematerialize, share_prefix, simplify,
 };
 
 /// What a program satisfies at a point of the pipeline.
@@ -23,6 +23,8 @@ pub enum Fact {
     Adapted,
     /// Gradient and optimizer graphs exist; every update and evaluation of the plan names them.
     Differentiated,
+    /// States are what a rank holds of them, and graphs what it runs.
+    Partitioned,
     /// Every value has a buffer.
     Planned,
 }
@@ -112,6 +114,7 @@ pub const PIPELINE: &[Pass] = &[
     canonicalize::PASS,
     simplify::PASS,
     copies::PASS,
+    partition::PASS,
     // Before regions are made, so that what is recomputed becomes part of what uses it.
     rematerialize::PASS,
     merge::PASS,

@@ -135,6 +135,10 @@ fn policy(op: &Op) -> Policy {
         | Op::AddRows {}
         | Op::HeadLogp {}
         | Op::HeadLogpGrad { .. }
+        | Op::AllReduce { .. }
+        | Op::AllGather { .. }
+        | Op::ReduceScatter { .. }
+        | Op::Shard { .. }
         | Op::Adamw { .. } => Policy::Wide,
     }
 }

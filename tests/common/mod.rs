@@ -56,7 +56,7 @@ type Exact = (Vec<usize>, Vec<u64>);
 /// All results of a graph and all states that are there before it, by name, as shape and bits.
 fn values(program: &Program, graph: &Graph, bindings: &Bindings, seed: u64) -> Vec<(String, Exact)> {
     let mut interp = match program.level {
-        Level::Logical => Interp::new(program.clone(), Precision::F64),
+        Level::Logical | Level::Partitioned => Interp::new(program.clone(), Precision::F64),
         Level::Planned => {
             let planned = Planned::new(program.clone()).unwrap_or_else(|fault| panic!("{fault} in\n{program}"));
             Interp::planned(planned, Precision::F64)

@@ -22,6 +22,7 @@ fn program(seed: u64, dtype: DType) -> Program {
         trained: false,
         precision: Some(dtype),
         weights: None,
+        zero_stage: 0,
         tokenizer: None,
         shared: vec![],
     });

@@ -9,6 +9,7 @@
 
 mod attention;
 mod cached;
+mod collective;
 mod contract;
 mod contract_each;
 mod contract_fused;
@@ -44,6 +45,7 @@ use dsgc_ir::verify::last_uses;
 use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, StateId, Target, Tensor, Type, Value};
 
 use crate::profile::Profile;
+use crate::ranks::Member;
 use crate::{Device, Launches, bind};
 pub use fused::{CompileTime, compile_time};
 use memory::{ALIGNMENT, Memory, Ptr};
@@ -68,7 +70,7 @@ impl Target for CpuTarget {
     fn missing_kernel(&self, op: &Op, args: &[Type]) -> Option<String> {
         match op {
             Op::ContractFused { bodies, .. } => contract_fused::missing(&args[..=bodies.len()]),
-            _ => None,
+            _ => collective::missing(op),
         }
     }
 
@@ -114,6 +116,7 @@ fn own_workspace(op: &Op, args: &[Type], bounds: &Bindings, threads: usize) -> u
             tokens::workspace(args[0].dtype, shape(0).last().copied().unwrap_or(0), threads)
         }
         Op::Attention { .. } => attention::workspace(shape(0)[1], shape(0)[3], threads),
+        Op::AllReduce { .. } | Op::ReduceScatter { .. } => collective::workspace(op, args, bounds),
         Op::AttentionGrad { .. } => attention::grad_workspace(&shape(0), &shape(1), threads),
         _ => 0,
     }
@@ -130,6 +133,8 @@ pub struct Cpu {
     dead: Option<Vec<Vec<Vec<Buffer>>>>,
     /// Counters of launches, while somebody wants them.
     profile: Option<Profile>,
+    /// Which rank of those that run the program this is.
+    member: Member,
 }
 
 impl Cpu {
@@ -155,7 +160,12 @@ impl Cpu {
         let memory = Memory::new(program.arena);
         let regions = fused::load(&program.graphs);
         let (threads, program) = (Arc::new(Threads::new(threads)), Arc::new(program));
-        Cpu { memory, threads, regions, dead: None, profile: None, program }
+        Cpu { memory, threads, regions, dead: None, profile: None, member: Member::alone(), program }
+    }
+
+    /// The same as one rank of several.
+    pub fn as_member(self, member: Member) -> Cpu {
+        Cpu { member, ..self }
     }
 
     /// The same, with all memory that holds nothing filled with NaN: a wrong plan shows in the results.
@@ -193,12 +203,16 @@ impl Device for Cpu {
     fn set_state(&mut self, id: StateId, value: &Tensor) {
         let program = Arc::clone(&self.program);
         for id in [id].into_iter().chain(program.copies_of(id)) {
-            let state = program.state(id);
-            let shape = state.ty.shape(&Bindings::new()).expect("states have constant dims");
-            assert!(value.fits(state.ty.dtype) && value.shape == shape, "bug: `@{}` is {}", state.name, state.ty);
-            let buffer = state.buffer.expect("a planned program has a buffer for every state");
-            self.memory.write(buffer, state.ty.dtype, value);
+            self.set_part(id, value);
         }
+    }
+
+    fn set_part(&mut self, id: StateId, value: &Tensor) {
+        let state = self.program.state(id);
+        let shape = state.ty.shape(&Bindings::new()).expect("states have constant dims");
+        assert!(value.fits(state.ty.dtype) && value.shape == shape, "bug: `@{}` is {}", state.name, state.ty);
+        let buffer = state.buffer.expect("a planned program has a buffer for every state");
+        self.memory.write(buffer, state.ty.dtype, value);
     }
 
     fn state(&self, id: StateId) -> Tensor {
@@ -274,6 +288,7 @@ impl Cpu {
                 dims: &dims,
                 memory: &mut self.memory,
                 threads: &self.threads,
+                member: &self.member,
                 scratch,
                 regions,
                 moved: Vec::new(),
@@ -311,6 +326,7 @@ struct Launch<'a> {
     dims: &'a Bindings,
     memory: &'a mut Memory,
     threads: &'a Threads,
+    member: &'a Member,
     /// Bytes of workspace.
     scratch: usize,
     /// What the op's bodies need to run, if it has any.
@@ -427,6 +443,9 @@ impl Launch<'_> {
                 update::adamw(self);
                 Ok(())
             }
+            Op::AllReduce { .. } | Op::AllGather { .. } | Op::ReduceScatter { .. } | Op::Shard { .. } => {
+                collective::run(self)
+            }
             _ => structure::run(self),
         }
     }
@@ -439,6 +458,7 @@ impl Launch<'_> {
             dims: self.dims,
             memory: self.memory,
             threads: self.threads,
+            member: self.member,
             scratch: self.scratch,
             regions: &[],
             moved: self.moved.clone(),

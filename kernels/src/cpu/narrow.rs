@@ -113,6 +113,7 @@ pub(super) fn is_widened(op: &Op, types: &[DType]) -> bool {
         // Products of bf16 have kernels of their own, and what they take beside f32 is kept in fewer bits.
         Op::Contract { .. } | Op::ContractEach { .. } => product_type(types[0], types[1]) != Some(DType::F16),
         Op::Cast { .. } if types.iter().any(|dtype| dtype.is_quantized()) => true,
+        Op::AllReduce { .. } | Op::ReduceScatter { .. } => false,
         // These have kernels of their own for bf16.
         Op::Attention { .. } | Op::AttentionGrad { .. } | Op::CachedAttention { .. } | Op::Rope { .. } => {
             types[0] == DType::Bf16

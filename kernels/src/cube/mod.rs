@@ -155,6 +155,18 @@ impl<R: Runtime> Cube<R> {
         Ok(outputs.into_iter().map(|(name, _)| name.clone()).zip(tensors).collect())
     }
 
+    /// Sets states to the same numbers.
+    fn set_states(&mut self, all: &[StateId], value: &Tensor) {
+        let part = |&id: &StateId| {
+            let state = self.program.state(id);
+            let shape = state.ty.shape(&Bindings::new()).expect("states have constant dims");
+            assert!(value.fits(state.ty.dtype) && value.shape == shape, "bug: `@{}` is {}", state.name, state.ty);
+            (state.buffer.expect("a planned program has a buffer for every state"), state.ty.dtype, value)
+        };
+        let parts: Vec<_> = all.iter().map(part).collect();
+        self.memory.write(&self.client, &parts);
+    }
+
     fn failed(&self, why: &str) -> Diag {
         Diag::error(format!("the device `{}` failed: {why}", self.platform.name()))
     }
@@ -166,17 +178,12 @@ impl<R: Runtime> Device for Cube<R> {
     }
 
     fn set_state(&mut self, id: StateId, value: &Tensor) {
-        let parts: Vec<_> = [id]
-            .into_iter()
-            .chain(self.program.copies_of(id))
-            .map(|id| {
-                let state = self.program.state(id);
-                let shape = state.ty.shape(&Bindings::new()).expect("states have constant dims");
-                assert!(value.fits(state.ty.dtype) && value.shape == shape, "bug: `@{}` is {}", state.name, state.ty);
-                (state.buffer.expect("a planned program has a buffer for every state"), state.ty.dtype, value)
-            })
-            .collect();
-        self.memory.write(&self.client, &parts);
+        let all: Vec<StateId> = [id].into_iter().chain(self.program.copies_of(id)).collect();
+        self.set_states(&all, value);
+    }
+
+    fn set_part(&mut self, id: StateId, value: &Tensor) {
+        self.set_states(&[id], value);
     }
 
     fn state(&self, id: StateId) -> Tensor {

@@ -1,6 +1,6 @@
 //! What passes must know of GPUs.
 
-use dsgc_ir::{Bindings, DType, Op, Target, Type};
+use dsgc_ir::{Bindings, Class, DType, Op, Target, Type};
 
 use super::{head, norm, reduce};
 
@@ -65,6 +65,8 @@ impl Target for CubeTarget {
             Op::Sample { top_k, top_p, .. } if *top_k > 0 || *top_p < 1.0 => {
                 Some("it takes no `top_k` and no `top_p`".into())
             }
+            op if op.class() == Class::Collective => Some("several GPUs".into()),
+            Op::Shard { .. } => Some("several GPUs".into()),
             _ => None,
         }
     }

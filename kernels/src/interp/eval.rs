@@ -210,6 +210,9 @@ pub(crate) fn eval<F: Real>(
             let made = each.chunks(4).map(|of| composite::adamw::<F>(&[of, settings].concat(), how));
             Ok(made.collect::<Result<Vec<_>, _>>()?.concat())
         }
+        Op::AllReduce { .. } | Op::AllGather { .. } | Op::ReduceScatter { .. } | Op::Shard { .. } => {
+            panic!("bug: `{}` needs the other ranks", op.name())
+        }
         Op::Read { .. } => one(args[0].clone()),
         Op::Write { .. } => Ok(vec![]),
     }
@@ -284,7 +287,7 @@ fn signed<F: Real>(x: &Tensor, float: fn(F) -> F, int: fn(i32) -> i32) -> Tensor
     }
 }
 
-fn arithmetic<F: Real>(
+pub(super) fn arithmetic<F: Real>(
     args: &[&Tensor],
     float: fn(F, F) -> F,
     int: fn(i32, i32) -> Option<i32>,

@@ -14,6 +14,7 @@ use dsgc_ir::op::Class;
 use dsgc_ir::verify::{last_uses, verify};
 use dsgc_ir::{Bindings, Buffer, DType, Graph, Op, OpData, Planned, Program, Region, StateId, Tensor, Value};
 
+use crate::ranks::Member;
 use crate::{Device, bind};
 
 pub mod apart;
@@ -21,11 +22,13 @@ mod arena;
 mod attention;
 mod composite;
 mod eval;
+mod ranks;
 pub(crate) mod real;
 mod structure;
 mod target;
 
 use arena::{Memory, overlap};
+pub use ranks::{Given, eval_ranks};
 use real::Real;
 pub use target::InterpTarget;
 
@@ -45,6 +48,7 @@ pub struct Interp {
     program: Program,
     precision: Precision,
     store: Store,
+    member: Member,
 }
 
 #[derive(Clone, Debug)]
@@ -59,7 +63,7 @@ enum Store {
 pub type Outputs = Vec<(String, Tensor)>;
 
 /// What a graph gave.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Evaluated {
     /// Its outputs.
     pub outputs: Outputs,
@@ -77,14 +81,19 @@ impl Interp {
             panic!("bug: the interpreter was given a wrong program: {fault}");
         }
         let states = program.state_ids().map(|(id, _)| Arc::new(zero_state(&program, id, precision))).collect();
-        Interp { program, precision, store: Store::Tensors(states) }
+        Interp { program, precision, store: Store::Tensors(states), member: Member::alone() }
     }
 
     /// A session of a planned program inside its arena; all states are zero.
     pub fn planned(planned: Planned, precision: Precision) -> Interp {
         let program = Program::clone(&planned);
         let memory = Memory::new(program.arena, precision);
-        Interp { program, precision, store: Store::Arena(memory) }
+        Interp { program, precision, store: Store::Arena(memory), member: Member::alone() }
+    }
+
+    /// The same as one rank of several.
+    pub fn as_member(self, member: Member) -> Interp {
+        Interp { member, ..self }
     }
 
     /// The program.
@@ -125,13 +134,14 @@ impl Interp {
         let graph = self.program.graph(name).ok_or_else(|| no_graph(&self.program, name))?;
         match &mut self.store {
             Store::Tensors(states) => {
-                let (outputs, written) = run_loose::<F>(graph, inputs, |id| states[id.0 as usize].clone())?;
+                let (outputs, written) =
+                    run_loose::<F>(graph, inputs, |id| states[id.0 as usize].clone(), &self.member)?;
                 for (id, value) in written {
                     states[id.0 as usize] = value;
                 }
                 Ok(outputs)
             }
-            Store::Arena(memory) => run_planned::<F>(&self.program, graph, memory, inputs),
+            Store::Arena(memory) => run_planned::<F>(&self.program, graph, memory, inputs, &self.member),
         }
     }
 }
@@ -149,6 +159,10 @@ impl Device for Interp {
         for id in [id].into_iter().chain(copies) {
             self.set_one(id, value);
         }
+    }
+
+    fn set_part(&mut self, id: StateId, value: &Tensor) {
+        self.set_one(id, value);
     }
 
     fn state(&self, id: StateId) -> Tensor {
@@ -186,9 +200,10 @@ pub fn eval_graph(
     let found = program.graph(graph).ok_or_else(|| no_graph(program, graph))?;
     let given = |id: StateId| states.get(&id).cloned().unwrap_or_else(|| zero_state(program, id, precision));
     let rounded = |id: StateId| given(id).rounded(program.state(id).ty.dtype);
+    let alone = Member::alone();
     let (outputs, written) = match precision {
-        Precision::F32 => run_loose::<f32>(found, inputs, |id| Arc::new(rounded(id)))?,
-        Precision::F64 => run_loose::<f64>(found, inputs, |id| Arc::new(given(id).double()))?,
+        Precision::F32 => run_loose::<f32>(found, inputs, |id| Arc::new(rounded(id)), &alone)?,
+        Precision::F64 => run_loose::<f64>(found, inputs, |id| Arc::new(given(id).double()), &alone)?,
     };
     let written = written.into_iter().map(|(id, value)| (id, Arc::unwrap_or_clone(value))).collect();
     Ok(Evaluated { outputs, written })
@@ -201,6 +216,7 @@ fn run_loose<F: Real>(
     graph: &Graph,
     inputs: &[(&str, &Tensor)],
     state: impl Fn(StateId) -> Arc<Tensor>,
+    member: &Member,
 ) -> Result<(Outputs, Written), Diag> {
     let dims = bind(graph, inputs)?;
     let last = last_uses(graph);
@@ -220,7 +236,7 @@ fn run_loose<F: Real>(
         if let Op::Write { state: id } = op.op {
             written.insert(id, args[0].clone());
         }
-        for (result, tensor) in op.results().zip(step::<F>(graph, op, &args, &dims)?) {
+        for (result, tensor) in op.results().zip(on_rank::<F>(graph, op, &args, &dims, member)?) {
             values[result.0 as usize] = Some(Arc::new(tensor));
         }
         // Only to save memory; results that nobody uses die here as well.
@@ -240,6 +256,7 @@ fn run_planned<F: Real>(
     graph: &Graph,
     memory: &mut Memory,
     inputs: &[(&str, &Tensor)],
+    member: &Member,
 ) -> Result<Outputs, Diag> {
     let dims = bind(graph, inputs)?;
     let last = last_uses(graph);
@@ -263,7 +280,7 @@ fn run_planned<F: Real>(
                 let target = program.state(state).buffer.expect("a planned program has a buffer for every state");
                 memory.write(target, graph.ty(op.args[0]).dtype, &args[0]).map_err(wrong)?;
             }
-            for (result, tensor) in op.results().zip(step::<F>(graph, op, &args, &dims)?) {
+            for (result, tensor) in op.results().zip(on_rank::<F>(graph, op, &args, &dims, member)?) {
                 memory.write(buffer(result), graph.ty(result).dtype, &tensor).map_err(wrong)?;
             }
         }
@@ -279,6 +296,22 @@ fn run_planned<F: Real>(
         }
     }
     graph.outputs.iter().map(|(name, v)| Ok((name.clone(), Arc::unwrap_or_clone(read(memory, *v)?)))).collect()
+}
+
+/// One op as a rank of several.
+fn on_rank<F: Real>(
+    graph: &Graph,
+    op: &OpData,
+    args: &[Arc<Tensor>],
+    dims: &Bindings,
+    member: &Member,
+) -> Result<Vec<Tensor>, Diag> {
+    if let Some(operand) = args.first()
+        && let Some(result) = ranks::as_member::<F>(member, &op.op, operand)?
+    {
+        return Ok(vec![F::rounded(result, graph.ty(op.result()).dtype)]);
+    }
+    step::<F>(graph, op, args, dims)
 }
 
 /// One op: its results from its operands. An error points at the op's place.

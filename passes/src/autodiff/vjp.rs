@@ -346,6 +346,10 @@ pub fn vjp(
         | Op::Fused { .. }
         | Op::AttentionGrad { .. }
         | Op::TokenLogpGrad {}
+        | Op::AllReduce { .. }
+        | Op::AllGather { .. }
+        | Op::ReduceScatter { .. }
+        | Op::Shard { .. }
         | Op::Adamw { .. } => return Err(format!("`{}` has no gradient", op.op.name())),
     }
     for (grad, &need) in grads.iter_mut().zip(needs) {

@@ -89,6 +89,10 @@ pub(super) fn remat(op: &Op) -> Remat {
         Op::WriteAt { .. }
         | Op::CachedAttention { .. }
         | Op::Sample { .. }
+        | Op::AllReduce { .. }
+        | Op::AllGather { .. }
+        | Op::ReduceScatter { .. }
+        | Op::Shard { .. }
         | Op::Adamw { .. }
         | Op::Read { .. }
         | Op::Write { .. } => Remat::Never,

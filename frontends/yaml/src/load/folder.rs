@@ -117,6 +117,7 @@ impl<'h> FolderModel<'h> {
             trained: false,
             precision: None,
             weights: None,
+            zero_stage: 0,
             tokenizer: None,
             shared: Vec::new(),
         };

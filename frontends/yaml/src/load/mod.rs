@@ -21,6 +21,7 @@ mod heads;
 mod lone;
 mod lora;
 mod models;
+mod parallel;
 mod plan;
 mod resolved;
 mod roles;
@@ -48,6 +49,7 @@ use crate::schema::{unknown_key, words};
 
 use declared::shown;
 use documents::{Documents, beside};
+use parallel::Parallel;
 use settings::Provenance;
 use stage::Surroundings;
 
@@ -267,6 +269,7 @@ fn pipeline(
     // Once all documents are read: every stage may point into each of them.
     for program in &mut stages {
         program.sources = documents.sources.names().map(String::from).collect();
+        program.mesh = settings.parallel.mesh;
     }
     Some(Loaded { stages, device, resolved, tests, sources: Sources::default(), warnings: Vec::new() })
 }
@@ -275,6 +278,7 @@ fn pipeline(
 struct HostSettings {
     memory: Memory,
     checkpoints: Checkpoints,
+    parallel: Parallel,
 }
 
 /// `compile:`, as far as this version has it, and what stands beside the stages.
@@ -287,7 +291,7 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, HostS
             ("device", Constant::Str(name)) if name == "wgpu" => device = Device::Wgpu,
             ("device", Constant::Str(name)) if name == "cuda" => device = Device::Cuda,
             ("device", Constant::Str(name)) if name == "interp" => device = Device::Interp,
-            ("devices", Constant::Int(1)) | ("zero_stage", Constant::Int(0)) => {}
+            ("devices" | "zero_stage" | "parallel", _) => {}
             ("gradient_checkpointing", Constant::Bool(on)) => memory.gradient_checkpointing = *on,
             ("max_memory", Constant::None) => memory.max = None,
             ("max_memory", given) => match settings::bytes(given) {
@@ -304,10 +308,6 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, HostS
                 let message = format!("found {} as `{}`, expected at least 1", shown(given), key.text);
                 documents.error(Diag::error(message).label(value.span, "").help("`none` turns it off"));
             }
-            // A mapping, which the readers have checked.
-            ("parallel", _) => {
-                documents.error(Diag::error("`parallel` is not part of this version").label(key.span, ""));
-            }
             (name, given) => {
                 let what = shown(given).replace('`', "");
                 documents
@@ -315,7 +315,8 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, HostS
             }
         }
     }
-    (device, HostSettings { memory, checkpoints })
+    let parallel = parallel::read(documents, &pipeline.compile);
+    (device, HostSettings { memory, checkpoints, parallel })
 }
 
 /// `output_dir`, by default named after the file.

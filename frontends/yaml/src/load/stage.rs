@@ -399,7 +399,7 @@ pub(super) fn host_side(prepared: &Prepared, output_dir: &str, settings: &HostSe
         recipe: prepared.recipe.name.clone(),
         seed: count("seed").unwrap_or_default(),
         output_dir: format!("{output_dir}/{}", prepared.name),
-        roles: prepared.roles.iter().map(host_role).collect(),
+        roles: prepared.roles.iter().map(|role| host_role(role, settings)).collect(),
         sources: prepared.sources.iter().map(|bound| bound.source.clone()).collect(),
         trainings: prepared.roles.iter().filter(|r| r.trained).map(roles::training).collect(),
         num_epochs: find("num_epochs").and_then(Decided::float).unwrap_or(1.0),
@@ -423,7 +423,7 @@ pub(super) fn host_side(prepared: &Prepared, output_dir: &str, settings: &HostSe
     }
 }
 
-fn host_role(role: &BoundRole) -> Role {
+fn host_role(role: &BoundRole, settings: &HostSettings) -> Role {
     Role {
         name: role.name.clone(),
         model: role.known.config.host.clone(),
@@ -437,6 +437,7 @@ fn host_role(role: &BoundRole) -> Role {
         trained: role.trained,
         precision: roles::precision(role),
         weights: roles::weights(role),
+        zero_stage: settings.parallel.zero_stage,
         tokenizer: role.known.tokenizer.as_ref().ok().map(|t| t.folder.clone()),
         // The pass `adapt` says which.
         shared: Vec::new(),

@@ -1,0 +1,95 @@
+//! What ranks send to each other. Parts of a tensor are rows of its first dim, which lie together.
+
+use dsgc_ir::{Bindings, DType, Op, Type};
+
+use super::Launch;
+use super::memory::Ptr;
+use crate::ranks::Number;
+
+/// Why there is no kernel, if there is none.
+pub(super) fn missing(op: &Op) -> Option<String> {
+    match op {
+        Op::AllGather { axis, .. } | Op::ReduceScatter { axis, .. } | Op::Shard { axis, .. } if *axis > 0 => {
+            Some("parts along other dims than the first".into())
+        }
+        _ => None,
+    }
+}
+
+/// Bytes of workspace: the largest part that is received before it is added, of two ranks or more.
+pub(super) fn workspace(op: &Op, args: &[Type], bounds: &Bindings) -> usize {
+    let bytes = args[0].bytes(bounds).unwrap_or(usize::MAX);
+    match op {
+        Op::AllReduce { .. } => bytes.div_ceil(2).next_multiple_of(size_of::<u64>()),
+        Op::ReduceScatter { ranks, .. } => {
+            let rows = args[0].dims[0].eval(bounds).unwrap_or_default().max(0) as usize;
+            bytes.checked_div(rows).unwrap_or(0).saturating_mul(rows.div_ceil((*ranks).max(1)))
+        }
+        _ => 0,
+    }
+}
+
+/// Runs a collective or `shard`.
+pub(super) fn run(l: &mut Launch) -> Result<(), String> {
+    match (&l.op.op, l.dtype(l.result())) {
+        (Op::AllGather { .. } | Op::Shard { .. }, _) => rows(l),
+        (_, DType::F32) => sum::<f32>(l),
+        (_, DType::I32) => sum::<i32>(l),
+        (op, dtype) => panic!("bug: `{op}` of {dtype}"),
+    }
+}
+
+/// Bytes of a value, and of one of its rows.
+fn bytes(l: &Launch, value: dsgc_ir::Value) -> (usize, usize) {
+    let ty = Type::new(l.dtype(value), l.graph.ty(value).dims.clone());
+    let all = ty.bytes(l.dims).expect("every dim that a value needs is bound");
+    (all, all.checked_div(l.shape(value)[0]).unwrap_or(0))
+}
+
+/// `all_gather` and `shard`: rows as they lie.
+fn rows(l: &mut Launch) -> Result<(), String> {
+    let (operand, result) = (l.op.args[0], l.result());
+    let ((given, row), (made, _)) = (bytes(l, operand), bytes(l, result));
+    let (from, to): (Ptr<u8>, Ptr<u8>) = (l.arg(0), l.out(0));
+    // SAFETY: the buffers hold the values and are apart, as none of these ops works in place.
+    let (from, to) = unsafe { (from.slice(0, given), to.slice_mut(0, made)) };
+    let (Op::AllGather { over, .. } | Op::Shard { over, .. }) = l.op.op else { panic!("bug: `{}`", l.op.op) };
+    let group = l.member.group(over);
+    if let Op::Shard { ranks, .. } = l.op.op {
+        let part = given.checked_div(row).unwrap_or(0).div_ceil(ranks) * row;
+        let (first, last) = ((group.at() * part).min(given), ((group.at() + 1) * part).min(given));
+        to[..last - first].copy_from_slice(&from[first..last]);
+        to[last - first..].fill(0);
+        return Ok(());
+    }
+    let first = (group.at() * given).min(made);
+    let own = given.min(made - first);
+    to[first..first + own].copy_from_slice(&from[..own]);
+    group.all_gather(to, given).map_err(|ended| ended.message)
+}
+
+/// `all_reduce` and `reduce_scatter`.
+fn sum<T: Number>(l: &mut Launch) -> Result<(), String> {
+    let (given, made) = (l.len(l.op.args[0]), l.len(l.result()));
+    let (from, to, work): (Ptr<T>, Ptr<T>, Ptr<T>) = (l.arg(0), l.out(0), l.workspace());
+    let in_place = from.0 == to.0;
+    let member = l.member;
+    let done = match l.op.op {
+        Op::AllReduce { over } => {
+            // SAFETY: the buffers hold the values; the result is in the operand's place or apart from it.
+            let (to, work) = unsafe { (to.slice_mut(0, made), work.slice_mut(0, made.div_ceil(2))) };
+            if !in_place {
+                // SAFETY: as above.
+                to.copy_from_slice(unsafe { from.slice(0, given) });
+            }
+            member.group(over).all_reduce(to, work)
+        }
+        Op::ReduceScatter { over, .. } => {
+            // SAFETY: the buffers hold the values and are apart.
+            let (from, to, work) = unsafe { (from.slice(0, given), to.slice_mut(0, made), work.slice_mut(0, made)) };
+            member.group(over).reduce_scatter(from, to, work)
+        }
+        _ => panic!("bug: `{}` adds nothing up", l.op.op),
+    };
+    done.map_err(|ended| ended.message)
+}

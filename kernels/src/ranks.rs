@@ -1,0 +1,99 @@
+//! Ranks: how devices that run one program together reach each other.
+//!
+//! A [`Transport`] moves bytes between two ranks, and nothing else; [`Group`] makes collectives of that, the same for every
+//! transport, so results do not depend on it. [`threads()`] connects ranks of one process; others live where the
+//! processes are started.
+
+mod collectives;
+mod messages;
+mod threads;
+
+use std::sync::Arc;
+
+use dsgc_ir::diag::Diag;
+use dsgc_ir::{Axis, Mesh};
+
+pub use collectives::{Group, Number};
+pub use messages::{pack, unpack};
+pub use threads::threads;
+
+/// The way of one rank to all others. Between two ranks, messages arrive in the order in which they were sent.
+///
+/// An error says that the run has ended elsewhere, with the reason of the rank that ended it: nothing more can be sent.
+pub trait Transport: Send + Sync {
+    /// This rank, from 0.
+    fn rank(&self) -> usize;
+
+    /// How many there are.
+    fn size(&self) -> usize;
+
+    /// Sends a message to one rank and receives one from another, at the same time: a ring of ranks that all do so does not
+    /// wait for itself. The message that is received must be as long as its place. An empty message is not sent.
+    fn exchange(&self, to: usize, message: &[u8], from: usize, place: &mut [u8]) -> Result<(), Diag>;
+
+    /// Ends the run of all ranks: whatever others wait for fails with this reason.
+    fn abort(&self, why: &str);
+}
+
+/// The only rank of a run.
+struct Alone;
+
+impl Transport for Alone {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn size(&self) -> usize {
+        1
+    }
+
+    fn exchange(&self, _: usize, message: &[u8], _: usize, place: &mut [u8]) -> Result<(), Diag> {
+        place.copy_from_slice(message);
+        Ok(())
+    }
+
+    fn abort(&self, _: &str) {}
+}
+
+/// A rank of a mesh.
+#[derive(Clone)]
+pub struct Member {
+    /// The mesh.
+    pub mesh: Mesh,
+    /// The way to the other ranks.
+    pub transport: Arc<dyn Transport>,
+}
+
+impl Member {
+    /// The only rank of a run.
+    pub fn alone() -> Member {
+        Member { mesh: Mesh::default(), transport: Arc::new(Alone) }
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.transport.rank()
+    }
+
+    /// The ranks that differ from this one along an axis only.
+    pub fn group(&self, over: Axis) -> Group<'_> {
+        Group::new(self.transport.as_ref(), self.mesh.group(over, self.rank()))
+    }
+
+    /// All ranks.
+    pub fn all(&self) -> Group<'_> {
+        Group::new(self.transport.as_ref(), (0..self.transport.size()).collect())
+    }
+}
+
+impl Default for Member {
+    fn default() -> Member {
+        Member::alone()
+    }
+}
+
+impl std::fmt::Debug for Member {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "rank {} of {}", self.rank(), self.mesh)
+    }
+}
