@@ -44,6 +44,7 @@ pub mod body;
 pub mod cost;
 pub mod diag;
 pub mod dim;
+pub mod factors;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
 mod graph;

@@ -138,9 +138,11 @@ impl Placement {
         shape
     }
 
-    /// Places of the first dim in all, where it is cut over ranks with different rows.
-    pub fn cut_of_data(&self) -> Option<usize> {
-        self.cuts.contains(&Cut { over: Axis::Data, dim: 0 }).then(|| self.whole[0])
+    /// Places of the first dim that ranks with different rows share, where they do.
+    pub fn cut_of_data(&self, mesh: &Mesh) -> Option<usize> {
+        let at = self.cuts.iter().position(|cut| *cut == Cut { over: Axis::Data, dim: 0 })?;
+        let before = Placement { cuts: self.cuts[..at].to_vec(), ..self.clone() };
+        before.local(mesh).first().copied()
     }
 
     /// A rank's part of a tensor.

@@ -8,7 +8,7 @@
 //! %y = contract %x, %w spec=bt,vt->bv             %y = contract %x, %w spec=bt,vt->bv
 //! ```
 //!
-//! `assign` says what a rank holds of each state. One walk over each graph follows what ranks hold of every value
+//! Layers are shared out first (`tensor`), then rows. `assign` says what a rank holds of each state. One walk over each graph follows what ranks hold of every value
 //! ([`Has`]): a rank has other rows than the others, so what is summed over rows is partial; sums of partial values
 //! stay so; what is elementwise stays in parts. Where an op wants something else than it has, [`Partition::reshard`] is the only
 //! place that inserts a collective:
@@ -23,15 +23,14 @@
 //! lives for its layer only (ZeRO 3).
 
 mod assign;
+mod tensor;
 
 use std::collections::BTreeMap;
 
 use dsgc_ir::diag::Diag;
 use dsgc_ir::infer::Contraction;
 use dsgc_ir::trained::reads;
-use dsgc_ir::{
-    Axis, Builder, Class, Dim, Graph, Level, Op, OpData, Phase, Placement, Program, Site, StateId, Type, Value,
-};
+use dsgc_ir::{Axis, Builder, Class, Dim, Graph, Level, Op, OpData, Phase, Program, Site, StateId, Type, Value};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::rebuild::{Rebuild, without_dead_ops};
@@ -52,6 +51,13 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     if program.mesh.is_single() {
         return Ok(program);
     }
+    program.level = Level::Partitioned;
+    if program.mesh.tensor > 1 {
+        program = tensor::run(program, context)?;
+    }
+    if program.mesh.data == 1 {
+        return Ok(program);
+    }
     let assigned = assign::assign(&program);
     let whole = program.clone();
     for (&id, placement) in &assigned.placements {
@@ -68,7 +74,6 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     }
     let graphs = whole.graphs.iter().map(|graph| Partition::of(graph, &whole, &program, &assigned, context));
     program.graphs = graphs.collect();
-    program.level = Level::Partitioned;
     Ok(program)
 }
 
@@ -83,8 +88,6 @@ enum Has {
     Partial,
     /// Each has a part of the first dim, which has so many places in all.
     Cut(usize),
-    /// Each has some of the elements, in no order that is meant, or zeros.
-    Scattered,
 }
 
 /// What an op wants of an operand.
@@ -130,7 +133,7 @@ impl<'a> Partition<'a> {
                 && partition.has_old(op.result()) == Has::Partial
                 && !added_up.contains(&state)
             {
-                let want = assigned.finished.get(&state).and_then(Placement::cut_of_data);
+                let want = assigned.finished.get(&state).and_then(|placement| placement.cut_of_data(&local.mesh));
                 let want = want.map_or(Want::Same, Want::Cut);
                 let finished = partition.reshard(partition.rebuild.get(op.result()), want, &op.site);
                 partition.rebuild.set(op.result(), finished);
@@ -176,7 +179,7 @@ impl<'a> Partition<'a> {
                 self.rebuild.copy(op, self.local);
                 let has = match &self.local.state(*state).placement {
                     Some(placement) if placement.partial.is_some() => Has::Partial,
-                    Some(placement) => placement.cut_of_data().map_or(Has::Same, Has::Cut),
+                    Some(placement) => placement.cut_of_data(&self.local.mesh).map_or(Has::Same, Has::Cut),
                     None => Has::Same,
                 };
                 self.note(has);
@@ -216,13 +219,7 @@ impl<'a> Partition<'a> {
                 self.rebuild.copy(op, self.local);
                 self.note(Has::Cut(cut.expect("its operand is cut")));
             }
-            Op::Reshape { shape } if cut.is_some() && shape.len() == 1 => {
-                let arg = self.rebuild.get(op.args[0]);
-                let shape = vec![self.rebuild.new.ty(arg).len()];
-                self.rebuild.push(op, Op::Reshape { shape }, &[arg], self.local);
-                self.note(Has::Scattered);
-            }
-            Op::Contract { spec } if has.iter().all(|&has| has == Has::Scattered) && sums_all(spec) => {
+            Op::Contract { spec } if has.iter().all(|&has| matches!(has, Has::Cut(_))) && sums_all(spec) => {
                 self.rebuild.copy(op, self.local);
                 self.note(Has::Partial);
             }
@@ -230,7 +227,13 @@ impl<'a> Partition<'a> {
                 let args: Vec<Value> = op.args.iter().map(|&arg| self.rebuild.get(arg)).collect();
                 let adds = matches!(op.op, Op::Add {} | Op::Sub {});
                 let kept = |partition: &mut Self, arg: Value| match partition.has[arg.0 as usize] {
-                    Has::Same if adds => partition.on_one_rank(arg, &op.site),
+                    Has::Same if adds => {
+                        let ranks = partition.ranks();
+                        let mut b = Builder::new(&mut partition.rebuild.new, op.site.clone());
+                        let summand = on_one_rank(&mut b, arg, Axis::Data, ranks);
+                        partition.note(Has::Partial);
+                        summand
+                    }
                     Has::Partial | Has::Same => arg,
                     _ => partition.reshard(arg, Want::Same, &op.site),
                 };
@@ -282,7 +285,7 @@ impl<'a> Partition<'a> {
                 Has::Same if is_zero(&self.rebuild.new, value) => value,
                 has => panic!("bug: `{}` of @{} is {has:?}", self.whole.state(state).name, self.old().name),
             },
-            _ => match placement.and_then(Placement::cut_of_data) {
+            _ => match placement.and_then(|placement| placement.cut_of_data(&self.local.mesh)) {
                 Some(extent) => self.reshard(value, Want::Cut(extent), &op.site),
                 // What a rank keeps of its own rows from call to call, as generation does, is its own.
                 None if self.has[value.0 as usize] == Has::Rows => value,
@@ -325,17 +328,6 @@ impl<'a> Partition<'a> {
         moved
     }
 
-    /// A number that all ranks have as a summand of the first one: the only part of `[1]` that is not beyond its end.
-    fn on_one_rank(&mut self, value: Value, site: &Site) -> Value {
-        let ranks = self.ranks();
-        let mut b = Builder::new(&mut self.rebuild.new, site.clone());
-        let row = b.one(Op::Reshape { shape: vec![Dim::from(1i64)] }, &[value]);
-        let part = b.one(Op::Shard { over: Axis::Data, axis: 0, ranks }, &[row]);
-        let number = b.one(Op::Reshape { shape: vec![] }, &[part]);
-        self.note(Has::Partial);
-        number
-    }
-
     /// A rank's part of a value that is the same along the first dim: stretched that far only.
     fn stretched(&mut self, value: Value, site: &Site) -> Option<Value> {
         let def = self.rebuild.new.op(self.rebuild.new.def(value)?);
@@ -352,6 +344,14 @@ impl<'a> Partition<'a> {
         self.note(Has::Cut(extent));
         Some(part)
     }
+}
+
+/// A number that all ranks along an axis have, as a summand of the first one: the only part of `[1]` that is not beyond its
+/// end.
+fn on_one_rank(b: &mut Builder, value: Value, over: Axis, ranks: usize) -> Value {
+    let row = b.one(Op::Reshape { shape: vec![Dim::from(1i64)] }, &[value]);
+    let part = b.one(Op::Shard { over, axis: 0, ranks }, &[row]);
+    b.one(Op::Reshape { shape: vec![] }, &[part])
 }
 
 /// States that a graph reads only to add to them.
@@ -382,7 +382,10 @@ fn is_linear(op: &Op, has: &[Has], result: &Type) -> bool {
         | Op::Slice { .. }
         | Op::Pad { .. }
         | Op::Stop {}
-        | Op::ReduceSum { .. } => true,
+        | Op::ReduceSum { .. }
+        | Op::AllReduce { .. }
+        | Op::AllGather { .. }
+        | Op::Shard { .. } => true,
         Op::Cast { dtype } => dtype.is_float(),
         Op::Mul {} | Op::Contract { .. } => partial(0) != partial(1),
         Op::Div {} => partial(0) && !partial(1),

@@ -9,7 +9,7 @@ use crate::ranks::Number;
 /// Why there is no kernel, if there is none.
 pub(super) fn missing(op: &Op) -> Option<String> {
     match op {
-        Op::AllGather { axis, .. } | Op::ReduceScatter { axis, .. } | Op::Shard { axis, .. } if *axis > 0 => {
+        Op::AllGather { axis, .. } | Op::ReduceScatter { axis, .. } if *axis > 0 => {
             Some("parts along other dims than the first".into())
         }
         _ => None,
@@ -39,33 +39,45 @@ pub(super) fn run(l: &mut Launch) -> Result<(), String> {
     }
 }
 
-/// Bytes of a value, and of one of its rows.
-fn bytes(l: &Launch, value: dsgc_ir::Value) -> (usize, usize) {
-    let ty = Type::new(l.dtype(value), l.graph.ty(value).dims.clone());
-    let all = ty.bytes(l.dims).expect("every dim that a value needs is bound");
-    (all, all.checked_div(l.shape(value)[0]).unwrap_or(0))
-}
-
-/// `all_gather` and `shard`: rows as they lie.
+/// `all_gather` and `shard`: bytes as they lie.
 fn rows(l: &mut Launch) -> Result<(), String> {
     let (operand, result) = (l.op.args[0], l.result());
-    let ((given, row), (made, _)) = (bytes(l, operand), bytes(l, result));
+    let bytes = |l: &Launch, value| {
+        let ty = Type::new(l.dtype(value), l.graph.ty(value).dims.clone());
+        ty.bytes(l.dims).expect("every dim that a value needs is bound")
+    };
+    let (given, made) = (bytes(l, operand), bytes(l, result));
+    let shape = l.shape(operand);
     let (from, to): (Ptr<u8>, Ptr<u8>) = (l.arg(0), l.out(0));
     // SAFETY: the buffers hold the values and are apart, as none of these ops works in place.
     let (from, to) = unsafe { (from.slice(0, given), to.slice_mut(0, made)) };
-    let (Op::AllGather { over, .. } | Op::Shard { over, .. }) = l.op.op else { panic!("bug: `{}`", l.op.op) };
-    let group = l.member.group(over);
-    if let Op::Shard { ranks, .. } = l.op.op {
-        let part = given.checked_div(row).unwrap_or(0).div_ceil(ranks) * row;
-        let (first, last) = ((group.at() * part).min(given), ((group.at() + 1) * part).min(given));
-        to[..last - first].copy_from_slice(&from[first..last]);
-        to[last - first..].fill(0);
-        return Ok(());
+    match l.op.op {
+        Op::Shard { over, axis, ranks } => {
+            let outer: usize = shape[..axis].iter().product();
+            if given == 0 || outer == 0 {
+                to.fill(0);
+                return Ok(());
+            }
+            // Bytes of all places, and of a rank's.
+            let all = given / outer;
+            let part = all / shape[axis] * shape[axis].div_ceil(ranks);
+            let at = l.member.group(over).at();
+            let (first, last) = ((at * part).min(all), ((at + 1) * part).min(all));
+            for (from, to) in from.chunks(all).zip(to.chunks_mut(part)) {
+                to[..last - first].copy_from_slice(&from[first..last]);
+                to[last - first..].fill(0);
+            }
+            Ok(())
+        }
+        Op::AllGather { over, .. } => {
+            let group = l.member.group(over);
+            let first = (group.at() * given).min(made);
+            let own = given.min(made - first);
+            to[first..first + own].copy_from_slice(&from[..own]);
+            group.all_gather(to, given).map_err(|ended| ended.message)
+        }
+        _ => panic!("bug: `{}` moves no rows", l.op.op),
     }
-    let first = (group.at() * given).min(made);
-    let own = given.min(made - first);
-    to[first..first + own].copy_from_slice(&from[..own]);
-    group.all_gather(to, given).map_err(|ended| ended.message)
 }
 
 /// `all_reduce` and `reduce_scatter`.

@@ -2,10 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use dsgc_ir::infer::Contraction;
 use dsgc_ir::stage::{Optimizer, Training};
-use dsgc_ir::{
-    Builder, DType, Dim, Graph, Loc, Op, Phase, Program, Reason, Site, StateId, StateKind, Tag, Type, Value,
-};
+use dsgc_ir::{Builder, DType, Graph, Loc, Op, Phase, Program, Reason, Site, StateId, StateKind, Tag, Type, Value};
 
 use super::scale::{LOSS_SCALE, OVERFLOW, Scale};
 
@@ -156,7 +155,7 @@ fn decay_of(optimizer: &Optimizer, name: &str) -> f64 {
 
 /// One product of a tensor with itself, so that no tensor of squares is ever stored.
 fn sum_of_squares(b: &mut Builder, tensor: Value) -> Value {
-    let ty = b.ty(tensor);
-    let flat = b.one(Op::Reshape { shape: vec![Dim::product(&ty.dims)] }, &[tensor]);
-    b.one(Op::Contract { spec: "a,a->".into() }, &[flat, flat])
+    let letters: Vec<char> = ('a'..).take(b.ty(tensor).rank()).collect();
+    let labels = Contraction { lhs: letters.clone(), rhs: letters, out: vec![], wide: false };
+    b.one(Op::Contract { spec: labels.spec() }, &[tensor, tensor])
 }

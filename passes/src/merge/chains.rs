@@ -2,6 +2,7 @@
 //!
 //! Each takes the place of its last addition, so no op moves.
 
+use dsgc_ir::infer::Contraction;
 use dsgc_ir::{Graph, Op, OpData, Program, Value};
 
 use crate::pipeline::PassContext;
@@ -47,7 +48,7 @@ fn sums_of_squares(graph: &Graph, uses: &[u32]) -> Vec<Option<Vec<Value>>> {
         let term = |value: Value| {
             let def = graph.def(value).filter(|_| uses[value.0 as usize] == 1)?;
             let term = graph.op(def);
-            let own = square(graph, term).map(|tensor| vec![tensor]).or_else(|| sums[def.0 as usize].clone())?;
+            let own = square(term).map(|tensor| vec![tensor]).or_else(|| sums[def.0 as usize].clone())?;
             (term.site.phase == op.site.phase).then_some((def, own))
         };
         let (Some(a), Some(b)) = (term(op.args[0]), term(op.args[1])) else { continue };
@@ -64,12 +65,11 @@ fn sums_of_squares(graph: &Graph, uses: &[u32]) -> Vec<Option<Vec<Value>>> {
 }
 
 /// The tensor of which an op sums the squares.
-fn square(graph: &Graph, op: &OpData) -> Option<Value> {
-    let is = op.op == Op::Contract { spec: "a,a->".into() } && op.args[0] == op.args[1];
-    is.then(|| match graph.def(op.args[0]).map(|def| graph.op(def)) {
-        Some(OpData { op: Op::Reshape { .. }, args, .. }) => args[0],
-        _ => op.args[0],
-    })
+fn square(op: &OpData) -> Option<Value> {
+    let Op::Contract { spec } = &op.op else { return None };
+    let labels = Contraction::parse(spec).ok()?;
+    let all = labels.out.is_empty() && labels.lhs == labels.rhs;
+    (all && op.args[0] == op.args[1]).then(|| op.args[0])
 }
 
 /// What an addition adds an embedding's gradient to, and indices and rows of the latter.

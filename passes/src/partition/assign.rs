@@ -45,7 +45,7 @@ pub(super) fn assign(program: &Program) -> Assigned {
             assigned.placements.extend(step.moments.map(|moment| (moment, cut.clone())));
         }
         let Some(accumulator) = step.accumulator else { continue };
-        let partial = Placement { whole: extents(program.state(accumulator)), cuts: vec![], partial: Some(Axis::Data) };
+        let partial = Placement { partial: Some(Axis::Data), ..placement(program.state(accumulator)) };
         match cut {
             Some(cut) if stage >= 2 => drop(assigned.placements.insert(accumulator, cut)),
             cut => {
@@ -66,10 +66,16 @@ fn zero_stage(program: &Program, state: &State) -> u8 {
 /// A cut over the ranks with different rows; `None` where the state is too small for it.
 fn cut(program: &Program, id: StateId) -> Option<Placement> {
     let state = program.state(id);
-    let whole = extents(state);
-    let enough = *whole.first()? >= program.mesh.data && state.bytes() >= SMALL;
-    let cuts = vec![Cut { over: Axis::Data, dim: 0 }];
-    enough.then_some(Placement { whole, cuts, partial: None })
+    let enough = *extents(state).first()? >= program.mesh.data && state.bytes() >= SMALL;
+    let mut placement = placement(state);
+    placement.cuts.push(Cut { over: Axis::Data, dim: 0 });
+    enough.then_some(placement)
+}
+
+/// What a rank holds of a state so far.
+fn placement(state: &State) -> Placement {
+    let whole = || Placement { whole: extents(state), cuts: vec![], partial: None };
+    state.placement.clone().unwrap_or_else(whole)
 }
 
 fn extents(state: &State) -> Vec<usize> {

@@ -36,7 +36,7 @@ impl Given {
 
 /// Reads what stands in `compile`.
 pub(super) fn read(documents: &mut Documents<'_>, compile: &[Setting]) -> Parallel {
-    let (mut data, mut zero) = (Given::default(), Given::default());
+    let (mut data, mut tensor, mut zero) = (Given::default(), Given::default(), Given::default());
     let mut read = |documents: &mut Documents<'_>, Setting { key, value }: &Setting| {
         let given = settings::literal(value).value;
         let at_least_one = || format!("found {} as `{}`, expected at least 1", shown(&given), key.text);
@@ -55,8 +55,11 @@ pub(super) fn read(documents: &mut Documents<'_>, compile: &[Setting]) -> Parall
                         .help("0 shares nothing out, 1 the optimizer's moments, 2 gradients too, 3 parameters too"),
                 );
             }
-            ("tensor" | "pipeline", Constant::Int(1)) => {}
-            ("tensor" | "pipeline" | "schedule" | "microbatches", Constant::Int(1..) | Constant::Str(_)) => {
+            ("tensor", Constant::Int(ranks @ 1..)) => {
+                tensor.set(documents, *ranks as usize, value.span, "`tensor`");
+            }
+            ("pipeline", Constant::Int(1)) => {}
+            ("pipeline" | "schedule" | "microbatches", Constant::Int(1..) | Constant::Str(_)) => {
                 let message = format!("`{}: {}` is not part of this version", key.text, shown(&given).replace('`', ""));
                 documents
                     .error(Diag::error(message).label(value.span, "").help("ranks can have different rows: `data`"));
@@ -77,5 +80,6 @@ pub(super) fn read(documents: &mut Documents<'_>, compile: &[Setting]) -> Parall
         }
     }
     let number = |given: Given, default: usize| given.0.map_or(default, |(number, _)| number);
-    Parallel { mesh: Mesh { data: number(data, 1), ..Mesh::default() }, zero_stage: number(zero, 0) as u8 }
+    let mesh = Mesh { data: number(data, 1), tensor: number(tensor, 1), ..Mesh::default() };
+    Parallel { mesh, zero_stage: number(zero, 0) as u8 }
 }

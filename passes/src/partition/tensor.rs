@@ -1,0 +1,457 @@
+//! Shares layers out to the ranks along the axis `tensor`: dims of weights are cut, and every op that has them works on a part.
+//!
+//! Dims that go through their places together ([`dsgc_ir::factors`]) are one class over all graphs and states of a program: the
+//! heads of a layer, its inner width, the vocabulary. A class is cut where every op can: then all of its values and states are in
+//! parts, and nothing needs to be moved but for sums over it, which are partial (Megatron-LM, Shoeybi et al. 2019, is what
+//! comes out for a transformer: column and row parallel layers). Ops on a vocabulary that is cut are written out: a rank
+//! looks up the tokens that are its own (`vocabulary`).
+
+mod vocabulary;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use dsgc_ir::diag::Diag;
+use dsgc_ir::factors::{Factor, Kind, factors};
+use dsgc_ir::{
+    Axis, Bindings, Builder, Cut, Dim, Graph, Op, OpData, Placement, Program, Site, StateId, StateKind, Type, Value,
+};
+
+use super::{Has, is_linear, on_one_rank};
+use crate::canonicalize;
+use crate::pipeline::PassContext;
+use crate::rebuild::{Rebuild, without_dead_ops};
+
+/// The program that one rank along the axis runs.
+pub(super) fn run(program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
+    let ranks = program.mesh.tensor;
+    let graphs = program.graphs.iter().map(|graph| apart(graph, &program)).collect();
+    let program = Program { graphs, ..program };
+    let cuts = Classes::of(&program).choose(&program, ranks, context)?;
+    let mut local = program.clone();
+    for &(state, dim) in &cuts.states {
+        let state = &mut local.states[state.0 as usize];
+        let whole = state.ty.shape(&Bindings::new()).expect("states have constant dims");
+        let cuts = vec![Cut { over: Axis::Tensor, dim }];
+        state.ty.dims[dim] = Dim::from((whole[dim] / ranks) as i64);
+        state.placement = Some(Placement { whole, cuts, partial: None });
+    }
+    let share = |(at, graph): (usize, &Graph)| Share::of(graph, at, &cuts, &local, context);
+    local.graphs = program.graphs.iter().enumerate().map(share).collect();
+    // What was stretched apart, and is the same after all.
+    canonicalize::run(local, context)
+}
+
+/// The graph with what is stretched stretched for each op by itself: zeros that many states begin with tie none to another.
+fn apart(graph: &Graph, program: &Program) -> Graph {
+    let mut rebuild = Rebuild::same(graph);
+    for (_, op) in graph.ops() {
+        let own = |rebuild: &mut Rebuild, &arg: &Value| {
+            let stretched =
+                graph.def(arg).map(|def| graph.op(def)).filter(|def| matches!(def.op, Op::Broadcast { .. }));
+            let Some(def) = stretched else { return rebuild.get(arg) };
+            let from = rebuild.get(def.args[0]);
+            Builder::new(&mut rebuild.new, def.site.clone()).one(def.op.clone(), &[from])
+        };
+        let args: Vec<Value> = op.args.iter().map(|arg| own(&mut rebuild, arg)).collect();
+        rebuild.push(op, op.op.clone(), &args, program);
+    }
+    without_dead_ops(&rebuild.finish(), program)
+}
+
+/// A dim of a value of a graph, or of a state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Place {
+    Value(usize, Value, usize),
+    State(StateId, usize),
+}
+
+/// Dims that belong together.
+struct Classes {
+    /// The place of every dim, by number; the number of the place that stands for its class.
+    places: Vec<Place>,
+    numbers: BTreeMap<Place, usize>,
+    parents: Vec<usize>,
+    /// Per place, an op that needs it whole, and where it stands; inputs have none.
+    whole: Vec<bool>,
+    /// Places along which tokens count.
+    vocabulary: Vec<bool>,
+}
+
+/// What is cut.
+struct Cuts {
+    values: BTreeMap<(usize, Value), usize>,
+    states: BTreeSet<(StateId, usize)>,
+}
+
+impl Classes {
+    fn of(program: &Program) -> Classes {
+        let mut classes =
+            Classes { places: vec![], numbers: BTreeMap::new(), parents: vec![], whole: vec![], vocabulary: vec![] };
+        for (id, state) in program.state_ids() {
+            for dim in 0..state.ty.rank() {
+                let place = classes.number(Place::State(id, dim));
+                if let StateKind::Copy { of } = state.kind {
+                    let original = classes.number(Place::State(of, dim));
+                    classes.join(place, original);
+                }
+            }
+        }
+        for (at, graph) in program.graphs.iter().enumerate() {
+            for value in graph.values() {
+                for (dim, extent) in graph.ty(value).dims.iter().enumerate() {
+                    let place = classes.number(Place::Value(at, value, dim));
+                    classes.whole[place] |= extent.constant().is_none() || graph.def(value).is_none();
+                }
+            }
+            for (_, op) in graph.ops() {
+                classes.op(at, graph, op);
+            }
+        }
+        classes
+    }
+
+    fn op(&mut self, at: usize, graph: &Graph, op: &OpData) {
+        if let Op::Read { state } | Op::Write { state } = op.op {
+            let value = op.args.first().copied().unwrap_or_else(|| op.result());
+            for dim in 0..graph.ty(value).rank() {
+                let (a, b) = (self.number(Place::Value(at, value, dim)), self.number(Place::State(state, dim)));
+                self.join(a, b);
+            }
+            return;
+        }
+        for factor in factors_of(graph, op) {
+            let args = factor.args.iter().map(|&(arg, dim)| Place::Value(at, op.args[arg], dim));
+            let results: Vec<Value> = op.results().collect();
+            let results = factor.results.iter().map(|&(result, dim)| Place::Value(at, results[result], dim));
+            let all: Vec<usize> = args.chain(results).map(|place| self.number(place)).collect();
+            for pair in all.windows(2) {
+                self.join(pair[0], pair[1]);
+            }
+            if let Some(&first) = all.first() {
+                let root = self.root(first);
+                self.whole[root] |= factor.kind == Kind::Whole;
+                self.vocabulary[root] |= factor.kind == Kind::Vocabulary;
+            }
+        }
+    }
+
+    fn number(&mut self, place: Place) -> usize {
+        if let Some(&number) = self.numbers.get(&place) {
+            return number;
+        }
+        let number = self.places.len();
+        self.numbers.insert(place, number);
+        self.places.push(place);
+        self.parents.push(number);
+        self.whole.push(false);
+        self.vocabulary.push(false);
+        number
+    }
+
+    fn root(&mut self, mut at: usize) -> usize {
+        while self.parents[at] != at {
+            self.parents[at] = self.parents[self.parents[at]];
+            at = self.parents[at];
+        }
+        at
+    }
+
+    /// The smaller number stands for both.
+    fn join(&mut self, a: usize, b: usize) {
+        let (a, b) = (self.root(a), self.root(b));
+        let (first, second) = (a.min(b), a.max(b));
+        self.parents[second] = first;
+        self.whole[first] |= self.whole[second];
+        self.vocabulary[first] |= self.vocabulary[second];
+    }
+
+    /// The classes that are cut: those of weights, the largest first, where every op can and nothing is cut along two dims.
+    fn choose(mut self, program: &Program, ranks: usize, context: &PassContext) -> Result<Cuts, Vec<Diag>> {
+        let mut members: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for at in 0..self.places.len() {
+            let root = self.root(at);
+            members.entry(root).or_default().push(at);
+        }
+        let factors_of_lora = lora(program);
+        let weighs = |&at: &usize| match self.places[at] {
+            Place::State(id, _) => {
+                let state = program.state(id);
+                let weight = matches!(state.kind, StateKind::Param { .. }) && state.ty.rank() > 1;
+                if weight && !factors_of_lora.contains(&state.name) { state.bytes() } else { 0 }
+            }
+            Place::Value(..) => 0,
+        };
+        let bytes = |of: &[usize]| of.iter().map(weighs).sum::<usize>();
+        let mut open: Vec<(usize, &Vec<usize>)> = members
+            .iter()
+            .filter(|&(&root, _)| !self.whole[root])
+            .map(|(_, all)| (bytes(all), all))
+            .filter(|(bytes, _)| *bytes > 0)
+            .collect();
+        open.sort_by_key(|(bytes, all)| (std::cmp::Reverse(*bytes), all[0]));
+        let mut cuts = Cuts { values: BTreeMap::new(), states: BTreeSet::new() };
+        let mut errors: Vec<Diag> = Vec::new();
+        for (_, all) in open {
+            let divisor = all.iter().fold(0, |divisor, &at| gcd(divisor, self.extent(program, at)));
+            if !divisor.is_multiple_of(ranks) {
+                if self.vocabulary[self.parents[all[0]]] {
+                    context.matched("vocabulary that its ranks cannot share evenly, whole", 1);
+                } else {
+                    errors.push(uneven(program, self.places[first_weight(all, weighs)], divisor, ranks));
+                }
+                continue;
+            }
+            let taken = |&at: &usize| match self.places[at] {
+                Place::Value(graph, value, _) => cuts.values.contains_key(&(graph, value)),
+                Place::State(state, dim) => cuts.states.iter().any(|&(other, along)| other == state && along != dim),
+            };
+            if all.iter().any(taken) {
+                continue;
+            }
+            for &at in all {
+                match self.places[at] {
+                    Place::Value(graph, value, dim) => drop(cuts.values.insert((graph, value), dim)),
+                    Place::State(state, dim) => drop(cuts.states.insert((state, dim))),
+                }
+            }
+            context.matched(if self.vocabulary[self.parents[all[0]]] { "vocabulary cut" } else { "width cut" }, 1);
+        }
+        errors.dedup_by(|a, b| a.message == b.message);
+        if !errors.is_empty() {
+            return Err(errors);
+        }
+        if cuts.states.is_empty() {
+            let message = format!("found nothing in the models that {ranks} ranks could share (`tensor: {ranks}`)");
+            return Err(vec![Diag::error(message).help("ranks can have different rows instead: `data`")]);
+        }
+        Ok(cuts)
+    }
+
+    fn extent(&self, program: &Program, at: usize) -> usize {
+        let dim = match self.places[at] {
+            Place::Value(graph, value, dim) => &program.graphs[graph].ty(value).dims[dim],
+            Place::State(state, dim) => &program.state(state).ty.dims[dim],
+        };
+        dim.constant().and_then(|extent| usize::try_from(extent).ok()).unwrap_or(1)
+    }
+}
+
+fn first_weight(all: &[usize], weighs: impl Fn(&usize) -> usize) -> usize {
+    all.iter().copied().find(|at| weighs(at) > 0).expect("a class of weights has one")
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Whether a sum is worth putting off past an op: it is sent once for all that are added up, and is no larger.
+fn stays_as_large(op: &Op) -> bool {
+    !matches!(op, Op::Contract { .. } | Op::Broadcast { .. } | Op::Pad { .. } | Op::Concat { .. })
+}
+
+/// The message where places cannot be shared evenly.
+fn uneven(program: &Program, place: Place, divisor: usize, ranks: usize) -> Diag {
+    let Place::State(id, dim) = place else { panic!("bug: a weight is a state") };
+    let state = program.state(id);
+    let name = state.name.split_once('/').map_or(state.name.as_str(), |(_, name)| name);
+    let would: Vec<String> = (1..=divisor).filter(|n| divisor.is_multiple_of(*n)).map(|n| n.to_string()).collect();
+    let message = format!("{ranks} ranks cannot share dim {dim} of `{name}`, which is {}", state.ty);
+    let diag = Diag::error(message).label(state.span, "declared here");
+    diag.help(format!(
+        "what goes with it, such as heads, has the divisor {divisor}: `tensor` can be {}",
+        would.join(", ")
+    ))
+}
+
+/// Parameters of low-rank factors.
+fn lora(program: &Program) -> BTreeSet<String> {
+    let adapters = program.stage.trainings.iter().filter_map(|t| Some((&t.role, t.lora.as_ref()?.adapter.as_ref()?)));
+    let names = adapters.flat_map(|(role, adapter)| {
+        let factors = adapter.modules.iter().flat_map(|module| dsgc_ir::stage::Adapter::factors(module));
+        factors.map(move |name| format!("{role}/{name}"))
+    });
+    names.collect()
+}
+
+fn factors_of(graph: &Graph, op: &OpData) -> Vec<Factor> {
+    let types = |values: Vec<Value>| -> Vec<Type> { values.into_iter().map(|v| graph.ty(v).clone()).collect() };
+    factors(&op.op, &types(op.args.clone()), &types(op.results().collect()))
+}
+
+/// A graph on its way.
+struct Share<'a> {
+    at: usize,
+    cuts: &'a Cuts,
+    /// The program with a rank's states.
+    local: &'a Program,
+    context: &'a PassContext<'a>,
+    rebuild: Rebuild<'a>,
+    /// Per value of the new graph, whether it is a summand of what is meant.
+    partial: Vec<bool>,
+    /// Sums of partial values.
+    summed: BTreeMap<Value, Value>,
+    /// Of logits that are cut, the logarithm of the softmax's divisor.
+    divisors: BTreeMap<Value, [Value; 2]>,
+}
+
+impl<'a> Share<'a> {
+    fn of(graph: &'a Graph, at: usize, cuts: &'a Cuts, local: &'a Program, context: &'a PassContext<'a>) -> Graph {
+        let rebuild = Rebuild::same(graph);
+        let partial = vec![false; graph.inputs().len()];
+        let (summed, divisors) = (BTreeMap::new(), BTreeMap::new());
+        let mut share = Share { at, cuts, local, context, rebuild, partial, summed, divisors };
+        for (_, op) in graph.ops() {
+            share.op(op);
+        }
+        let mut outputs = Vec::new();
+        for (name, value) in &graph.outputs {
+            let whole = share.whole(share.rebuild.get(*value), share.cut(*value), &Site::default());
+            outputs.push((name.clone(), whole));
+        }
+        share.rebuild.new.outputs = outputs;
+        without_dead_ops(&share.rebuild.new, local)
+    }
+
+    fn ranks(&self) -> usize {
+        self.local.mesh.tensor
+    }
+
+    /// The dim along which a value of the old graph is cut.
+    fn cut(&self, old: Value) -> Option<usize> {
+        self.cuts.values.get(&(self.at, old)).copied()
+    }
+
+    fn note(&mut self, partial: bool) {
+        self.partial.resize(self.rebuild.new.values().len(), partial);
+    }
+
+    fn builder(&mut self, site: &Site) -> Builder<'_> {
+        Builder::new(&mut self.rebuild.new, site.clone())
+    }
+
+    /// The operands, those of sums whole.
+    fn finished(&mut self, op: &OpData) -> Vec<Value> {
+        let args: Vec<Value> = op.args.iter().map(|&arg| self.rebuild.get(arg)).collect();
+        args.into_iter().map(|arg| self.sum(arg, &op.site)).collect()
+    }
+
+    fn op(&mut self, op: &OpData) {
+        if let Op::Read { .. } | Op::Write { .. } = op.op {
+            let args = self.finished(op);
+            self.rebuild.push(op, op.op.clone(), &args, self.local);
+            return self.note(false);
+        }
+        let results: Vec<Value> = op.results().collect();
+        let is_cut = |factor: &&Factor| {
+            let arg = factor.args.iter().any(|&(arg, dim)| self.cut(op.args[arg]) == Some(dim));
+            arg || factor.results.iter().any(|&(result, dim)| self.cut(results[result]) == Some(dim))
+        };
+        let all = factors_of(self.rebuild.old, op);
+        let cut: Vec<&Factor> = all.iter().filter(is_cut).collect();
+        if cut.iter().any(|factor| factor.kind == Kind::Vocabulary) {
+            return self.vocabulary(op);
+        }
+        if let Some(drawn) = cut.iter().find(|factor| factor.kind == Kind::Drawn) {
+            return self.drawn(op, drawn.results[0].1);
+        }
+        let sums: Vec<usize> = cut.iter().flat_map(|factor| &factor.sums).copied().collect();
+        let known = |&arg: &Value| self.rebuild.get(arg);
+        let args: Vec<Value> = op.args.iter().map(known).collect();
+        // A sum that is there already is taken.
+        let args: Vec<Value> = args.into_iter().map(|arg| self.summed.get(&arg).copied().unwrap_or(arg)).collect();
+        let has = |&arg: &Value| if self.partial[arg.0 as usize] { Has::Partial } else { Has::Same };
+        let has: Vec<Has> = args.iter().map(has).collect();
+        let linear = has.contains(&Has::Partial)
+            && sums.is_empty()
+            && stays_as_large(&op.op)
+            && is_linear(&op.op, &has, self.rebuild.old.ty(results[0]));
+        let args: Vec<Value> = if linear {
+            let adds = matches!(op.op, Op::Add {} | Op::Sub {});
+            let summand = |(arg, has): (Value, Has)| match has {
+                Has::Same if adds => {
+                    let ranks = self.ranks();
+                    let summand = on_one_rank(&mut self.builder(&op.site), arg, Axis::Tensor, ranks);
+                    self.note(true);
+                    summand
+                }
+                _ => arg,
+            };
+            args.into_iter().zip(has).map(summand).collect()
+        } else {
+            self.finished(op)
+        };
+        let local = self.localised(op);
+        self.note(false);
+        self.rebuild.push(op, local, &args, self.local);
+        for (at, _) in results.iter().enumerate() {
+            self.partial.push(linear || sums.contains(&at));
+        }
+    }
+
+    /// The op with a rank's extents in its attributes.
+    fn localised(&self, op: &OpData) -> Op {
+        let mut local = op.op.clone();
+        if let Op::Broadcast { shape } | Op::Reshape { shape } = &mut local
+            && let Some(dim) = self.cut(op.result())
+        {
+            shape[dim] = self.part(&shape[dim]);
+        }
+        local
+    }
+
+    /// A rank's extent of a dim that is cut.
+    fn part(&self, dim: &Dim) -> Dim {
+        let extent = dim.constant().unwrap_or_else(|| panic!("bug: the dim {dim} is cut"));
+        Dim::from(extent / self.ranks() as i64)
+    }
+
+    /// What depends on the number of its place is made whole, and cut.
+    fn drawn(&mut self, op: &OpData, dim: usize) {
+        let args = self.finished(op);
+        let ranks = self.ranks();
+        let mut b = self.builder(&op.site);
+        let whole = b.one(op.op.clone(), &args);
+        let part = b.one(Op::Shard { over: Axis::Tensor, axis: dim, ranks }, &[whole]);
+        self.note(false);
+        self.rebuild.set(op.result(), part);
+    }
+
+    /// A value, or the sum of which it is a summand.
+    fn sum(&mut self, value: Value, site: &Site) -> Value {
+        if !self.partial[value.0 as usize] {
+            return value;
+        }
+        if let Some(&sum) = self.summed.get(&value) {
+            return sum;
+        }
+        self.context.matched("all_reduce over tensor", 1);
+        let sum = self.builder(site).one(Op::AllReduce { over: Axis::Tensor }, &[value]);
+        self.note(false);
+        self.summed.insert(value, sum);
+        sum
+    }
+
+    /// A value with the parts of all ranks along a dim. Parts lie together along the first dim only, so another one is put first
+    /// meanwhile.
+    fn whole(&mut self, value: Value, cut: Option<usize>, site: &Site) -> Value {
+        let value = self.sum(value, site);
+        let Some(dim) = cut else { return value };
+        self.context.matched("all_gather over tensor", 1);
+        let ranks = self.ranks();
+        let mut b = self.builder(site);
+        let ty = b.ty(value);
+        let len = ty.dims[dim].constant().unwrap_or_else(|| panic!("bug: a dim of {ty} is cut")) as usize * ranks;
+        let order: Vec<usize> = [dim].into_iter().chain((0..ty.rank()).filter(|&other| other != dim)).collect();
+        let back: Vec<usize> =
+            (0..ty.rank()).map(|to| order.iter().position(|&o| o == to).expect("it orders")).collect();
+        let turn = |b: &mut Builder, order: &[usize], value| match dim {
+            0 => value,
+            _ => b.one(Op::Transpose { order: order.to_vec() }, &[value]),
+        };
+        let first = turn(&mut b, &order, value);
+        let all = b.one(Op::AllGather { over: Axis::Tensor, axis: 0, len }, &[first]);
+        let whole = turn(&mut b, &back, all);
+        self.note(false);
+        whole
+    }
+}

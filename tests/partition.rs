@@ -1,0 +1,185 @@
+//! Graph by graph: what all ranks of a mesh compute in lockstep is what one rank computes, in doubles.
+
+use std::collections::BTreeMap;
+
+use dsgc_ir::fuzz::{Rng, random_bindings, random_tensor};
+use dsgc_ir::print::GraphText;
+use dsgc_ir::{Bindings, DType, Data, Graph, Mesh, Op, Program, StateId, StateKind, Tensor};
+use dsgc_kernels::interp::{Evaluated, Given, InterpTarget, Precision, eval_graph, eval_ranks};
+use dsgc_passes::{PIPELINE, PassContext, run_passes};
+
+#[allow(dead_code)] // Sessions are other tests'.
+mod stages;
+
+/// Tokens of the example's tokenizer.
+const VOCABULARY: usize = 512;
+
+fn pipeline(model: &str) -> String {
+    format!(
+        "\
+dsgc: 1
+seed: 7
+models:
+  base:
+    {model}
+    tokenizer: TOKENIZER
+data:
+  prompts: {{path: rows.jsonl}}
+  texts: {{path: rows.jsonl, fields: {{text: prompt}}}}
+stages:
+  ppo:
+    actor: {{model: base, learning_rate: 1e-2}}
+    critic: {{model: base, learning_rate: 1e-2}}
+    data: {{prompts: prompts, ptx: texts}}
+    unsup_coef: 1
+    enable_ema: true
+    batch_size: 4
+    micro_batch_size: 2
+    max_prompt_len: 24
+    max_new_tokens: 8
+"
+    )
+}
+
+const OPT: &str = "model: opt\n    config: {hidden: 16, layers: 2, heads: 4, ffn: 32, max_positions: 64}";
+const LLAMA: &str =
+    "model: llama\n    config: {hidden: 16, layers: 2, heads: 4, kv_heads: 2, ffn: 24, max_positions: 64}";
+
+/// The program that ranks of a mesh run, before it is ordered and planned.
+fn partitioned(program: &Program, mesh: Mesh) -> Program {
+    let names: Vec<&str> = PIPELINE.iter().map(|pass| pass.name).collect();
+    let until = names.iter().position(|name| *name == "partition").expect("it is a pass");
+    let program = Program { mesh, ..program.clone() };
+    let context = PassContext::new(&InterpTarget);
+    run_passes(program, &names[..=until], &context).unwrap_or_else(|errors| panic!("{errors:?}"))
+}
+
+/// Inputs that a graph of a stage takes.
+fn inputs(graph: &Graph, bindings: &Bindings, rng: &mut Rng) -> Vec<(String, Tensor)> {
+    let one = |input| {
+        let (name, ty) = (graph.name_of(input), graph.ty(input));
+        let mut tensor = random_tensor(ty, bindings, rng);
+        if let (DType::I32, Data::I32(numbers)) = (ty.dtype, &mut tensor.data) {
+            let mut below = |n: usize| rng.below(n) as i32;
+            numbers.iter_mut().for_each(|x| {
+                *x = match name.rsplit('.').next() {
+                    Some("tokens") => below(VOCABULARY),
+                    Some("segment") => 1,
+                    Some("t") => 3,
+                    Some("place") => 0,
+                    _ => below(2),
+                }
+            });
+        }
+        (name.to_string(), tensor)
+    };
+    graph.inputs().map(one).collect()
+}
+
+fn close(a: &Tensor, b: &Tensor) -> bool {
+    let near = |(a, b): (f64, f64)| {
+        a == b || (a - b).abs() <= 1e-9 * a.abs().max(b.abs()).max(1.0) || a.is_nan() && b.is_nan()
+    };
+    a.shape == b.shape && (matches!(a.data, Data::Key(_)) || a.to_f64().into_iter().zip(b.to_f64()).all(near))
+}
+
+/// All graphs that both programs have, on the same inputs and states.
+fn equal(whole: &Program, local: &Program) -> usize {
+    let ranks = local.mesh.ranks();
+    for (at, graph) in whole.graphs.iter().enumerate() {
+        let mut rng = Rng::new(at as u64 + 1);
+        let bindings = random_bindings(graph, at as u64 + 1);
+        let given = inputs(graph, &bindings, &mut rng);
+        let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+        let mut states: BTreeMap<StateId, Tensor> = BTreeMap::new();
+        for (id, state) in whole.state_ids().filter(|(_, state)| !matches!(state.kind, StateKind::Copy { .. })) {
+            let mut tensor = random_tensor(&state.ty, &Bindings::new(), &mut rng);
+            if let Data::F64(numbers) = &mut tensor.data {
+                // Second moments are squares; and layers must not grow without bound.
+                numbers.iter_mut().for_each(|x| *x = x.abs() * 0.1);
+            }
+            states.insert(id, tensor);
+        }
+        let expected = eval_graph(whole, &graph.name, &given, &states, Precision::F64);
+        let expected = expected.unwrap_or_else(|e| panic!("@{}: {e:?}", graph.name));
+        let of_rank = |rank: usize| {
+            let part = |(&id, tensor): (&StateId, &Tensor)| match &local.state(id).placement {
+                Some(placement) => (id, placement.part(&local.mesh, rank, tensor)),
+                None => (id, tensor.clone()),
+            };
+            Given { inputs: given.clone(), states: states.iter().map(part).collect() }
+        };
+        let all: Vec<Given> = (0..ranks).map(of_rank).collect();
+        let found = eval_ranks(local, &graph.name, &all, Precision::F64);
+        let found: Vec<Evaluated> = found.unwrap_or_else(|e| panic!("@{}: {e:?}", graph.name));
+        for (rank, found) in found.iter().enumerate() {
+            for ((name, a), (_, b)) in expected.outputs.iter().zip(&found.outputs) {
+                assert!(close(a, b), "`{name}` of @{} on rank {rank}: {a:?} and {b:?} in\n{local}", graph.name);
+            }
+        }
+        for (id, expected) in &expected.written {
+            let state = local.state(*id);
+            let parts: Vec<Tensor> = found.iter().map(|found| found.written[id].clone()).collect();
+            let written = match &state.placement {
+                Some(placement) => placement.whole(&local.mesh, &parts),
+                None => parts[ranks - 1].clone(),
+            };
+            assert!(close(expected, &written), "`{}` after @{} in\n{local}", state.name, graph.name);
+        }
+    }
+    whole.graphs.len()
+}
+
+#[test]
+fn ranks_that_share_layers_compute_what_one_computes() {
+    let rows: Vec<String> = (0..8).map(|i| format!("{{\"prompt\": \"Question {i}?\"}}")).collect();
+    for (model, extra) in [(OPT, vec![]), (LLAMA, vec![]), (OPT, vec!["stages.ppo.actor.lora_r=2"])] {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let program = stages::program(folder.path(), &pipeline(model), &rows, &extra);
+        let whole = partitioned(&program, Mesh::default());
+        let local = partitioned(&program, Mesh { tensor: 2, ..Mesh::default() });
+        assert!(equal(&whole, &local) > 10);
+        // Layers are column and row parallel: heads, the inner width and the vocabulary are in parts, the rest is whole.
+        let cut = |name: &str| {
+            let found = local.state_ids().find(|(_, state)| state.name.ends_with(name));
+            let (_, state) = found.unwrap_or_else(|| panic!("no `{name}` in\n{local}"));
+            state.placement.as_ref().map(|placement| placement.cuts[0].dim)
+        };
+        if model == OPT {
+            let names = [
+                "layers.1.self_attn.q_proj.weight",
+                "self_attn.out_proj.weight",
+                "fc1.weight",
+                "fc1.bias",
+                "fc2.weight",
+            ];
+            assert_eq!(names.map(|name| cut(name)), [Some(0), Some(1), Some(0), Some(0), Some(1)]);
+            assert_eq!(["fc2.bias", "self_attn_layer_norm.weight"].map(|name| cut(name)), [None, None]);
+            assert_eq!(cut("embed_tokens.weight"), Some(0));
+        }
+        if extra.is_empty() {
+            // The scores of a model: a sum for the embedding, two for each layer; and the logits of all ranks.
+            let graph = local.graph("actor.prefill").expect("the actor generates");
+            let sums = graph.ops().filter(|(_, op)| matches!(op.op, Op::AllReduce { .. })).count();
+            assert_eq!(
+                (sums, graph.ops().filter(|(_, op)| matches!(op.op, Op::AllGather { .. })).count()),
+                (1 + 2 * 2, 1),
+                "{}",
+                GraphText(graph, &local)
+            );
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_shared_evenly_is_said() {
+    let rows: Vec<String> = (0..8).map(|i| format!("{{\"prompt\": \"Question {i}?\"}}")).collect();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = stages::program(folder.path(), &pipeline(LLAMA), &rows, &[]);
+    let program = Program { mesh: Mesh { tensor: 4, ..Mesh::default() }, ..program };
+    let names: Vec<&str> = PIPELINE.iter().map(|pass| pass.name).collect();
+    let errors = run_passes(program, &names, &PassContext::new(&InterpTarget)).expect_err("two heads for four ranks");
+    let message = "4 ranks cannot share dim 0 of `model.layers.0.self_attn.q_proj.weight`, which is f32[16, 16]";
+    assert_eq!(errors[0].message, message);
+    assert_eq!(errors[0].help, ["what goes with it, such as heads, has the divisor 2: `tensor` can be 1, 2"]);
+}
