@@ -153,8 +153,8 @@ fn ranks_that_share_layers_compute_what_one_computes() {
                 "fc1.bias",
                 "fc2.weight",
             ];
-            assert_eq!(names.map(|name| cut(name)), [Some(0), Some(1), Some(0), Some(0), Some(1)]);
-            assert_eq!(["fc2.bias", "self_attn_layer_norm.weight"].map(|name| cut(name)), [None, None]);
+            assert_eq!(names.map(&cut), [Some(0), Some(1), Some(0), Some(0), Some(1)]);
+            assert_eq!(["fc2.bias", "self_attn_layer_norm.weight"].map(&cut), [None, None]);
             assert_eq!(cut("embed_tokens.weight"), Some(0));
         }
         if extra.is_empty() {

@@ -520,8 +520,8 @@ impl<'a> Draw<'a> {
                 let id = StateId(self.rng.below(self.program.states.len()) as u32);
                 self.push_with(Op::Read { state: id }, &[], Some(&self.program.state(id).ty));
             }
-            // Writes come after all reads.
-            "write" => {}
+            // Writes come after all reads, and one rank has nobody to send anything to.
+            "write" | "all_reduce" | "all_gather" | "reduce_scatter" | "shard" => {}
             _ => panic!("the fuzzer does not know the op `{row}`"),
         }
     }

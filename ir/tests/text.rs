@@ -26,6 +26,7 @@ fn stages_and_sources_read_back() {
         trained: true,
         precision: None,
         weights: None,
+        zero_stage: 0,
         tokenizer: None,
         shared: vec![],
     };
