@@ -1,12 +1,12 @@
 //! Ranks of one process, a thread each.
 //!
-//! A message is not stored: the sender says where it lies and waits until the receiver has used it, so each byte is read
-//! once, by whoever copies it or adds it up.
+//! A large message is not stored: the sender says where it lies and waits until the receiver has used it, so each byte is
+//! read once, by whoever copies it or adds it up. A small one is copied, so that nobody waits.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::collections::VecDeque;
+use std::slice;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
-use std::{hint, slice, thread};
 
 use dsgc_ir::diag::Diag;
 
@@ -21,8 +21,7 @@ pub fn threads(ranks: usize) -> Vec<Arc<dyn Transport>> {
 /// The same with the least time of a wait that ends the run.
 pub fn threads_within(ranks: usize, least: Duration) -> Vec<Arc<dyn Transport>> {
     let pairs = (0..ranks * ranks).map(|_| Pair::default()).collect();
-    let cores = thread::available_parallelism().map_or(1, |n| n.get());
-    let hub = Arc::new(Hub { ranks, pairs, ended: OnceLock::new(), over: AtomicBool::new(false), spin: ranks <= cores });
+    let hub = Arc::new(Hub { ranks, pairs, ended: OnceLock::new() });
     let connect = |rank| Arc::new(Threads { rank, watch: Watch::new(rank, least), hub: hub.clone() });
     (0..ranks).map(|rank| connect(rank) as Arc<dyn Transport>).collect()
 }
@@ -39,74 +38,71 @@ struct Hub {
     pairs: Vec<Pair>,
     /// Why the run has ended, if it has.
     ended: OnceLock<String>,
-    /// Whether it has.
-    over: AtomicBool,
-    /// Whether every rank may have a core, so one that waits takes it from nobody.
-    spin: bool,
 }
+
+/// Bytes up to which a message is copied: less work than it is to wake a thread that waits, and a cache holds it.
+const SMALL: usize = 64 << 10;
+
+/// How many small messages may be on the way from one rank to another.
+const STORED: usize = 8;
 
 /// The way from one rank to another.
 #[derive(Default)]
 struct Pair {
-    /// What `offer` is, for those who look before they wait.
-    state: AtomicU8,
-    offer: Mutex<Offer>,
+    mail: Mutex<Mail>,
     changed: Condvar,
 }
 
-/// A message on its way.
-#[derive(Clone, Copy, Default)]
-enum Offer {
-    /// There is none.
-    #[default]
-    Nothing,
-    /// It lies at this address, this long.
-    Message(usize, usize),
-    /// The receiver reads it.
-    Taking,
+/// Messages on their way from one rank to another.
+#[derive(Default)]
+struct Mail {
+    /// In the order in which they were sent.
+    queue: VecDeque<Message>,
+    /// Whether the receiver reads a message that is lent.
+    taking: bool,
+    /// Buffers for small messages.
+    spare: Vec<Vec<u64>>,
 }
 
-impl Offer {
-    fn state(self) -> u8 {
-        match self {
-            Offer::Nothing => NOTHING,
-            Offer::Message(..) => MESSAGE,
-            Offer::Taking => TAKING,
-        }
+enum Message {
+    /// A copy, so many bytes long. Words, since it may hold numbers.
+    Stored(Vec<u64>, usize),
+    /// It lies at this address, this long. The sender waits, so it is the last one.
+    Lent(usize, usize),
+}
+
+impl Mail {
+    fn count(&self) -> usize {
+        self.queue.len() + usize::from(self.taking)
     }
 }
-
-const NOTHING: u8 = 0;
-const MESSAGE: u8 = 1;
-const TAKING: u8 = 2;
-
-/// How often a waiting rank looks before it sleeps, some 10 microseconds: less than a thread needs to wake up.
-const LOOKS: usize = 400;
 
 impl Pair {
     // Nothing is left half done while the lock is held.
-    fn offer(&self) -> MutexGuard<'_, Offer> {
-        self.offer.lock().unwrap_or_else(PoisonError::into_inner)
+    fn mail(&self) -> MutexGuard<'_, Mail> {
+        self.mail.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn set(&self, mut offer: MutexGuard<'_, Offer>, to: Offer) {
-        *offer = to;
-        self.state.store(to.state(), Ordering::Release);
-        drop(offer);
+    /// Lets others see what has changed.
+    fn publish(&self, mail: MutexGuard<'_, Mail>) {
+        drop(mail);
         self.changed.notify_all();
     }
 }
 
 /// A message of this rank that another may read. It is this rank's again when this is dropped.
-struct Sent<'a>(&'a Pair);
+struct Lent<'a>(&'a Pair);
 
-impl Drop for Sent<'_> {
+impl Drop for Lent<'_> {
     fn drop(&mut self) {
-        let mut offer = self.0.offer();
-        while matches!(*offer, Offer::Taking) {
-            offer = self.0.changed.wait(offer).unwrap_or_else(PoisonError::into_inner);
+        let mut mail = self.0.mail();
+        while mail.taking {
+            mail = self.0.changed.wait(mail).unwrap_or_else(PoisonError::into_inner);
         }
-        self.0.set(offer, Offer::Nothing);
+        if let Some(Message::Lent(..)) = mail.queue.back() {
+            mail.queue.pop_back();
+        }
+        self.0.publish(mail);
     }
 }
 
@@ -115,37 +111,81 @@ struct Taken<'a>(&'a Pair);
 
 impl Drop for Taken<'_> {
     fn drop(&mut self) {
-        self.0.set(self.0.offer(), Offer::Nothing);
+        let mut mail = self.0.mail();
+        mail.taking = false;
+        self.0.publish(mail);
     }
 }
 
 impl Threads {
-    /// Waits until an offer is in a state, or the run has ended. `what` is waited for.
-    fn wait<'a>(&self, pair: &'a Pair, state: u8, what: &dyn Fn() -> String) -> Result<MutexGuard<'a, Offer>, Diag> {
-        let ready = || pair.state.load(Ordering::Acquire) == state;
-        if self.hub.spin {
-            (0..LOOKS).take_while(|_| !ready()).for_each(|_| hint::spin_loop());
-        }
-        let mut offer = pair.offer();
+    /// Waits until so many messages are on a way, or the run has ended. `what` is waited for.
+    fn wait<'a>(
+        &self,
+        pair: &'a Pair,
+        ready: impl Fn(usize) -> bool,
+        what: impl Fn() -> String,
+    ) -> Result<MutexGuard<'a, Mail>, Diag> {
+        let mut mail = pair.mail();
         let since = Instant::now();
         loop {
-            if offer.state() == state {
-                self.watch.waited(since.elapsed());
-                return Ok(offer);
+            if let Some(why) = self.hub.ended.get() {
+                return Err(Diag::error(why.clone()));
             }
-            if self.hub.over.load(Ordering::Acquire) {
-                return Err(Diag::error(self.hub.ended.get().cloned().unwrap_or_default()));
+            if ready(mail.count()) {
+                self.watch.waited(since.elapsed());
+                return Ok(mail);
             }
             // What is being read is progress.
-            if self.watch.is_late(since.elapsed()) && offer.state() != TAKING {
-                drop(offer);
+            if self.watch.is_late(since.elapsed()) && !mail.taking {
+                drop(mail);
                 self.abort(&self.watch.late(since.elapsed(), what()));
-                offer = pair.offer();
+                mail = pair.mail();
                 continue;
             }
             let left = self.watch.least().saturating_sub(since.elapsed()).max(Duration::from_millis(100));
-            (offer, _) = pair.changed.wait_timeout(offer, left).unwrap_or_else(PoisonError::into_inner);
+            (mail, _) = pair.changed.wait_timeout(mail, left).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Sends a message; one that is lent is to be waited for.
+    fn send<'a>(&self, pair: &'a Pair, to: usize, message: &[u8]) -> Result<Option<Lent<'a>>, Diag> {
+        if message.len() > SMALL {
+            let mut mail = pair.mail();
+            mail.queue.push_back(Message::Lent(message.as_ptr() as usize, message.len()));
+            pair.publish(mail);
+            return Ok(Some(Lent(pair)));
+        }
+        let mut mail = self.wait(pair, |count| count < STORED, || format!("rank {to} to take {STORED} messages"))?;
+        let mut copy = mail.spare.pop().unwrap_or_default();
+        copy.resize(message.len().div_ceil(size_of::<u64>()).max(copy.len()), 0);
+        bytemuck::cast_slice_mut(&mut copy)[..message.len()].copy_from_slice(message);
+        mail.queue.push_back(Message::Stored(copy, message.len()));
+        pair.publish(mail);
+        Ok(None)
+    }
+
+    /// Receives a message.
+    fn receive(&self, pair: &Pair, from: usize, bytes: usize, take: &mut dyn FnMut(usize, &[u8])) -> Result<(), Diag> {
+        let is_whole =
+            |len| assert!(len == bytes, "bug: rank {from} sent {len} bytes to rank {}, expected {bytes}", self.rank);
+        let mut mail = self.wait(pair, |count| count > 0, || format!("{bytes} of {bytes} bytes from rank {from}"))?;
+        match mail.queue.pop_front().expect("there is a message") {
+            Message::Stored(copy, len) => {
+                pair.publish(mail);
+                is_whole(len);
+                take(0, &bytemuck::cast_slice(&copy)[..len]);
+                pair.mail().spare.push(copy);
+            }
+            Message::Lent(address, len) => {
+                mail.taking = true;
+                drop(mail);
+                let _taken = Taken(pair);
+                is_whole(len);
+                // SAFETY: the sender keeps the message until it is no more being taken.
+                take(0, unsafe { slice::from_raw_parts(address as *const u8, len) });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -170,24 +210,14 @@ impl Transport for Threads {
         bytes: usize,
         take: &mut dyn FnMut(usize, &[u8]),
     ) -> Result<(), Diag> {
-        let (out, into) = (&self.hub.pairs[self.rank * self.hub.ranks + to], &self.hub.pairs[from * self.hub.ranks + self.rank]);
-        let sent = (!message.is_empty()).then(|| {
-            out.set(out.offer(), Offer::Message(message.as_ptr() as usize, message.len()));
-            Sent(out)
-        });
+        let way = |from: usize, to: usize| &self.hub.pairs[from * self.hub.ranks + to];
+        let (out, into) = (way(self.rank, to), way(from, self.rank));
+        let lent = if message.is_empty() { None } else { self.send(out, to, message)? };
         if bytes > 0 {
-            let offer = self.wait(into, MESSAGE, &|| format!("{bytes} bytes from rank {from}"))?;
-            let Offer::Message(address, len) = *offer else { panic!("bug: an offer that is none") };
-            into.set(offer, Offer::Taking);
-            let taken = Taken(into);
-            assert!(len == bytes, "bug: rank {from} sent {len} bytes to rank {}, expected {bytes}", self.rank);
-            // SAFETY: the sender keeps the message until it is no more being taken.
-            take(0, unsafe { slice::from_raw_parts(address as *const u8, len) });
-            drop(taken);
+            self.receive(into, from, bytes, take)?;
         }
-        if let Some(sent) = sent {
-            drop(self.wait(out, NOTHING, &|| format!("rank {to} to take {} bytes", message.len()))?);
-            std::mem::forget(sent);
+        if lent.is_some() {
+            drop(self.wait(out, |count| count == 0, || format!("rank {to} to take {} bytes", message.len()))?);
         }
         Ok(())
     }
@@ -198,10 +228,9 @@ impl Transport for Threads {
 
     fn abort(&self, why: &str) {
         self.hub.ended.get_or_init(|| why.to_string());
-        self.hub.over.store(true, Ordering::Release);
         for pair in &self.hub.pairs {
             // Whoever has looked and not yet begun to wait holds the lock.
-            drop(pair.offer());
+            drop(pair.mail());
             pair.changed.notify_all();
         }
     }
@@ -209,6 +238,8 @@ impl Transport for Threads {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
 
     #[test]
@@ -223,7 +254,7 @@ mod tests {
             (wait(0), other.join().expect("no rank panics"))
         });
         assert_eq!(a, b);
-        assert!(a.contains("for 5 bytes from rank 2, at `all_gather` %w in @sft.grad"), "{a}");
+        assert!(a.contains("for 5 of 5 bytes from rank 2, at `all_gather` %w in @sft.grad"), "{a}");
         assert_eq!(ranks[2].exchange(0, &[1], 0, &mut [0]).expect_err("the run has ended").message, a);
     }
 
@@ -233,7 +264,7 @@ mod tests {
         let ranks = threads(2);
         let error = thread::scope(|scope| {
             let sender = scope.spawn(|| {
-                let message = vec![7u8; 1 << 16];
+                let message = vec![7u8; SMALL + 1];
                 ranks[0].exchange(1, &message, 1, &mut []).expect_err("nobody takes it").message
             });
             ranks[1].abort("rank 1 found no file");
