@@ -146,7 +146,11 @@ fn a_rank_that_fails_ends_all() {
             assert!(ended.text.contains(sentence), "{} {scene}: {}", mpi.name, ended.text);
             assert!(ended.took < Duration::from_secs(10), "{} {scene} took {:?}", mpi.name, ended.took);
             if scene == "hang" {
-                assert!(ended.text.contains(", at `all_reduce` %g in @sft.grad; `DSGC_WAIT_SECONDS`"), "{}", ended.text);
+                assert!(
+                    ended.text.contains(", at `all_reduce` %g in @sft.grad; `DSGC_WAIT_SECONDS`"),
+                    "{}",
+                    ended.text
+                );
             }
         }
     }
@@ -158,7 +162,8 @@ fn another_mpis_library_is_refused() {
     for (mpi, other) in [(&OPEN_MPI, &MPICH), (&MPICH, &OPEN_MPI)] {
         let ended = run(mpi.ranks(2, DSGC).args(["bench", "comm"]).env("DSGC_MPI", other.library));
         assert_ne!(ended.code, Some(0), "{}", ended.text);
-        let sentence = format!("the launcher started 2 ranks (`{}`), but the MPI in `{}` sees 1", mpi.sign, other.library);
+        let sentence =
+            format!("the launcher started 2 ranks (`{}`), but the MPI in `{}` sees 1", mpi.sign, other.library);
         assert!(ended.text.contains(&sentence), "{}", ended.text);
     }
     let ended = run(MPICH.ranks(2, DSGC).args(["bench", "comm"]).env("DSGC_MPI", "libmpi-of-nobody.so"));

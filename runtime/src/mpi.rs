@@ -13,8 +13,8 @@ mod library;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{hint, thread};
 
 use dsgc_ir::diag::Diag;
 use dsgc_kernels::ranks::{Transport, Watch, wait_limit};
@@ -193,26 +193,24 @@ impl Mpi {
 /// A wait for MPI.
 struct Wait {
     since: Instant,
-    polls: u32,
 }
 
 impl Wait {
     fn begin() -> Wait {
-        Wait { since: Instant::now(), polls: 0 }
+        Wait { since: Instant::now() }
     }
 
     fn end(&self, watch: &Watch) {
         watch.waited(self.since.elapsed());
     }
 
-    /// Lets others have the core: another rank at first, since messages are short; after some milliseconds the threads of a
-    /// rank that computes.
-    fn pause(&mut self) {
-        self.polls += 1;
-        if self.polls < 10_000 {
-            thread::yield_now();
+    /// Waits a little. A small message takes less than the first pauses; what takes longer waits for a rank that computes,
+    /// perhaps on this core, and who sleeps gets it back at once, where one who yields it waits for the others' turns.
+    fn pause(&self) {
+        if self.since.elapsed() < Duration::from_micros(30) {
+            hint::spin_loop();
         } else {
-            thread::sleep(Duration::from_micros(50));
+            thread::sleep(Duration::from_micros(20));
         }
     }
 }

@@ -22,7 +22,8 @@ pub fn run(_: &Args) -> Done {
 /// Lines about launchers of MPI and the libraries that their ranks would open.
 fn mpi_lines() -> Vec<String> {
     let launchers: Vec<String> = Launcher::all().iter().map(Launcher::line).collect();
-    let libraries: Vec<String> = mpi::found().into_iter().map(|(name, version)| format!("{name} ({version})")).collect();
+    let libraries: Vec<String> =
+        mpi::found().into_iter().map(|(name, version)| format!("{name} ({version})")).collect();
     let line = |what: &str, found: Vec<String>| {
         let found = if found.is_empty() { "none".into() } else { found.join(", ") };
         format!("mpi: {what}: {found}")

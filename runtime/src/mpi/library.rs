@@ -110,7 +110,10 @@ impl Library {
     pub fn init(&self) {
         let mut provided = 0;
         // SAFETY: as declared; no arguments of the program are handed on.
-        self.done(unsafe { (self.init_thread)(null_mut(), null_mut(), self.multiple, &mut provided) }, "MPI_Init_thread");
+        self.done(
+            unsafe { (self.init_thread)(null_mut(), null_mut(), self.multiple, &mut provided) },
+            "MPI_Init_thread",
+        );
     }
 
     /// This rank.
@@ -148,7 +151,8 @@ impl Library {
     pub unsafe fn receive(&self, place: *mut c_void, len: usize, from: usize) -> Handle {
         let mut request = 0;
         // SAFETY: as declared; the caller keeps the place.
-        let code = unsafe { (self.irecv)(place, len as c_int, self.byte, from as c_int, TAG, self.world, &mut request) };
+        let code =
+            unsafe { (self.irecv)(place, len as c_int, self.byte, from as c_int, TAG, self.world, &mut request) };
         self.done(code, "MPI_Irecv");
         request
     }
