@@ -29,6 +29,9 @@ pub struct Args {
     command: Vec<OsString>,
 }
 
+/// The variable that names a library of MPI.
+const LIBRARY: &str = "DSGC_MPI";
+
 /// Names under which launchers are installed, the likeliest first.
 const NAMES: [&str; 5] = ["mpirun", "mpiexec", "mpirun.openmpi", "mpirun.mpich", "mpiexec.hydra"];
 
@@ -58,6 +61,13 @@ pub fn run(args: &Args) -> Done {
             }
         }
     }
+    // An MPI in a folder of its own, as Python's packages are, is not where the system looks for libraries.
+    if let Some(library) = launcher.library().filter(|_| env::var_os(LIBRARY).is_none()) {
+        command.env(LIBRARY, library);
+        if launcher.family == Family::OpenMpi {
+            command.args(["-x", LIBRARY]);
+        }
+    }
     let error = command.arg(own).args(&args.command).exec();
     Err(Diag::error(format!("cannot start `{}`: {error}", launcher.program.display())).into())
 }
@@ -83,18 +93,18 @@ impl Launcher {
         let answer = Command::new(program).arg("--version").output().ok()?;
         let text = String::from_utf8_lossy(&answer.stdout);
         let (family, version) = family(&text)?;
-        Some(Launcher { program: program.to_path_buf(), family, version })
+        // The system looks along the path for a name only.
+        let is_name = program.components().count() == 1;
+        let program = if is_name { on_path(&program.to_string_lossy())? } else { program.to_path_buf() };
+        Some(Launcher { program, family, version })
     }
 
     /// All launchers on the path, each once.
     pub fn all() -> Vec<Launcher> {
-        let folders: Vec<PathBuf> = env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect();
         let mut seen = Vec::new();
         let mut found = Vec::new();
         for name in NAMES {
-            let Some(program) = folders.iter().map(|folder| folder.join(name)).find(|program| program.is_file()) else {
-                continue;
-            };
+            let Some(program) = on_path(name) else { continue };
             // `mpirun` is often a link to one of the others.
             let file = fs::canonicalize(&program).unwrap_or_else(|_| program.clone());
             if seen.contains(&file) {
@@ -104,6 +114,13 @@ impl Launcher {
             found.extend(Launcher::at(&program));
         }
         found
+    }
+
+    /// Its MPI's library, where that lies beside it.
+    fn library(&self) -> Option<PathBuf> {
+        let name = if self.family == Family::OpenMpi { "libmpi.so.40" } else { "libmpi.so.12" };
+        let library = self.program.parent()?.parent()?.join("lib").join(name);
+        library.is_file().then_some(library)
     }
 
     /// A line about it.
@@ -124,6 +141,12 @@ fn family(answer: &str) -> Option<(Family, String)> {
         return Some((Family::Mpich, format!("MPICH {}", version.unwrap_or_default())));
     }
     answer.contains("Intel(R) MPI").then(|| (Family::Mpich, first.trim().to_string()))
+}
+
+/// The program of this name on the path.
+fn on_path(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).map(|folder| folder.join(name)).find(|program| program.is_file())
 }
 
 fn is_root() -> bool {
