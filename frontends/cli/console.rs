@@ -29,11 +29,6 @@ impl Failure {
         Failure { diags: vec![], sources: Sources::default(), code }
     }
 
-    /// Whether it is an end that is no error, to which all ranks of a run come.
-    pub fn is_agreed(&self) -> bool {
-        self.diags.is_empty()
-    }
-
     /// The exit code of the program.
     pub fn code(&self) -> u8 {
         self.code
@@ -42,6 +37,11 @@ impl Failure {
     /// Writes all messages to standard error.
     pub fn show(&self) {
         show(&self.diags, &self.sources);
+    }
+
+    /// Whether it is an end that is no error, to which all ranks of a run come.
+    pub fn is_agreed(&self) -> bool {
+        self.diags.is_empty()
     }
 }
 
