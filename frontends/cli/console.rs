@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::process;
 
 use dsgc_ir::diag::{Diag, Sources};
+use dsgc_runtime::mpi;
 use dsgc_yaml::load::Failed;
 use dsgc_yaml::render::{Look, render};
 
@@ -36,6 +37,11 @@ impl Failure {
     /// Writes all messages to standard error.
     pub fn show(&self) {
         show(&self.diags, &self.sources);
+    }
+
+    /// Whether it is an end that is no error, to which all ranks of a run come.
+    pub fn is_agreed(&self) -> bool {
+        self.diags.is_empty()
     }
 }
 
@@ -103,7 +109,7 @@ fn tell(line: impl std::fmt::Display) {
     writeln!(io::stderr().lock(), "{line}").ok();
 }
 
-/// A panic is a bug of ours: it ends the program with code 2, whatever thread it is in.
+/// A panic is a bug of ours: it ends the program with code 2, whatever thread it is in, and all ranks of its job.
 pub fn report_panics() {
     std::panic::set_hook(Box::new(|info| {
         let place = info.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
@@ -112,6 +118,7 @@ pub fn report_panics() {
         tell(format_args!(
             "dsgc {version} has a bug: {why}{place}\nPlease report this together with the file that you ran."
         ));
+        mpi::end_job(2);
         process::exit(2);
     }));
 }

@@ -1,7 +1,8 @@
 //! `dsgc`: compiles and runs training pipelines.
 //!
 //! One file per command in `commands/`. Exit codes: 0 done, 1 the user's input (usage errors too), 2 ours, 3 nothing is left
-//! to resume, 128 and a signal's number where that stopped a run after a checkpoint.
+//! to resume, 4 another rank's failure has ended the run, 128 and a signal's number where that stopped a run after a
+//! checkpoint.
 
 mod answers;
 mod commands;
@@ -19,7 +20,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{bench, chat, check, compile, doctor, generate, library, opt, run, score};
+use commands::{bench, chat, check, compile, doctor, generate, launch, library, opt, run, score};
+use dsgc_runtime::mpi;
 
 /// A compiler for training pipelines: YAML graphs to planned programs.
 #[derive(Parser)]
@@ -49,8 +51,10 @@ enum Command {
     Std(library::Args),
     /// List the devices of this machine.
     Doctor(doctor::Args),
-    /// Measure kernels against the limits of this machine.
+    /// Measure kernels against the limits of this machine, or collectives between ranks.
     Bench(bench::Args),
+    /// Run a command on several ranks with the MPI of this machine.
+    Launch(launch::Args),
 }
 
 fn main() -> ExitCode {
@@ -74,11 +78,18 @@ fn main() -> ExitCode {
         Command::Std(args) => library::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Launch(args) => launch::run(&args),
     };
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            mpi::finalize();
+            ExitCode::SUCCESS
+        }
         Err(failure) => {
             failure.show();
+            if failure.is_agreed() {
+                mpi::finalize();
+            }
             ExitCode::from(failure.code())
         }
     }

@@ -7,15 +7,17 @@
 mod collectives;
 mod messages;
 mod threads;
+mod watch;
 
 use std::sync::Arc;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Axis, Mesh};
+use dsgc_ir::{Axis, Graph, Mesh, OpData};
 
 pub use collectives::{Group, Number};
 pub use messages::{pack, unpack};
-pub use threads::threads;
+pub use threads::{threads, threads_within};
+pub use watch::{Watch, wait_limit};
 
 /// The way of one rank to all others. Between two ranks, messages arrive in the order in which they were sent.
 ///
@@ -28,8 +30,23 @@ pub trait Transport: Send + Sync {
     fn size(&self) -> usize;
 
     /// Sends a message to one rank and receives one from another, at the same time: a ring of ranks that all do so does not
-    /// wait for itself. The message that is received must be as long as its place. An empty message is not sent.
+    /// wait for itself. The message that is received must be as long as its place. An empty message is not sent. It may return
+    /// only when the other rank receives, so two ranks that send first and receive later may wait forever.
     fn exchange(&self, to: usize, message: &[u8], from: usize, place: &mut [u8]) -> Result<(), Diag>;
+
+    /// The same, but what is received, `bytes` long, is given to `take` part by part with the place where each begins, in
+    /// order, while more is on its way. Parts are aligned as numbers of 8 bytes are, if the message is.
+    fn exchange_with(
+        &self,
+        to: usize,
+        message: &[u8],
+        from: usize,
+        bytes: usize,
+        take: &mut dyn FnMut(usize, &[u8]),
+    ) -> Result<(), Diag>;
+
+    /// What this rank begins, which a message says where it waits too long: `` `all_reduce` %sum in @grad ``.
+    fn note(&self, what: &str);
 
     /// Ends the run of all ranks: whatever others wait for fails with this reason.
     fn abort(&self, why: &str);
@@ -51,6 +68,20 @@ impl Transport for Alone {
         place.copy_from_slice(message);
         Ok(())
     }
+
+    fn exchange_with(
+        &self,
+        _: usize,
+        message: &[u8],
+        _: usize,
+        _: usize,
+        take: &mut dyn FnMut(usize, &[u8]),
+    ) -> Result<(), Diag> {
+        take(0, message);
+        Ok(())
+    }
+
+    fn note(&self, _: &str) {}
 
     fn abort(&self, _: &str) {}
 }
@@ -78,6 +109,15 @@ impl Member {
     /// The ranks that differ from this one along an axis only.
     pub fn group(&self, over: Axis) -> Group<'_> {
         Group::new(self.transport.as_ref(), self.mesh.group(over, self.rank()))
+    }
+
+    /// Notes that this rank begins an op of a graph.
+    pub(crate) fn note(&self, graph: &Graph, op: &OpData) {
+        if self.transport.size() > 1 {
+            let name = op.results().map(|value| graph.name_of(value)).find(|name| !name.is_empty());
+            let result = name.map(|name| format!("%{name} ")).unwrap_or_default();
+            self.transport.note(&format!("`{}` {result}in @{}", op.op.name(), graph.name));
+        }
     }
 
     /// All ranks.

@@ -16,6 +16,7 @@ mod evaluate;
 mod generate;
 mod generator;
 mod metrics;
+pub mod mpi;
 mod plan;
 mod roles;
 mod schedule;

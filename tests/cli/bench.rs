@@ -71,3 +71,47 @@ fn kernels_that_do_not_exist_are_told() {
     has(&place.refused(&["bench", "kernels", "--seconds=-1"]), &["expected a number of seconds"]);
     has(&place.refused(&["bench", "kernels", "--threads", "0"]), &["--threads"]);
 }
+
+#[test]
+fn comm_measures_threads_where_no_launcher_is() {
+    let place = Workplace::new();
+    let small = ["bench", "comm", "--largest", "3", "--seconds", "0.01"];
+    let text = place.out(&[&small[..], &["--json", "--ranks", "3"]].concat());
+    let document: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e} in\n{text}"));
+    assert_eq!((&document["ranks"], &document["transport"]), (&3.into(), &"threads of one process".into()));
+    let rows = document["collectives"].as_array().expect("a list");
+    let names: Vec<&str> = rows.iter().filter_map(|row| row["collective"].as_str()).collect();
+    let all = ["copy", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "pt2pt"];
+    assert_eq!(names, all.map(|name| [name; 3]).concat());
+    for row in rows {
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key} of {row}"));
+        let gathered = if row["collective"] == "all_gather" { 3.0 } else { 1.0 };
+        assert_eq!(number("size_bytes"), number("elements") * 4.0 * gathered, "{row}");
+        let bus = match row["collective"].as_str() {
+            Some("copy" | "broadcast" | "pt2pt") => 1.0,
+            _ => 2.0 / 3.0,
+        };
+        let (throughput, seconds) = (number("throughput_gbps"), number("seconds"));
+        assert!((number("bus_gbps") - bus * throughput).abs() <= 1e-9 * throughput, "{row}");
+        let twice = if row["collective"] == "all_reduce" { 2.0 } else { 1.0 };
+        assert!((throughput - twice * number("size_bytes") * 8e-9 / seconds).abs() <= 1e-9 * throughput, "{row}");
+        assert!(number("trials") >= 3.0, "{row}");
+    }
+
+    let table = place.out(&[&small[..], &["--filter", "reduce_scatter"]].concat());
+    has(&table, &["2 ranks: threads of one process", "---- reduce_scatter", "Size (Bytes)", "BusBW (Gbps)", "\n64 "]);
+    has(&place.refused(&["bench", "comm", "--ranks", "1"]), &["--ranks"]);
+}
+
+#[test]
+fn launching_needs_a_launcher() {
+    let place = Workplace::new();
+    let ended = place.command(&["launch", "-n", "2", "bench", "comm"]).env("PATH", place.path("nowhere")).output();
+    let ended = ended.expect("the program starts");
+    let err = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!((ended.status.code(), ended.stdout.len()), (Some(1), 0), "{err}");
+    has(&err, &["no launcher of MPI is on the path", "help", "apt install mpich"]);
+    let message = place.refused(&["launch", "-n", "2", "--mpirun", "cat", "bench", "comm"]);
+    has(&message, &["`cat` is no launcher of Open MPI or MPICH"]);
+    has(&place.refused(&["bench", "comm", "--seconds=-1"]), &["expected a number of seconds"]);
+}

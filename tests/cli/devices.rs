@@ -16,6 +16,9 @@ fn doctor_says_what_the_machine_has() {
     // Where there is a build for it, the tests have a Vulkan adapter.
     let expected = if cfg!(feature = "wgpu") { " at once, features beyond f32: " } else { missing };
     assert!(of("wgpu").contains(expected), "{}", ended.out);
+    // The tests have both, side by side.
+    assert!(["Open MPI", "MPICH"].iter().all(|mpi| of("mpi: launchers: ").contains(mpi)), "{}", ended.out);
+    assert!(["libmpi.so.40", "libmpich.so.12"].iter().all(|mpi| of("mpi: libraries: ").contains(mpi)), "{}", ended.out);
 }
 
 #[test]

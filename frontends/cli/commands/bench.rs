@@ -1,4 +1,6 @@
-//! `dsgc bench`: what this machine can do, and what our kernels make of it.
+//! `dsgc bench`: what this machine can do, and what our kernels and collectives make of it.
+
+mod comm;
 
 use std::fs;
 use std::time::Duration;
@@ -23,6 +25,8 @@ pub struct Args {
 enum What {
     /// Measure every kernel family against multiply-adds on registers and plain copies, in the same run.
     Kernels(Kernels),
+    /// Measure collectives between ranks: of MPI under its launcher, else threads of this process.
+    Comm(comm::Args),
 }
 
 #[derive(clap::Args)]
@@ -48,7 +52,13 @@ fn seconds(text: &str) -> Result<Duration, String> {
 
 /// Runs the command.
 pub fn run(args: &Args) -> Done {
-    let What::Kernels(args) = &args.what;
+    match &args.what {
+        What::Kernels(args) => kernels(args),
+        What::Comm(args) => comm::run(args),
+    }
+}
+
+fn kernels(args: &Kernels) -> Done {
     if cfg!(debug_assertions) {
         note("this program is built for debugging; speed is measured with `cargo build --release`");
     }

@@ -6,6 +6,7 @@ pub mod check;
 pub mod compile;
 pub mod doctor;
 pub mod generate;
+pub mod launch;
 pub mod library;
 pub mod opt;
 pub mod run;

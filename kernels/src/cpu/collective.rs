@@ -16,12 +16,11 @@ pub(super) fn missing(op: &Op) -> Option<String> {
     }
 }
 
-/// Bytes of workspace: the largest part that is received before it is added, of two ranks or more.
+/// Bytes of workspace: a part of a sum on its way to its owner.
 pub(super) fn workspace(op: &Op, args: &[Type], bounds: &Bindings) -> usize {
-    let bytes = args[0].bytes(bounds).unwrap_or(usize::MAX);
     match op {
-        Op::AllReduce { .. } => bytes.div_ceil(2).next_multiple_of(size_of::<u64>()),
         Op::ReduceScatter { ranks, .. } => {
+            let bytes = args[0].bytes(bounds).unwrap_or(usize::MAX);
             let rows = args[0].dims[0].eval(bounds).unwrap_or_default().max(0) as usize;
             bytes.checked_div(rows).unwrap_or(0).saturating_mul(rows.div_ceil((*ranks).max(1)))
         }
@@ -31,6 +30,7 @@ pub(super) fn workspace(op: &Op, args: &[Type], bounds: &Bindings) -> usize {
 
 /// Runs a collective or `shard`.
 pub(super) fn run(l: &mut Launch) -> Result<(), String> {
+    l.member.note(l.graph, l.op);
     match (&l.op.op, l.dtype(l.result())) {
         (Op::AllGather { .. } | Op::Shard { .. }, _) => rows(l),
         (_, DType::F32) => sum::<f32>(l),
@@ -83,20 +83,21 @@ fn rows(l: &mut Launch) -> Result<(), String> {
 /// `all_reduce` and `reduce_scatter`.
 fn sum<T: Number>(l: &mut Launch) -> Result<(), String> {
     let (given, made) = (l.len(l.op.args[0]), l.len(l.result()));
-    let (from, to, work): (Ptr<T>, Ptr<T>, Ptr<T>) = (l.arg(0), l.out(0), l.workspace());
+    let (from, to): (Ptr<T>, Ptr<T>) = (l.arg(0), l.out(0));
     let in_place = from.0 == to.0;
     let member = l.member;
     let done = match l.op.op {
         Op::AllReduce { over } => {
             // SAFETY: the buffers hold the values; the result is in the operand's place or apart from it.
-            let (to, work) = unsafe { (to.slice_mut(0, made), work.slice_mut(0, made.div_ceil(2))) };
+            let to = unsafe { to.slice_mut(0, made) };
             if !in_place {
                 // SAFETY: as above.
                 to.copy_from_slice(unsafe { from.slice(0, given) });
             }
-            member.group(over).all_reduce(to, work)
+            member.group(over).all_reduce(to)
         }
         Op::ReduceScatter { over, .. } => {
+            let work: Ptr<T> = l.workspace();
             // SAFETY: the buffers hold the values and are apart.
             let (from, to, work) = unsafe { (from.slice(0, given), to.slice_mut(0, made), work.slice_mut(0, made)) };
             member.group(over).reduce_scatter(from, to, work)

@@ -116,7 +116,7 @@ fn own_workspace(op: &Op, args: &[Type], bounds: &Bindings, threads: usize) -> u
             tokens::workspace(args[0].dtype, shape(0).last().copied().unwrap_or(0), threads)
         }
         Op::Attention { .. } => attention::workspace(shape(0)[1], shape(0)[3], threads),
-        Op::AllReduce { .. } | Op::ReduceScatter { .. } => collective::workspace(op, args, bounds),
+        Op::ReduceScatter { .. } => collective::workspace(op, args, bounds),
         Op::AttentionGrad { .. } => attention::grad_workspace(&shape(0), &shape(1), threads),
         _ => 0,
     }

@@ -306,6 +306,9 @@ fn on_rank<F: Real>(
     dims: &Bindings,
     member: &Member,
 ) -> Result<Vec<Tensor>, Diag> {
+    if op.op.class() == Class::Collective {
+        member.note(graph, op);
+    }
     if let Some(operand) = args.first()
         && let Some(result) = ranks::as_member::<F>(member, &op.op, operand)?
     {

@@ -73,6 +73,13 @@ impl<'a> Group<'a> {
         self.transport.exchange(next, cast_slice(message), before, cast_slice_mut(place))
     }
 
+    /// The same with what to do with the elements that are received, which come part by part with the place of the first.
+    fn pass_with<T: Pod>(&self, message: &[T], len: usize, mut take: impl FnMut(usize, &[T])) -> Result<(), Diag> {
+        let (next, before) = (self.ranks[(self.at + 1) % self.size()], self.ranks[self.before(1)]);
+        let take = &mut |first: usize, part: &[u8]| take(first / size_of::<T>(), cast_slice(part));
+        self.transport.exchange_with(next, cast_slice(message), before, len * size_of::<T>(), take)
+    }
+
     /// Every rank's part of `len` elements, one after the other: `parts` holds them all, and this rank's is in its place. The last
     /// ones may be shorter, or nothing.
     pub fn all_gather<T: Pod>(&self, parts: &mut [T], len: usize) -> Result<(), Diag> {
@@ -97,29 +104,30 @@ impl<'a> Group<'a> {
         sum[first.len()..].fill(T::zeroed());
         for step in 1..self.size() {
             let (out, own) = (of(self.before(step)).len(), of(self.before(step + 1)));
-            self.pass(&sum[..out], &mut next[..own.len()])?;
+            self.pass_with(&sum[..out], own.len(), |first, part| {
+                let own = &own[first..first + part.len()];
+                let sums = &mut next[first..first + part.len()];
+                sums.iter_mut().zip(part.iter().zip(own)).for_each(|(sum, (&x, &own))| *sum = x.plus(own));
+            })?;
             next[own.len()..].fill(T::zeroed());
-            next.iter_mut().zip(own).for_each(|(sum, &x)| *sum = sum.plus(x));
             std::mem::swap(&mut sum, &mut next);
         }
         Ok(())
     }
 
-    /// The sum, in the place of this rank's numbers. `work` has at least `ceil(values.len() / size)` elements.
-    pub fn all_reduce<T: Number>(&self, values: &mut [T], work: &mut [T]) -> Result<(), Diag> {
+    /// The sum, in the place of this rank's numbers.
+    pub fn all_reduce<T: Number>(&self, values: &mut [T]) -> Result<(), Diag> {
         let (len, all) = (values.len().div_ceil(self.size()), values.len());
         let of = |at: usize| (at * len).min(all)..((at + 1) * len).min(all);
         for step in 1..self.size() {
-            let (out, own) = (of(self.before(step)), of(self.before(step + 1)));
-            let received = &mut work[..own.len()];
-            self.pass(&values[out], received)?;
-            values[own].iter_mut().zip(received).for_each(|(sum, &mut x)| *sum = x.plus(*sum));
+            let (out, own) = apart(values, of(self.before(step)), of(self.before(step + 1)));
+            self.pass_with(out, own.len(), |first, part| {
+                own[first..first + part.len()].iter_mut().zip(part).for_each(|(sum, &x)| *sum = x.plus(*sum));
+            })?;
         }
         for step in 0..self.size() - 1 {
-            let (out, into) = (of(self.before(step)), of(self.before(step + 1)));
-            let received = &mut work[..into.len()];
-            self.pass(&values[out], received)?;
-            values[into].copy_from_slice(received);
+            let (out, into) = apart(values, of(self.before(step)), of(self.before(step + 1)));
+            self.pass(out, into)?;
         }
         Ok(())
     }
@@ -194,88 +202,19 @@ mod tests {
     use super::super::threads;
     use super::*;
 
-    /// Runs a function on every rank of a process, and gives what each gave.
-    fn on_ranks<T: Send>(ranks: usize, run: impl Fn(Group) -> T + Sync) -> Vec<T> {
-        let all = threads(ranks);
-        thread::scope(|scope| {
-            let run = &run;
-            let started: Vec<_> = all
-                .iter()
-                .map(|transport| scope.spawn(move || run(Group::new(transport.as_ref(), (0..ranks).collect()))))
-                .collect();
-            started.into_iter().map(|rank| rank.join().expect("no rank panics")).collect()
-        })
-    }
-
-    /// A number that says whose and which it is.
-    fn number(rank: usize, i: usize) -> i32 {
-        (rank * 1000 + i) as i32
-    }
-
-    #[test]
-    fn every_collective_gives_every_rank_its_due() {
-        for (ranks, len) in [1, 2, 3, 5].into_iter().flat_map(|ranks| [0, 1, 7, 12].map(|len| (ranks, len))) {
-            let own = |rank: usize| -> Vec<i32> { (0..len).map(|i| number(rank, i)).collect() };
-            let sum = |i: usize| (0..ranks).map(|rank| number(rank, i)).sum::<i32>();
-            let part = len.div_ceil(ranks);
-            let given = on_ranks(ranks, |group| {
-                let at = group.at();
-                let (mut all, mut scattered) = (own(at), vec![-1; part]);
-                group.all_reduce(&mut all, &mut vec![0; part]).expect("nobody ends the run");
-                group.reduce_scatter(&own(at), &mut scattered, &mut vec![-1; part]).expect("nobody ends the run");
-                let mut gathered = vec![-1; len * ranks];
-                gathered[at * len..(at + 1) * len].copy_from_slice(&own(at));
-                group.all_gather(&mut gathered, len).expect("nobody ends the run");
-                // The part of a whole, whose last parts are short.
-                let mut cut: Vec<i32> =
-                    (0..len).map(|i| if i / part.max(1) == at { number(9, i) } else { -1 }).collect();
-                group.all_gather(&mut cut, part).expect("nobody ends the run");
-                assert_eq!(cut, (0..len).map(|i| number(9, i)).collect::<Vec<_>>());
-                let to_all: Vec<i32> = (0..ranks).flat_map(|to| vec![number(at, to); part]).collect();
-                let mut from_all = vec![-1; to_all.len()];
-                group.all_to_all(&to_all, &mut from_all).expect("nobody ends the run");
-                let mut told = own(at);
-                group.broadcast(ranks - 1, &mut told).expect("nobody ends the run");
-                let messages = group.messages(&vec![at as u8; at * len]).expect("nobody ends the run");
-                group.barrier().expect("nobody ends the run");
-                (all, scattered, gathered, from_all, told, messages)
-            });
-            for (at, (all, scattered, gathered, from_all, told, messages)) in given.into_iter().enumerate() {
-                assert_eq!(all, (0..len).map(sum).collect::<Vec<_>>(), "{ranks} ranks, {len}");
-                let expected = (at * part..(at + 1) * part).map(|i| if i < len { sum(i) } else { 0 });
-                assert_eq!(scattered, expected.collect::<Vec<_>>(), "{ranks} ranks, {len}");
-                assert_eq!(gathered, (0..ranks).flat_map(own).collect::<Vec<_>>());
-                assert_eq!(from_all, (0..ranks).flat_map(|from| vec![number(from, at); part]).collect::<Vec<_>>());
-                assert_eq!(told, own(ranks - 1));
-                assert_eq!(messages, (0..ranks).map(|rank| vec![rank as u8; rank * len]).collect::<Vec<_>>());
-            }
-        }
-    }
-
-    /// Floats are added in one order whatever the collective, so parts of a sum are the sum's parts to the bit.
-    #[test]
-    fn a_part_of_a_sum_is_the_sums_part() {
-        let own = |rank: usize| -> Vec<f32> { (0..12).map(|i| ((rank * 12 + i) as f32 * 0.7).sin()).collect() };
-        let given = on_ranks(3, |group| {
-            let (mut all, mut part) = (own(group.at()), vec![0.0; 4]);
-            group.all_reduce(&mut all, &mut [0.0; 4]).expect("nobody ends the run");
-            group.reduce_scatter(&own(group.at()), &mut part, &mut [0.0; 4]).expect("nobody ends the run");
-            (all, part)
-        });
-        for (at, (all, part)) in given.iter().enumerate() {
-            assert_eq!(all, &given[0].0);
-            assert_eq!(part[..], all[at * 4..(at + 1) * 4]);
-        }
-    }
-
     #[test]
     fn a_run_that_ends_on_one_rank_ends_on_all() {
-        let given = on_ranks(3, |group| {
-            if group.at() == 1 {
-                group.transport.abort("rank 1 found no file");
+        let all = threads(3);
+        let run = &|rank: usize| {
+            if rank == 1 {
+                all[1].abort("rank 1 found no file");
                 return String::new();
             }
+            let group = Group::new(all[rank].as_ref(), vec![0, 1, 2]);
             group.barrier().expect_err("rank 1 never comes").message
+        };
+        let given = thread::scope(|scope| {
+            [0, 1, 2].map(|rank| scope.spawn(move || run(rank))).map(|rank| rank.join().expect("no rank panics"))
         });
         assert_eq!(given, ["rank 1 found no file", "", "rank 1 found no file"]);
     }
