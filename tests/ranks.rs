@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use dsgc_ir::diag::Diag;
+use dsgc_ir::stage::Statement;
 use dsgc_ir::{Mesh, Planned, Program, StateId, StateKind, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
@@ -74,8 +75,7 @@ stages:
     min_answer: 6
 ";
 
-/// Four answers to a prompt, whose beginning is computed once for them; a graph that cannot be cut, which all ranks run on all
-/// rows.
+/// Four answers to a prompt, whose beginning is computed once for them.
 const GROUPS: &str = "
 recipe: groups
 models:
@@ -100,9 +100,6 @@ graphs:
     let:
       - r: reshape(reward, [N, 4])
     out: {advantage: 'reshape(r - mean(r, axis=1, keep=true), [N * 4])', mean_reward: mean(r)}
-  running:
-    in: {reward: 'f32[B]'}
-    out: {after_all: 'mean(cumsum(reward, axis=0))'}
   surrogate:
     in: {seq: 'sequence[B, L]', answer: 'bool[B, A]', old_logp: 'f32[B, A]', advantage: 'f32[B]'}
     let:
@@ -110,12 +107,11 @@ graphs:
     out: {loss: 'mean(-ratio * advantage[:, None], where=answer)', ratio: 'mean(ratio, where=answer)'}
 plan:
   - for: batch
-    in: batches(prompts, 3)
+    in: batches(prompts, 8)
     do:
       - rollout: generate(policy, batch.prompt, samples=4, max_new_tokens=6)
       - old: score(rollout)
       - compared: compare(old.rows.reward)
-      - after: running(old.rows.reward)
       - for: mini
         in: minibatches(join(rollout, old.rows, compared.advantage), 8)
         do:
@@ -135,9 +131,47 @@ stages:
     policy: base
     data: prompts
     learning_rate: 1e-2
-    max_steps: 3
-    batch_size: 3
-    micro_batch_size: 12
+    max_steps: 2
+    batch_size: 8
+    micro_batch_size: 8
+";
+
+/// A graph that cannot be cut, which all ranks run on all rows.
+const RUNNING: &str = "
+recipe: running
+models:
+  model: {type: causal_lm, trained: true}
+data:
+  texts: {fields: {text: text}, sequences: {text: [text]}, pad: right, width: max_length}
+options:
+  max_length: 24
+graphs:
+  running:
+    in: {text: 'sequence[B, T]'}
+    let:
+      - logp: sum(next_logp(model(text), text.tokens), axis=1, where=text.trained[:, 1:])
+      - so_far: cumsum(logp, axis=0)
+    out: {rows: {so_far: so_far}, on_average: mean(so_far), least: min(so_far)}
+  weighted:
+    in: {text: 'sequence[B, T]', so_far: 'f32[B]'}
+    out: {loss: 'mean(-next_logp(model(text), text.tokens) * (1 + 0.01 * so_far)[:, None], where=text.trained[:, 1:])'}
+plan:
+  - for: batch
+    in: batches(texts, 6)
+    do:
+      - sums: running(batch.text)
+      - update(model, weighted(batch.text, sums.rows.so_far))
+";
+
+const WHOLE: &str = "
+dsgc: 1
+seed: 7
+models:
+  base: {model: opt, tokenizer: TOKENIZER, config: {hidden: 16, layers: 2, heads: 2, ffn: 32, max_positions: 48}}
+data:
+  texts: {path: rows.jsonl, fields: {text: prompt}}
+stages:
+  running: {recipe: ./running.yaml, model: base, data: texts, learning_rate: 1e-2, max_steps: 3, batch_size: 6}
 ";
 
 const DPO: &str = "
@@ -152,7 +186,9 @@ stages:
 ";
 
 fn program(folder: &Path, pipeline: &str, sets: &[&str]) -> Program {
-    fs::write(folder.join("groups.yaml"), GROUPS).expect("a new file");
+    for (name, recipe) in [("groups.yaml", GROUPS), ("running.yaml", RUNNING)] {
+        fs::write(folder.join(name), recipe).expect("a new file");
+    }
     let row = |i: usize| {
         let more = " and more".repeat(i % 4);
         format!("{{\"prompt\": \"Question {i}{more}?\", \"chosen\": \" Yes.\", \"rejected\": \" {i} is not.\"}}")
@@ -186,7 +222,7 @@ fn planned(program: &Program, on: On) -> Planned {
 fn device(planned: &Planned, on: On, member: &Member) -> Box<dyn Device> {
     match on {
         On::Doubles => Box::new(Interp::planned(planned.clone(), Precision::F64).as_member(member.clone())),
-        On::Cpu => Box::new(Cpu::new(planned.clone(), 1).as_member(member.clone())),
+        On::Cpu => Box::new(Cpu::poisoned(planned.clone(), 1).as_member(member.clone())),
     }
 }
 
@@ -203,6 +239,8 @@ struct Ran {
 /// which rank.
 fn run_kept(program: &Program, on: On, resume: bool, stops: Option<(usize, u64)>) -> Ran {
     let planned = planned(program, on);
+    let cut = planned.states.iter().any(|state| state.placement.as_ref().is_some_and(|p| !p.cuts.is_empty()));
+    assert_eq!(cut, program.mesh.data > 1 && program.stage.roles[0].zero_stage > 0, "what is cut");
     let stop: Vec<AtomicBool> = (0..program.mesh.ranks()).map(|_| AtomicBool::new(false)).collect();
     let rank = |member: Member| -> Result<Ran, Vec<Diag>> {
         let at = member.rank();
@@ -280,23 +318,35 @@ fn assert_near(found: &Ran, expected: &Ran, bound: f64, what: &str) {
     assert!(metrics <= bound && states <= bound, "{what}: metrics differ by {metrics:e}, states by {states:e}");
 }
 
-/// Every layout beside one rank.
-fn every_layout(pipeline: &str, sets: &[&str], layouts: &[(usize, u8)], on: On, bound: f64) {
+/// Every layout beside one rank, whose run this gives.
+fn every_layout(pipeline: &str, sets: &[&str], layouts: &[(usize, u8)], on: On, bound: f64) -> Ran {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let program = program(folder.path(), pipeline, sets);
-    let one = run(&program, 1, 0, on);
-    println!("{:?}", one.steps);
-    assert!(one.steps.iter().all(|metrics| !metrics.is_empty()));
-    for &(data, zero_stage) in layouts {
-        let what = format!("{data} ranks, zero {zero_stage}");
-        let found = run(&program, data, zero_stage, on);
-        println!("{what}: {:?}", difference(&found, &one));
-        assert_near(&found, &one, bound, &what);
-    }
+    every_layout_of(&program(folder.path(), pipeline, sets), layouts, on, bound)
 }
 
-const ALL: [(usize, u8); 12] =
-    [(2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 1), (3, 2), (3, 3), (4, 0), (4, 1), (4, 2), (4, 3)];
+fn every_layout_of(program: &Program, layouts: &[(usize, u8)], on: On, bound: f64) -> Ran {
+    let one = run(program, 1, 0, on);
+    for &(data, zero_stage) in layouts {
+        let what = format!("{data} ranks, zero {zero_stage}");
+        let found = run(program, data, zero_stage, on);
+        assert_near(&found, &one, bound, &what);
+    }
+    one
+}
+
+/// The plan with another token at which answers end.
+fn stop_at(mut body: Vec<Statement>, token: i32) -> Vec<Statement> {
+    for statement in &mut body {
+        match statement {
+            Statement::For { body, .. } => *body = stop_at(std::mem::take(body), token),
+            Statement::Generate(generate) => generate.stop = Some(token),
+            _ => {}
+        }
+    }
+    body
+}
+
+const ALL: [(usize, u8); 9] = [(2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 2), (3, 3), (4, 1), (4, 3)];
 
 /// Three ranks have 2, 3 and 3 rows of a batch in parts of 2: some parts have none.
 #[test]
@@ -306,7 +356,7 @@ fn sft_of_opt_has_one_ranks_numbers() {
 
 #[test]
 fn sft_of_llama_has_one_ranks_numbers() {
-    every_layout(SFT, &["stages.sft.model=llama"], &[(2, 0), (2, 3), (3, 1), (3, 2), (4, 3)], On::Doubles, 1e-9);
+    every_layout(SFT, &["stages.sft.model=llama"], &[(2, 3), (3, 1), (4, 0)], On::Doubles, 1e-9);
 }
 
 /// More ranks than rows: some have none at all.
@@ -318,19 +368,36 @@ fn ranks_without_rows_have_the_others_numbers() {
 
 #[test]
 fn lora_and_dropout_have_one_ranks_numbers() {
-    let sets = ["stages.sft.lora_r=4", "stages.sft.lora_dropout=0.5"];
-    every_layout(SFT, &sets, &[(2, 0), (2, 1), (2, 2), (3, 3)], On::Doubles, 1e-9);
+    let sets = ["stages.sft.lora_r=16", "stages.sft.lora_dropout=0.5"];
+    every_layout(SFT, &sets, &[(2, 1), (3, 3)], On::Doubles, 1e-9);
 }
 
 #[test]
 fn ppo_has_one_ranks_numbers() {
-    every_layout(PPO, &[], &[(2, 0), (2, 3), (3, 2)], On::Doubles, 1e-9);
+    every_layout(PPO, &[], &[(2, 0), (2, 3)], On::Doubles, 1e-9);
+}
+
+/// With parameters in parts, ranks generate in step: an answer that ends on one of them waits for the others'. Rows whose answer is
+/// short are left out.
+#[test]
+fn answers_that_end_early_have_one_ranks_numbers() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let sets = ["stages.ppo.max_steps=2", "stages.ppo.max_new_tokens=10", "stages.ppo.micro_batch_size=1"];
+    let mut program = program(folder.path(), PPO, &sets);
+    program.stage.plan = stop_at(program.stage.plan, 460);
+    let one = every_layout_of(&program, &[(2, 0), (3, 3)], On::Doubles, 1e-9);
+    assert_eq!(one.steps[0]["answer_length"], 9.0);
 }
 
 #[test]
 fn answers_in_groups_have_one_ranks_numbers() {
-    every_layout(GROUPED, &[], &[(2, 0), (2, 3), (4, 1)], On::Doubles, 1e-9);
+    every_layout(GROUPED, &[], &[(2, 0), (3, 3)], On::Doubles, 1e-9);
     every_layout(GROUPED, &["stages.groups.micro_batch_size=4"], &[(2, 2)], On::Doubles, 1e-9);
+}
+
+#[test]
+fn a_call_that_cannot_be_cut_runs_whole_on_every_rank() {
+    every_layout(WHOLE, &[], &[(2, 0), (3, 3)], On::Doubles, 1e-9);
 }
 
 /// Pairs in one row, scores of a reference that are kept from epoch to epoch, held-out rows.
@@ -342,19 +409,19 @@ fn dpo_has_one_ranks_numbers() {
 /// Roles that step together, by the squares of each other's gradients.
 #[test]
 fn fp16_has_one_ranks_numbers() {
-    every_layout(PPO, &["stages.ppo.fp16=true"], &[(2, 0), (2, 3)], On::Doubles, 1e-9);
+    every_layout(PPO, &["stages.ppo.fp16=true"], &[(2, 3)], On::Doubles, 1e-9);
 }
 
 /// Every rank rounds what its own rows give, and the masters of the weights are cut.
 #[test]
 fn bf16_is_near() {
     let sets = ["stages.sft.bf16=true", "stages.sft.max_steps=3"];
-    every_layout(SFT, &sets, &[(2, 0), (2, 1), (2, 2), (3, 3)], On::Cpu, 1e-3);
+    every_layout(SFT, &sets, &[(2, 1), (3, 3)], On::Cpu, 1e-4);
 }
 
 #[test]
 fn the_cpu_in_single_precision_is_near() {
-    every_layout(SFT, &["stages.sft.max_steps=3"], &[(2, 0), (2, 1), (2, 2), (3, 3)], On::Cpu, 1e-5);
+    every_layout(SFT, &["stages.sft.max_steps=3"], &[(2, 0), (3, 3)], On::Cpu, 1e-5);
 }
 
 #[test]
@@ -365,7 +432,7 @@ fn resumed_on_another_layout_it_goes_on_to_the_same_numbers() {
     // Only the last rank is told to stop.
     let begun = run_kept(&laid_out(&program, 2, 3), On::Doubles, false, Some((1, 3)));
     assert_eq!(begun.steps, whole.steps[..3]);
-    for (data, zero_stage) in [(2, 3), (1, 0), (4, 1), (3, 2)] {
+    for (data, zero_stage) in [(2, 3), (1, 0), (4, 1)] {
         let after = run_kept(&laid_out(&program, data, zero_stage), On::Doubles, true, None);
         let mut both = begun.clone();
         both.steps.extend(after.steps);
