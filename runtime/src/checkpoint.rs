@@ -15,6 +15,7 @@
 mod tensors;
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
@@ -393,12 +394,24 @@ impl Session {
         fs::create_dir_all(&staging).map_err(|e| failed("create", &staging, &e))?;
         let mut files = BTreeMap::new();
         // One by one, so that no two are on the host at once.
+        let ended: RefCell<Option<Diag>> = RefCell::new(None);
+        let read = |id: StateId| {
+            wholes.get(id).unwrap_or_else(|why| {
+                ended.borrow_mut().get_or_insert(why);
+                // Of no use, as nothing comes of this checkpoint.
+                wholes.part(id)
+            })
+        };
         let states = kept(&self.program).into_iter().map(|id| {
-            let (like, shape) = wholes.kind(id);
-            let stored = Stored::new(&like, shape, move || Cow::Owned(wholes.get(id)));
+            let (read, shape) = (&read, shape_of(&self.program, id));
+            let stored = Stored::new(&wholes.part(id), shape, move || Cow::Owned(read(id)));
             (self.program.state(id).name.clone(), stored)
         });
-        files.insert(STATES.to_string(), write_tensors(&staging.join(STATES), states.collect())?);
+        let written = write_tensors(&staging.join(STATES), states.collect());
+        if let Some(why) = ended.take() {
+            return Err(why);
+        }
+        files.insert(STATES.to_string(), written?);
         let (tables, caches, tensors) = self.tables();
         if !tensors.is_empty() {
             let stored = |t| Stored::new(t, t.shape.clone(), move || Cow::Borrowed(t));

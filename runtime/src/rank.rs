@@ -4,7 +4,6 @@
 //! rank keeps its part of what it is given, and all ranks send theirs when one of them is to have the whole.
 
 use std::any::Any;
-use std::cell::RefCell;
 use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Mutex, PoisonError};
@@ -71,12 +70,7 @@ impl Rank {
                 }
             }
         }
-        let wholes = Wholes { rank: self, program, ended: RefCell::new(None) };
-        let made = run(&wholes);
-        if let Some(ended) = wholes.ended.into_inner() {
-            return Err(ended);
-        }
-        let made = made?;
+        let made = run(&Wholes { rank: self, program })?;
         self.told(DONE)?;
         Ok(Some(made))
     }
@@ -114,33 +108,20 @@ fn placement(program: &Program, id: StateId) -> Option<&Placement> {
 pub(crate) struct Wholes<'a> {
     rank: &'a Rank,
     program: &'a Program,
-    /// Why another rank has ended the run, if one has.
-    ended: RefCell<Option<Diag>>,
 }
 
 impl Wholes<'_> {
-    /// A state. If the run has ended meanwhile, the parts of the other ranks are zeros, and
-    /// [`Rank::on_first`] gives the error.
-    pub fn get(&self, id: StateId) -> Tensor {
-        let asked = match placement(self.program, id) {
-            Some(_) => self.rank.told(u64::from(id.0)).map(drop),
-            None => Ok(()),
-        };
-        asked.and_then(|()| self.rank.get(self.program, id)).unwrap_or_else(|ended| {
-            self.ended.borrow_mut().get_or_insert(ended);
-            let own = self.rank.device.state(id);
-            match placement(self.program, id) {
-                Some(placement) => placement.whole(&self.rank.member.mesh, &vec![own; self.rank.member.mesh.ranks()]),
-                None => own,
-            }
-        })
+    /// A state; an error if another rank has ended the run meanwhile.
+    pub fn get(&self, id: StateId) -> Result<Tensor, Diag> {
+        if placement(self.program, id).is_some() {
+            self.rank.told(u64::from(id.0))?;
+        }
+        self.rank.get(self.program, id)
     }
 
-    /// A tensor of the state's kind of elements, which says nothing of its numbers, and the extents of the whole.
-    pub fn kind(&self, id: StateId) -> (Tensor, Vec<usize>) {
-        let own = self.rank.device.state(id);
-        let shape = placement(self.program, id).map_or(own.shape.clone(), |placement| placement.whole.clone());
-        (own, shape)
+    /// What the first rank itself has of a state.
+    pub fn part(&self, id: StateId) -> Tensor {
+        self.rank.device.state(id)
     }
 }
 

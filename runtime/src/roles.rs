@@ -221,7 +221,7 @@ impl Saving<'_> {
     /// A parameter by its Hugging Face name, in single precision; an error if it is not finite.
     fn param(&self, name: &str) -> Result<Tensor, Diag> {
         let id = self.program.param(&self.role.name, name);
-        let tensor = self.states.get(id.unwrap_or_else(|| panic!("bug: there is no parameter `{name}`"))).single();
+        let tensor = self.states.get(id.unwrap_or_else(|| panic!("bug: there is no parameter `{name}`")))?.single();
         let finite = match &tensor.data {
             Data::F32(v) => v.iter().all(|x| x.is_finite()),
             _ => tensor.to_f64().iter().all(|x| x.is_finite()),
