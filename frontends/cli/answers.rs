@@ -5,6 +5,7 @@ use std::path::Path;
 use dsgc_hf::Tokenizer;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::Sampling;
+use dsgc_kernels::ranks::Member;
 use dsgc_passes::PassContext;
 use dsgc_runtime::Generator;
 use dsgc_yaml::load::FolderModel;
@@ -61,9 +62,9 @@ impl SamplingArgs {
         program.stage.seed = self.seed;
         self.weights.set(&mut program);
         let chosen = self.device.chosen();
-        let target = chosen.target()?;
+        let target = chosen.target(&program.mesh)?;
         let planned = dsgc_passes::compile(program, &PassContext::new(target.as_ref()), &mut |_| {})?;
-        let mut device = chosen.open(planned.clone())?;
+        let mut device = chosen.open(planned.clone(), Member::alone())?;
         if profiled {
             profile::begin(device.as_mut())?;
         }

@@ -29,6 +29,11 @@ impl Failure {
         Failure { diags: vec![], sources: Sources::default(), code }
     }
 
+    /// The first message.
+    pub fn message(&self) -> &str {
+        self.diags.first().map_or("", |diag| &diag.message)
+    }
+
     /// The exit code of the program.
     pub fn code(&self) -> u8 {
         self.code

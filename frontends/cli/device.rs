@@ -4,10 +4,11 @@ use std::hint::black_box;
 
 use clap::ValueEnum;
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Planned, Target};
+use dsgc_ir::{Mesh, Planned, Target};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
+use dsgc_kernels::ranks::Member;
 use dsgc_yaml::load;
 
 use crate::console::note;
@@ -52,17 +53,22 @@ impl DeviceName {
         best
     }
 
-    /// What passes must know of it; an error where this program was built without it.
-    pub fn target(self) -> Result<Box<dyn Target>, Diag> {
+    /// What passes must know of it, where these ranks run on this machine; an error where this program was built without it, or
+    /// it cannot be one of several ranks.
+    pub fn target(self, mesh: &Mesh) -> Result<Box<dyn Target>, Diag> {
         Ok(match self {
-            DeviceName::Cpu | DeviceName::Auto => Box::new(CpuTarget { threads: threads() }),
+            DeviceName::Cpu | DeviceName::Auto => Box::new(CpuTarget { threads: threads_of_rank(mesh) }),
             DeviceName::Interp | DeviceName::InterpF64 => Box::new(InterpTarget),
+            DeviceName::Wgpu | DeviceName::Cuda if !mesh.is_single() => {
+                let message = format!("found {} ranks, and GPUs run one in this version", mesh.ranks());
+                return Err(Diag::error(message).help("write `data: 1`, or `--device cpu`"));
+            }
             DeviceName::Wgpu | DeviceName::Cuda => return gpu::target(self),
         })
     }
 
-    /// The device, with a planned program in it; an error where this machine does not give it the memory.
-    pub fn open(self, planned: Planned) -> Result<Box<dyn Device>, Diag> {
+    /// The device as a rank, with a planned program in it; an error where this machine does not give it the memory.
+    pub fn open(self, planned: Planned, member: Member) -> Result<Box<dyn Device>, Diag> {
         if let DeviceName::Wgpu | DeviceName::Cuda = self {
             return gpu::open(self, planned);
         }
@@ -78,9 +84,9 @@ impl DeviceName {
         }
         drop(trial);
         Ok(match self {
-            DeviceName::Interp => Box::new(Interp::planned(planned, Precision::F32)),
-            DeviceName::InterpF64 => Box::new(Interp::planned(planned, Precision::F64)),
-            _ => Box::new(Cpu::new(planned, threads())),
+            DeviceName::Interp => Box::new(Interp::planned(planned, Precision::F32).as_member(member)),
+            DeviceName::InterpF64 => Box::new(Interp::planned(planned, Precision::F64).as_member(member)),
+            _ => Box::new(Cpu::new(planned, threads_of_rank(&member.mesh)).as_member(member)),
         })
     }
 }
@@ -88,6 +94,11 @@ impl DeviceName {
 /// A thread per core that this process may use.
 pub fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
+/// Threads of each of these ranks, which share the cores.
+pub fn threads_of_rank(mesh: &Mesh) -> usize {
+    (threads() / mesh.ranks()).max(1)
 }
 
 /// GPUs, where this program was built with them.

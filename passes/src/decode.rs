@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 
 use dsgc_ir::diag::Diag;
 use dsgc_ir::infer::Contraction;
-use dsgc_ir::stage::{Generate, GenerateSteps, Statement};
+use dsgc_ir::stage::{Generate, GenerateSteps, Rows, Statement};
 use dsgc_ir::{Class, DType, Dim, DimRange, Graph, Op, OpData, Program, Site, StateId, StateKind, Symbol, Type, Value};
 
 use crate::infer::with_dims;
@@ -30,6 +30,10 @@ pub const PASS: Pass =
 pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> {
     let mut stage = std::mem::take(&mut program.stage);
     let mut derive = Derive::default();
+    for source in &stage.sources {
+        derive.batches.insert(format!("{}.eval", source.name), source.batch_size);
+    }
+    derive.sources = stage.sources.iter().map(|source| (source.name.clone(), source.batch_size)).collect();
     derive.statements(&mut program, &mut stage.plan);
     for evaluation in &mut stage.evaluate {
         derive.statements(&mut program, &mut evaluation.body);
@@ -44,20 +48,46 @@ pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> 
 struct Derive {
     done: Vec<(Generate, GenerateSteps)>,
     errors: Vec<Diag>,
+    /// Rows of the batches of a source.
+    sources: BTreeMap<String, usize>,
+    /// Rows of the batches of the plan by their names; of held-out rows, as many are taken at once.
+    batches: BTreeMap<String, usize>,
 }
 
 impl Derive {
     fn statements(&mut self, program: &mut Program, body: &mut [Statement]) {
         for statement in body {
             match statement {
+                Statement::For { batch, rows: Rows::Source(source), body } => {
+                    self.bind(batch, source);
+                    self.statements(program, body);
+                }
                 Statement::For { body, .. } | Statement::Repeat { body, .. } => self.statements(program, body),
-                Statement::Generate(generate) => match self.generate(program, generate) {
-                    Ok(steps) => generate.steps = Some(steps),
-                    Err(diag) if self.errors.contains(&diag) => {}
-                    Err(diag) => self.errors.push(diag),
-                },
+                Statement::Next { name, source } => self.bind(name, source),
+                Statement::Generate(generate) => {
+                    generate.rows = self.rows_of_call(generate, program.mesh.data);
+                    match self.generate(program, generate) {
+                        Ok(steps) => generate.steps = Some(steps),
+                        Err(diag) if self.errors.contains(&diag) => {}
+                        Err(diag) => self.errors.push(diag),
+                    }
+                }
                 _ => {}
             }
+        }
+    }
+
+    /// Notes that a name of the plan is a batch of a source.
+    fn bind(&mut self, name: &str, source: &str) {
+        self.batches.extend(self.sources.get(source).map(|&rows| (name.to_string(), rows)));
+    }
+
+    /// Rows of a call, no more than each of the ranks with different rows has of a batch.
+    fn rows_of_call(&self, generate: &Generate, ranks: usize) -> usize {
+        let batch = generate.prompt.rsplit_once('.').and_then(|(batch, _)| self.batches.get(batch));
+        match batch {
+            Some(rows) if ranks > 1 => generate.rows.min(rows.div_ceil(ranks)),
+            _ => generate.rows,
         }
     }
 

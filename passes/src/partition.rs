@@ -120,6 +120,7 @@ impl<'a> Partition<'a> {
     ) -> Graph {
         let rebuild = Rebuild::same(graph);
         let rows = |&input: &Value| match graph.batch.as_ref() {
+            _ if assigned.whole_calls.contains(&graph.name) => Has::Same,
             Some(batch) if graph.ty(input).dims.iter().any(|dim| dim.mentions(batch)) => Has::Rows,
             _ => Has::Same,
         };

@@ -5,11 +5,15 @@
 //! part have rows.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{CallSteps, TermSteps};
-use dsgc_ir::{DType, Data, Graph, Program, Tensor};
+use dsgc_ir::{Axis, DType, Data, Graph, Program, Tensor};
 use dsgc_kernels::Device;
+use dsgc_kernels::ranks::Member;
+
+use crate::rank::{of_all_parts, parts_of};
 
 /// Named tensors: what goes into graphs and comes out.
 pub type Named = BTreeMap<String, Tensor>;
@@ -143,12 +147,27 @@ impl<'a> Parts<'a> {
         usize::try_from(range.max).ok().filter(|&n| n > 0)
     }
 
-    /// A batch's tensors cut along the batch, each part as large as the graphs take it. Tensors without rows are part
-    /// of every one.
-    pub fn cut(&self, program: &Program, inputs: &Named) -> Vec<Named> {
+    /// A batch's tensors cut along the batch, each part as large as the graphs take it: those of one rank.
+    pub fn cut(&self, program: &Program, member: &Member, inputs: &Named) -> Vec<Named> {
+        let factors = self.factors(program, inputs);
+        let rows = factors.iter().map(|(name, factor)| inputs[*name].shape[0] / factor).max();
+        let (Some(rows), Some(size)) = (rows, self.size(program)) else {
+            assert_eq!(member.mesh.data, 1, "bug: ranks share the rows of @{}, which has none", self.rows);
+            return vec![inputs.clone()];
+        };
+        let parts = parts_of(rows, size, &member.group(Axis::Data));
+        parts.into_iter().map(|rows| with_rows(inputs, &factors, rows)).collect()
+    }
+
+    /// The same without any row.
+    pub(crate) fn without_rows(&self, program: &Program, inputs: &Named) -> Named {
+        with_rows(inputs, &self.factors(program, inputs), 0..0)
+    }
+
+    /// How many rows of a tensor belong to one of the batch, for those that have rows.
+    fn factors<'n>(&self, program: &Program, inputs: &'n Named) -> BTreeMap<&'n str, usize> {
         let graphs: Vec<&Graph> =
             self.count.iter().map(String::as_str).chain([self.rows]).map(|g| graph_named(program, g)).collect();
-        // How many rows of this tensor belong to one of the batch.
         let factor = |name: &str| {
             graphs.iter().find_map(|graph| {
                 let dim = graph.ty(graph.input_named(name)?).dims.first()?.clone();
@@ -156,34 +175,32 @@ impl<'a> Parts<'a> {
                 (Some(symbol) == graph.batch.as_ref()).then_some(factor as usize)
             })
         };
-        let factors: BTreeMap<&str, usize> = inputs.keys().filter_map(|n| Some((n.as_str(), factor(n)?))).collect();
-        let rows = factors.iter().map(|(name, factor)| inputs[*name].shape[0] / factor).max();
-        let (Some(rows), Some(size)) = (rows, self.size(program)) else { return vec![inputs.clone()] };
-        let part = |from: usize| {
-            let to = (from + size).min(rows);
-            let cut = |(name, tensor): (&String, &Tensor)| match factors.get(name.as_str()) {
-                Some(factor) => (name.clone(), tensor.rows(from * factor..to * factor)),
-                None => (name.clone(), tensor.clone()),
-            };
-            inputs.iter().map(cut).collect()
-        };
-        (0..rows).step_by(size).map(part).collect()
+        inputs.keys().filter_map(|n| Some((n.as_str(), factor(n)?))).collect()
     }
 
-    /// Runs the graphs on the parts of a batch, which need not have the same width.
-    pub fn run(&self, device: &mut dyn Device, program: &Program, parts: &[Named]) -> Result<Outputs, Diag> {
+    /// Runs the graphs on a rank's parts of a batch, which need not have the same width. Every rank has equally many, and gets
+    /// what the parts of all ranks give.
+    pub fn run(
+        &self,
+        device: &mut dyn Device,
+        program: &Program,
+        member: &Member,
+        parts: &[Named],
+    ) -> Result<Outputs, Diag> {
+        let group = member.group(Axis::Data);
+        let mut of_parts = |graph: &str, totals: &Named| {
+            let made = parts.iter().map(|part| call(device, program, graph, &[part, totals]));
+            of_all_parts(&group, made.collect::<Result<_, _>>()?)
+        };
         let mut totals = Named::new();
         for graph in self.count {
             let mut round = Named::new();
-            for part in parts {
-                combine(&mut round, call(device, program, graph, &[part, &totals])?);
-            }
+            of_parts(graph, &totals)?.into_iter().for_each(|part| combine(&mut round, part));
             totals.extend(round);
         }
         let mut outputs = Outputs::default();
         let mut round = Named::new();
-        for part in parts {
-            let made = call(device, program, self.rows, &[part, &totals])?;
+        for made in of_parts(self.rows, &totals)? {
             let (of_all, of_rows) = made.into_iter().partition(|(name, _)| is_total(name));
             combine(&mut round, of_all);
             outputs.rows.push(of_rows);
@@ -195,6 +212,15 @@ impl<'a> Parts<'a> {
         }
         Ok(outputs)
     }
+}
+
+/// Some rows of a batch; tensors without rows are part of every one.
+fn with_rows(inputs: &Named, factors: &BTreeMap<&str, usize>, rows: Range<usize>) -> Named {
+    let cut = |(name, tensor): (&String, &Tensor)| match factors.get(name.as_str()) {
+        Some(factor) => (name.clone(), tensor.rows(rows.start * factor..rows.end * factor)),
+        None => (name.clone(), tensor.clone()),
+    };
+    inputs.iter().map(cut).collect()
 }
 
 /// What a call on several parts gives.

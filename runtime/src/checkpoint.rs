@@ -7,14 +7,15 @@
 //!   tables.safetensors   replay buffers and cached outputs, if there are any
 //! ```
 //!
-//! Tensors are whole and have the names of the program's states, so nothing in a checkpoint depends on the device or on how
-//! the program was planned. What a step leaves to no other ([`StateKind::Scratch`]) and copies are not in it. A folder
+//! Tensors are whole and have the names of the program's states, so nothing in a checkpoint depends on the device, on how
+//! the program was planned, or on how many ranks ran it: the first one writes. What a step leaves to no other ([`StateKind::Scratch`]) and copies are not in it. A folder
 //! is written beside its place, synchronised, and renamed: under its name it is whole. What is read must have the hash
 //! that was written.
 
 mod tensors;
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
@@ -23,7 +24,7 @@ use std::sync::atomic::AtomicBool;
 
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Call, Stage};
-use dsgc_ir::{Bindings, Op, Program, StateId, StateKind, Tensor};
+use dsgc_ir::{Mesh, Op, Program, StateId, StateKind, Tensor};
 use memmap2::Mmap;
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
@@ -32,6 +33,8 @@ use sha2::{Digest, Sha256};
 
 use crate::calls::Named;
 use crate::plan::{Cache, Counters, Place};
+use crate::rank::Wholes;
+use crate::roles::shape_of;
 use crate::session::{Metrics, Session};
 use crate::values;
 use tensors::{Stored, read_tensor};
@@ -43,7 +46,8 @@ const STATES: &str = "states.safetensors";
 const TABLES: &str = "tables.safetensors";
 const FINISHED: &str = "finished.json";
 
-/// What makes two runs of a stage the same one: its settings, and its graphs before any pass.
+/// What makes two runs of a stage the same one: its settings, and its graphs before any pass. How many ranks run it, and what
+/// each of them holds, is no part of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Identity {
     settings: Value,
@@ -61,8 +65,8 @@ impl Identity {
         if let Value::Object(entries) = &mut settings {
             entries.retain(|key, _| !FREE.contains(&key.as_str()));
         }
-        without_places(&mut settings);
-        let graphs = Program { stage: Stage::default(), sources: vec![], ..program.clone() };
+        strip(&mut settings);
+        let graphs = Program { stage: Stage::default(), sources: vec![], mesh: Mesh::default(), ..program.clone() };
         // A place in a file is no part of what is computed.
         let text = graphs.to_string();
         let lines = text.lines().map(|line| line.rsplit_once(" loc ").map_or(line, |(line, _)| line));
@@ -91,13 +95,14 @@ impl Identity {
     }
 }
 
-fn without_places(value: &mut Value) {
+/// Takes out places in files, and what ranks share out.
+fn strip(value: &mut Value) {
     match value {
         Value::Object(entries) => {
-            entries.retain(|key, _| key != "span");
-            entries.values_mut().for_each(without_places);
+            entries.retain(|key, _| key != "span" && key != "zero_stage");
+            entries.values_mut().for_each(strip);
         }
-        Value::Array(entries) => entries.iter_mut().for_each(without_places),
+        Value::Array(entries) => entries.iter_mut().for_each(strip),
         _ => {}
     }
 }
@@ -372,8 +377,14 @@ fn kept(program: &Program) -> Vec<StateId> {
 }
 
 impl Session {
-    /// Writes where the stage stands after `step` batches; gives the folder.
-    pub(crate) fn write_checkpoint(&self, keeper: &Keeper, step: u64, reached: &Metrics) -> Result<PathBuf, Diag> {
+    /// Writes where the stage stands after `step` batches; gives the folder. For the first rank.
+    pub(crate) fn write_checkpoint(
+        &self,
+        wholes: &Wholes,
+        keeper: &Keeper,
+        step: u64,
+        reached: &Metrics,
+    ) -> Result<PathBuf, Diag> {
         assert!(self.ahead.is_empty(), "bug: a checkpoint within a step");
         let path = keeper.folder.join(format!("step-{step:08}"));
         let [staging, replaced] = [".writing", ".replaced"].map(|name| keeper.folder.join(name));
@@ -383,14 +394,28 @@ impl Session {
         fs::create_dir_all(&staging).map_err(|e| failed("create", &staging, &e))?;
         let mut files = BTreeMap::new();
         // One by one, so that no two are on the host at once.
-        let device = self.device.as_ref();
-        let states = kept(&self.program).into_iter();
-        let states =
-            states.map(|id| (self.program.state(id).name.clone(), Stored::new(move || Cow::Owned(device.state(id)))));
-        files.insert(STATES.to_string(), write_tensors(&staging.join(STATES), states.collect())?);
+        let ended: RefCell<Option<Diag>> = RefCell::new(None);
+        let read = |id: StateId| {
+            wholes.get(id).unwrap_or_else(|why| {
+                ended.borrow_mut().get_or_insert(why);
+                // Of no use, as nothing comes of this checkpoint.
+                wholes.part(id)
+            })
+        };
+        let states = kept(&self.program).into_iter().map(|id| {
+            let (read, shape) = (&read, shape_of(&self.program, id));
+            let stored = Stored::new(&wholes.part(id), shape, move || Cow::Owned(read(id)));
+            (self.program.state(id).name.clone(), stored)
+        });
+        let written = write_tensors(&staging.join(STATES), states.collect());
+        if let Some(why) = ended.take() {
+            return Err(why);
+        }
+        files.insert(STATES.to_string(), written?);
         let (tables, caches, tensors) = self.tables();
         if !tensors.is_empty() {
-            let tensors = tensors.iter().map(|(name, t)| (name.clone(), Stored::new(move || Cow::Borrowed(t))));
+            let stored = |t| Stored::new(t, t.shape.clone(), move || Cow::Borrowed(t));
+            let tensors = tensors.iter().map(|(name, t)| (name.clone(), stored(t)));
             files.insert(TABLES.to_string(), write_tensors(&staging.join(TABLES), tensors.collect())?);
         }
         let manifest = Manifest {
@@ -474,12 +499,11 @@ impl Session {
         checkpoint.each(STATES, |name, tensor| {
             let id = wanted.remove(name).ok_or_else(|| wrong(format!("nothing is called `{name}` in this run")))?;
             let ty = &self.program.state(id).ty;
-            let shape = ty.shape(&Bindings::new()).expect("states have constant dims");
-            if shape != tensor.shape || !tensor.fits(ty.dtype) {
+            if shape_of(&self.program, id) != tensor.shape || !tensor.fits(ty.dtype) {
                 let (dtype, shape) = (tensor.dtype(), &tensor.shape);
                 return Err(wrong(format!("`{name}` is {dtype}{shape:?}, expected {ty}")));
             }
-            self.device.set_state(id, &tensor);
+            self.rank.set(&self.program, id, &tensor);
             Ok(())
         })?;
         if let Some(lacking) = wanted.keys().next() {

@@ -1,12 +1,15 @@
 //! Evaluation on held-out rows, and what a stage must reach.
 
+use std::ops::Range;
 use std::time::Instant;
 
+use dsgc_ir::Axis;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Bounds, Call, Evaluate, Operand, Statement};
 
 use crate::calls::{Named, Parts};
 use crate::plan::{Counters, Told};
+use crate::rank::parts_of;
 use crate::session::{Event, Metrics, Observer, Session};
 use crate::values::{Origin, Values};
 
@@ -67,8 +70,15 @@ impl Session {
             self.inputs(&call.args, &values)
         };
         let size = parts.size(&self.program).unwrap_or(rows.len());
-        let cut: Vec<Named> = rows.chunks(size).map(inputs).collect::<Result<_, _>>()?;
-        let made = parts.run(self.device.as_mut(), &self.program, &cut)?;
+        let part = |part: Range<usize>| {
+            // A part without rows has the columns of one.
+            let columns = part.start.min(rows.len() - 1);
+            let inputs = inputs(&rows[columns..part.end.max(columns + 1)])?;
+            Ok(if part.is_empty() { parts.without_rows(&self.program, &inputs) } else { inputs })
+        };
+        let cut = parts_of(rows.len(), size, &self.rank.member.group(Axis::Data)).into_iter().map(part);
+        let cut: Vec<Named> = cut.collect::<Result<_, _>>()?;
+        let made = parts.run(self.rank.device.as_mut(), &self.program, &self.rank.member, &cut)?;
         let outputs = self.assert(&call.graph, made.whole)?;
         self.tell(&outputs, "", told);
         Ok(())

@@ -13,11 +13,13 @@ use std::ops::Range;
 
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Generate, GenerateSteps};
-use dsgc_ir::{Data, Program, Tensor};
+use dsgc_ir::{Axis, Class, Data, Program, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::random::{Key, fold};
 
 use crate::calls::{self, Named, graph_named};
+use crate::rank::{Rank, any, of_all_parts, parts_of};
+use crate::values;
 
 /// A set of rows that a model continues together.
 #[derive(Clone, Debug)]
@@ -163,33 +165,42 @@ fn chosen(outputs: &mut Named) -> Vec<i32> {
 
 /// Runs a [`Generate`] on its prompt; `number` counts these calls and gives each its own random numbers.
 ///
-/// Answers do not depend on how many rows a call has.
+/// Answers do not depend on how many rows a call has, so ranks share the prompts. Where the graphs move something between
+/// them, all ranks make the same calls.
 pub(crate) fn generate(
-    device: &mut dyn Device,
+    rank: &mut Rank,
     program: &Program,
     generate: &Generate,
     prompt: &Named,
     seed: Key,
     number: u64,
 ) -> Result<Named, Diag> {
+    let Rank { device, member } = rank;
+    let ranks = member.group(Axis::Data);
+    let device = device.as_mut();
     let steps = generate.steps.as_ref().unwrap_or_else(|| panic!("bug: `decode` left a generation as it was"));
+    let graphs = [&steps.prefill, &steps.step].map(|graph| graph_named(program, graph));
+    let collective = graphs.iter().any(|graph| graph.ops().any(|(_, op)| op.op.class() == Class::Collective));
     let mut decoder = Decoder::new(program, steps);
-    let (ids, segments) = (member(generate, prompt, "tokens")?, member(generate, prompt, "segment")?);
+    let (ids, segments) = (member_of(generate, prompt, "tokens")?, member_of(generate, prompt, "segment")?);
     let width = prompt["tokens"].shape[1];
     let (prompts, samples) = (prompt["tokens"].shape[0], generate.samples);
-    let answers = prompts * samples;
     let total = width + generate.max_new_tokens;
+    let key = fold(seed, number);
+    let rows = decoder.rows();
+    let groups = parts_of(prompts, rows, &ranks);
+    // This rank's prompts: rows of its answers are counted from the first one.
+    let begin = groups.first().map_or(0, |group| group.start);
+    let answers = groups.last().map_or(0, |group| group.end - begin) * samples;
     let mut result = Answers {
         tokens: vec![generate.pad; answers * total],
         segment: vec![0; answers * total],
         answer: vec![false; answers * generate.max_new_tokens],
     };
-    let key = fold(seed, number);
-    let rows = decoder.rows();
     // The last column chooses the first token of an answer, by the answer's own random numbers.
     let common = if samples > 1 { width.saturating_sub(1) } else { 0 };
-    for first in (0..prompts).step_by(rows) {
-        let group = first..(first + rows).min(prompts);
+    for group in groups.into_iter().filter(|group| collective || !group.is_empty()) {
+        let first = group.start;
         let numbers =
             |sample: usize| -> Vec<i32> { (first..first + rows).map(|p| (p * samples + sample) as i32).collect() };
         // Rows that the last call has too many are padding from the first column on.
@@ -209,7 +220,7 @@ pub(crate) fn generate(
         }
         for sample in 0..samples {
             decoder.rewind(common);
-            let answer_of = |i: usize| (first + i) * samples + sample;
+            let answer_of = |i: usize| (first - begin + i) * samples + sample;
             for i in 0..group.len() {
                 let (from, to) = ((first + i) * width, answer_of(i) * total);
                 result.tokens[to..to + width].copy_from_slice(&ids[from..from + width]);
@@ -227,7 +238,8 @@ pub(crate) fn generate(
                     result.answer[answer * generate.max_new_tokens + column] = true;
                 }
                 live.iter_mut().zip(&next).for_each(|(live, token)| *live &= Some(*token) != generate.stop);
-                if !live.contains(&true) {
+                let going = live.contains(&true);
+                if !(if collective { any(&ranks, going)? } else { going }) {
                     break;
                 }
                 tokens =
@@ -236,7 +248,12 @@ pub(crate) fn generate(
             }
         }
     }
-    Ok(result.record(answers, width, generate.max_new_tokens))
+    let own = result.record(answers, width, generate.max_new_tokens);
+    let mut record = Named::new();
+    for rows in of_all_parts(&ranks, vec![own])? {
+        values::append(&mut record, rows, "answers")?;
+    }
+    Ok(record)
 }
 
 /// What is made, row-major.
@@ -268,7 +285,7 @@ impl Answers {
 }
 
 /// A member of the prompt: `i32[N, P]`.
-fn member<'a>(generate: &Generate, prompt: &'a Named, name: &str) -> Result<&'a [i32], Diag> {
+fn member_of<'a>(generate: &Generate, prompt: &'a Named, name: &str) -> Result<&'a [i32], Diag> {
     match prompt.get(name) {
         Some(Tensor { shape, data: Data::I32(v) }) if shape.len() == 2 => Ok(v),
         _ => Err(Diag::error(format!(

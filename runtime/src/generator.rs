@@ -10,12 +10,13 @@ use dsgc_kernels::random::Key;
 
 use crate::calls::graph_named;
 use crate::generate::Decoder;
+use crate::rank::Rank;
 use crate::roles::{key_of, load_folder};
 
 /// A model that continues one sequence. Keys and values of what it has seen stay in the device.
 pub struct Generator {
     program: Planned,
-    device: Box<dyn Device>,
+    rank: Rank,
     decoder: Decoder,
     /// The tokens whose keys and values the device has.
     seen: Vec<i32>,
@@ -26,7 +27,7 @@ pub struct Generator {
 impl Generator {
     /// Reads the weights of the program's only role from a Hugging Face folder. The program is one whose plan is one
     /// generation of one row; its seed is the stage's.
-    pub fn open(program: Planned, mut device: Box<dyn Device>, folder: &Path) -> Result<Generator, Vec<Diag>> {
+    pub fn open(program: Planned, device: Box<dyn Device>, folder: &Path) -> Result<Generator, Vec<Diag>> {
         let Some(Statement::Generate(generate)) = program.stage.plan.first() else {
             panic!("bug: the plan of `{}` is no generation", program.stage.name);
         };
@@ -35,18 +36,19 @@ impl Generator {
         let graph = graph_named(&program, &steps.step);
         let logits = graph.output_named("logits").and_then(|v| graph.ty(v).dims.last()?.constant());
         let vocab = logits.and_then(|v| usize::try_from(v).ok()).unwrap_or_else(|| panic!("bug: no vocabulary"));
+        let mut rank = Rank::alone(device);
         let role = program.stage.roles.first().unwrap_or_else(|| panic!("bug: a generation without a role"));
-        if let Some(param) = load_folder(&program, device.as_mut(), role, folder)?.first() {
+        if let Some(param) = load_folder(&program, &mut rank, role, folder)?.first() {
             let diag = Diag::error(format!("found no tensor for parameter `{param}` in `{}`", folder.display()));
             return Err(vec![diag.help("train the model before it is asked")]);
         }
         let key = key_of(&program.stage);
-        Ok(Generator { program, device, decoder, seen: Vec::new(), key, vocab })
+        Ok(Generator { program, rank, decoder, seen: Vec::new(), key, vocab })
     }
 
     /// What runs it.
     pub fn device(&self) -> &dyn Device {
-        self.device.as_ref()
+        self.rank.device.as_ref()
     }
 
     /// Whether the model knows all of these tokens.
@@ -73,7 +75,8 @@ impl Generator {
         let mut next = None;
         for piece in tokens[kept..].chunks(self.decoder.most()) {
             let segment = vec![1; piece.len()];
-            let made = self.decoder.tokens(self.device.as_mut(), &self.program, piece, &segment, self.key, &[0])?;
+            let made =
+                self.decoder.tokens(self.rank.device.as_mut(), &self.program, piece, &segment, self.key, &[0])?;
             self.seen.extend(piece);
             next = made.first().copied();
         }

@@ -7,6 +7,7 @@
 //!
 //! [`data`] turns files of rows into batches of tokens; [`Session`] walks the plan and tells an observer what happens;
 //! [`calls`] runs graphs on the parts of a batch, and a [`Decoder`] continues sequences. [`MetricsFile`] is an observer.
+//! Where several ranks run a program, each has a session; what belongs to all of them is in `rank`.
 //! A [`Scorer`] and a [`Generator`] run a model without training it.
 
 pub mod calls;
@@ -18,6 +19,7 @@ mod generator;
 mod metrics;
 pub mod mpi;
 mod plan;
+mod rank;
 mod roles;
 mod schedule;
 mod score;
@@ -29,6 +31,7 @@ pub use checkpoint::{Checkpoint, Keeper, stage_of};
 pub use generate::{Decoder, Next};
 pub use generator::Generator;
 pub use metrics::MetricsFile;
+pub use rank::on_threads;
 pub use schedule::learning_rate;
 pub use score::{Score, Scorer};
 pub use session::{Ended, Event, Metrics, Observer, Session};

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::calls::{self, Named, Parts};
 use crate::data::order;
 use crate::generate::generate;
+use crate::rank::Rank;
 use crate::roles::key_of;
 use crate::schedule::learning_rate;
 use crate::session::{Event, Metrics, Session};
@@ -86,7 +87,7 @@ impl Session {
                     let prompt = values.record(&plan.prompt)?;
                     let (seed, number) = (key_of(&self.program.stage), self.counters.generations);
                     self.counters.generations += 1;
-                    let record = generate(self.device.as_mut(), &self.program, plan, &prompt, seed, number)?;
+                    let record = generate(&mut self.rank, &self.program, plan, &prompt, seed, number)?;
                     values.bind(&plan.name, record);
                 }
                 Statement::Next { name, source } => {
@@ -181,7 +182,8 @@ impl Session {
                 Operand::Number(number) => Tensor::f64(&[], vec![*number]),
                 Operand::State(name) => {
                     let id = self.program.state_named(&format!("state/{name}"));
-                    self.device.state(id.unwrap_or_else(|| panic!("bug: the program has no state `{name}`")))
+                    let id = id.unwrap_or_else(|| panic!("bug: the program has no state `{name}`"));
+                    self.rank.get(&self.program, id)?
                 }
             };
             Ok((input.clone(), tensor))
@@ -211,11 +213,12 @@ impl Session {
     /// Runs a call on all of its rows.
     fn run_call(&mut self, call: &Call, inputs: &Named) -> Result<Named, Diag> {
         let steps = call.steps.as_ref().unwrap_or_else(|| panic!("bug: `autodiff` left a call of @{}", call.graph));
-        let device = self.device.as_mut();
+        let Rank { device, member } = &mut self.rank;
         let outputs = match Parts::of_call(steps) {
-            None => calls::call(device, &self.program, &call.graph, &[inputs])?,
+            None => calls::call(device.as_mut(), &self.program, &call.graph, &[inputs])?,
             Some(parts) => {
-                let made = parts.run(device, &self.program, &parts.cut(&self.program, inputs))?;
+                let cut = parts.cut(&self.program, member, inputs);
+                let made = parts.run(device.as_mut(), &self.program, member, &cut)?;
                 let mut outputs = made.whole;
                 for rows in made.rows {
                     values::append(&mut outputs, rows, &format!("`{}`", call.graph))?;
@@ -232,7 +235,7 @@ impl Session {
             return Ok(false);
         }
         let Some(keep) = &joined.keep else { return Ok(true) };
-        let kept = calls::call(self.device.as_mut(), &self.program, keep, &[inputs])?;
+        let kept = calls::call(self.rank.device.as_mut(), &self.program, keep, &[inputs])?;
         Ok(kept["keep"].to_f64().iter().all(|&keep| keep != 0.0))
     }
 
@@ -254,7 +257,7 @@ impl Session {
             let own = self.inputs(&own, values)?.into_iter().chain([("lr".to_string(), lr), ("t".to_string(), t)]);
             inputs.extend(own.map(|(name, tensor)| (Joined::name(k, &name), tensor)));
         }
-        let mut made = calls::call(self.device.as_mut(), &self.program, &joined.graph, &[&inputs])?;
+        let mut made = calls::call(self.rank.device.as_mut(), &self.program, &joined.graph, &[&inputs])?;
         for (k, update) in joined.updates.iter().enumerate() {
             let prefix = Joined::name(k, "");
             let of_update = made.extract_if(.., |name, _| name.starts_with(&prefix));
@@ -335,7 +338,8 @@ impl Session {
         let mut squares = Vec::new();
         for update in group {
             let graph = update.squares();
-            let made = graph.map(|graph| calls::call(self.device.as_mut(), &self.program, graph, &[])).transpose()?;
+            let made =
+                graph.map(|graph| calls::call(self.rank.device.as_mut(), &self.program, graph, &[])).transpose()?;
             squares.push(made.map_or(0.0, |made| made["squares"].scalar()));
         }
         // Where several roles are trained, their numbers are told apart by the role.
@@ -344,7 +348,7 @@ impl Session {
             if let Some(UpdateSteps::Split { apply, .. }) = &update.steps {
                 let others = squares.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, squares)| squares).sum();
                 settings.insert("squares".into(), Tensor::f64(&[], vec![others]));
-                outputs.extend(calls::call(self.device.as_mut(), &self.program, apply, &[&settings])?);
+                outputs.extend(calls::call(self.rank.device.as_mut(), &self.program, apply, &[&settings])?);
             }
             // A step that the loss scale skipped is none: the optimizer and the learning rate stand where they were.
             if outputs.get("overflow").is_some_and(|overflow| overflow.scalar() != 0.0) {
@@ -367,7 +371,7 @@ impl Session {
         }
         match update.steps.as_ref().unwrap_or_else(|| panic!("bug: `autodiff` left an update as it was")) {
             UpdateSteps::Whole { step } => {
-                let made = calls::call(self.device.as_mut(), &self.program, step, &[&inputs[0], settings])?;
+                let made = calls::call(self.rank.device.as_mut(), &self.program, step, &[&inputs[0], settings])?;
                 self.assert(&update.terms[0].graph, made)
             }
             UpdateSteps::Split { terms, .. } => {
@@ -376,8 +380,9 @@ impl Session {
                 let mut loss = 0.0;
                 for ((term, steps), inputs) in update.terms.iter().zip(terms).zip(&inputs) {
                     let parts = Parts::of_term(steps);
-                    let cut = parts.cut(&self.program, inputs);
-                    let made = parts.run(self.device.as_mut(), &self.program, &cut)?.whole;
+                    let Rank { device, member } = &mut self.rank;
+                    let cut = parts.cut(&self.program, member, inputs);
+                    let made = parts.run(device.as_mut(), &self.program, member, &cut)?.whole;
                     let made = self.assert(&term.graph, made)?;
                     loss += term.weight * made["loss"].scalar();
                     let prefix = if several { format!("{}/", term.graph) } else { String::new() };

@@ -8,10 +8,10 @@ use dsgc_hf::{AdapterConfig, Folder, Param, ParamFiles, merge, read_params, save
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Adapter, Lora, LoraSave, Origin, Role, Stage};
 use dsgc_ir::{Bindings, Data, Program, StateId, Tensor};
-use dsgc_kernels::Device;
 use dsgc_kernels::random::Key;
 
 use crate::calls::graph_named;
+use crate::rank::{Rank, Wholes};
 use crate::session::{Event, Observer};
 
 /// The key of a stage, from which all its random numbers come.
@@ -19,14 +19,14 @@ pub(crate) fn key_of(stage: &Stage) -> Key {
     [(stage.seed >> 32) as u32, stage.seed as u32]
 }
 
-/// Puts the weights of all roles into the device.
-pub(crate) fn load(program: &Program, device: &mut dyn Device, observer: Observer) -> Result<(), Vec<Diag>> {
+/// Puts the weights of all roles into a rank's device.
+pub(crate) fn load(program: &Program, rank: &mut Rank, observer: Observer) -> Result<(), Vec<Diag>> {
     let stage = &program.stage;
     let mut errors: Vec<Diag> = stage.roles.iter().filter_map(|role| overwritten(stage, role)).collect();
     let order = in_order(&stage.roles).map_err(|e| vec![e])?;
     for role in order {
-        let loaded = load_role(program, device, role).and_then(|new| {
-            begin_factors(program, device, role).map_err(|e| vec![e])?;
+        let loaded = load_role(program, rank, role).and_then(|new| {
+            begin_factors(program, rank, role).map_err(|e| vec![e])?;
             Ok(new)
         });
         match loaded {
@@ -58,10 +58,10 @@ fn in_order(roles: &[Role]) -> Result<Vec<&Role>, Diag> {
 }
 
 /// Puts a role's weights into the device; gives the parameters that begin anew.
-fn load_role(program: &Program, device: &mut dyn Device, role: &Role) -> Result<Vec<String>, Vec<Diag>> {
+fn load_role(program: &Program, rank: &mut Rank, role: &Role) -> Result<Vec<String>, Vec<Diag>> {
     let folder = match &role.origin {
-        Origin::Random => return init(program, device, role).map(|()| Vec::new()).map_err(|e| vec![e]),
-        Origin::Snapshot(of) => return snapshot(program, device, role, of).map(|()| Vec::new()),
+        Origin::Random => return init(program, rank, role).map(|()| Vec::new()).map_err(|e| vec![e]),
+        Origin::Snapshot(of) => return snapshot(program, rank, role, of).map(|()| Vec::new()),
         Origin::Folder(folder) => folder,
         Origin::Stage(folder) if CONFIGS.iter().any(|name| Path::new(folder).join(name).is_file()) => folder,
         Origin::Stage(folder) => {
@@ -69,28 +69,28 @@ fn load_role(program: &Program, device: &mut dyn Device, role: &Role) -> Result<
             return Err(vec![diag.help("run the whole pipeline, or that stage first with `--stage`")]);
         }
     };
-    load_folder(program, device, role, Path::new(folder))
+    load_folder(program, rank, role, Path::new(folder))
 }
 
 /// What makes a folder that of a model, or of an adapter to one.
 const CONFIGS: [&str; 2] = ["config.json", "adapter_config.json"];
 
 /// Runs the graph that draws a role's parameters.
-fn init(program: &Program, device: &mut dyn Device, role: &Role) -> Result<(), Diag> {
-    draw(program, device, &role.init)
+fn init(program: &Program, rank: &mut Rank, role: &Role) -> Result<(), Diag> {
+    draw(program, rank, &role.init)
 }
 
 /// Runs a graph whose only input is the stage's key.
-fn draw(program: &Program, device: &mut dyn Device, graph: &str) -> Result<(), Diag> {
+fn draw(program: &Program, rank: &mut Rank, graph: &str) -> Result<(), Diag> {
     let key = Tensor::key(key_of(&program.stage));
     let graph = graph_named(program, graph);
     let inputs: Vec<(&str, &Tensor)> = graph.inputs().map(|input| (graph.name_of(input), &key)).collect();
-    device.run(&graph.name, &inputs).map(drop)
+    rank.device.run(&graph.name, &inputs).map(drop)
 }
 
 /// Draws the low-rank factors of a role that has some. An adapter that is to be written must have a base that others
 /// can load.
-fn begin_factors(program: &Program, device: &mut dyn Device, role: &Role) -> Result<(), Diag> {
+fn begin_factors(program: &Program, rank: &mut Rank, role: &Role) -> Result<(), Diag> {
     let Some((lora, adapter)) = lora_of(&program.stage, &role.name) else { return Ok(()) };
     if let (Some(base), LoraSave::Adapter | LoraSave::Both) = (base_of(&program.stage, role), lora.save)
         && Folder::open(base)?.adapter().is_some()
@@ -99,7 +99,7 @@ fn begin_factors(program: &Program, device: &mut dyn Device, role: &Role) -> Res
         let diag = Diag::error(message).label(lora.span, "LoRA is asked for here");
         return Err(diag.help("nobody could load it: write `lora_save: merged`"));
     }
-    draw(program, device, &adapter.init)
+    draw(program, rank, &adapter.init)
 }
 
 /// The folder that a role's model comes from, if it comes from one.
@@ -117,6 +117,15 @@ fn lora_of<'a>(stage: &'a Stage, role: &str) -> Option<(&'a Lora, &'a Adapter)> 
     Some((lora, lora.adapter.as_ref().expect("the passes filled it in")))
 }
 
+/// Extents of the whole of a state.
+pub(crate) fn shape_of(program: &Program, id: StateId) -> Vec<usize> {
+    let state = program.state(id);
+    match &state.placement {
+        Some(placement) => placement.whole.clone(),
+        None => state.ty.shape(&Bindings::new()).expect("states have constant dims"),
+    }
+}
+
 /// The parameters of a role's model, `(id, Hugging Face name)`, with those that it shares and without factors.
 fn params_of(program: &Program, role: &str) -> Vec<(StateId, String)> {
     let modules = lora_of(&program.stage, role).map_or(&[][..], |(_, adapter)| &adapter.modules[..]);
@@ -125,12 +134,15 @@ fn params_of(program: &Program, role: &str) -> Vec<(StateId, String)> {
 }
 
 /// Copies the parameters of another role, by their Hugging Face names; those that the two share are there already.
-fn snapshot(program: &Program, device: &mut dyn Device, role: &Role, of: &str) -> Result<(), Vec<Diag>> {
+fn snapshot(program: &Program, rank: &mut Rank, role: &Role, of: &str) -> Result<(), Vec<Diag>> {
     let mut errors = Vec::new();
     for (id, name) in program.params_of(&role.name) {
         let from = program.param(of, name);
-        match from.filter(|&from| program.state(from).ty.dims == program.state(id).ty.dims) {
-            Some(from) => device.set_state(id, &device.state(from)),
+        match from.filter(|&from| program.state(from).whole_dims() == program.state(id).whole_dims()) {
+            Some(from) => {
+                let value = rank.get(program, from).map_err(|e| vec![e])?;
+                rank.set(program, id, &value);
+            }
             None => errors.push(Diag::error(format!(
                 "`{}` is a snapshot of `{of}`, which has no parameter `{name}` of {}",
                 role.name,
@@ -145,37 +157,32 @@ fn snapshot(program: &Program, device: &mut dyn Device, role: &Role, of: &str) -
 /// does, which begin as the role's graph `init` says.
 pub(crate) fn load_folder(
     program: &Program,
-    device: &mut dyn Device,
+    rank: &mut Rank,
     role: &Role,
     folder: &Path,
 ) -> Result<Vec<String>, Vec<Diag>> {
     let folder = Folder::open(folder).map_err(|e| vec![e])?;
-    let (ids, wanted): (Vec<StateId>, Vec<(String, Vec<usize>)>) = params_of(program, &role.name)
-        .into_iter()
-        .map(|(id, name)| {
-            let shape = program.state(id).ty.shape(&Bindings::new()).expect("states have constant dims");
-            (id, (name, shape))
-        })
-        .unzip();
+    let (ids, wanted): (Vec<StateId>, Vec<(String, Vec<usize>)>) =
+        params_of(program, &role.name).into_iter().map(|(id, name)| (id, (name, shape_of(program, id)))).unzip();
     let files = ParamFiles::open(&folder).map_err(|e| vec![e])?;
     let found = files.find(&role.model.tensors, &wanted)?;
     let lacking = wanted.iter().enumerate().filter(|(at, _)| !found.has(*at));
     let new: Vec<String> = lacking.map(|(_, (name, _))| name.clone()).collect();
     if !new.is_empty() {
         // It draws all of them, also those that the folder has.
-        init(program, device, role).map_err(|e| vec![e])?;
+        init(program, rank, role).map_err(|e| vec![e])?;
     }
     // One by one, so that no two are held twice. An adapter is merged into the base model, which it holds at once.
     match folder.adapter() {
         None => ids.iter().enumerate().for_each(|(at, &id)| {
             if let Some(tensor) = found.read(at) {
-                device.set_state(id, &tensor);
+                rank.set(program, id, &tensor);
             }
         }),
         Some(_) => {
             for (&id, tensor) in ids.iter().zip(read_params(&folder, &role.model.tensors, &wanted)?) {
                 if let Some(tensor) = tensor {
-                    device.set_state(id, &tensor);
+                    rank.set(program, id, &tensor);
                 }
             }
         }
@@ -183,12 +190,12 @@ pub(crate) fn load_folder(
     Ok(new)
 }
 
-/// Writes the models that a stage leaves, as Hugging Face folders.
-pub(crate) fn save_all(program: &Program, device: &dyn Device, observer: Observer) -> Result<(), Diag> {
+/// Writes the models that a stage leaves, as Hugging Face folders; for the first rank.
+pub(crate) fn save_all(program: &Program, states: &Wholes, observer: Observer) -> Result<(), Diag> {
     let stage = &program.stage;
     for name in &stage.save {
         let role = stage.roles.iter().find(|r| r.name == *name).expect("the loader saw the role");
-        let saving = Saving { program, device, role, folder: result_folder(stage, name) };
+        let saving = Saving { program, states, role, folder: result_folder(stage, name) };
         let lora = lora_of(stage, name);
         if let Some((lora, adapter)) = lora.filter(|(lora, _)| lora.save != LoraSave::Merged) {
             let folder = saving.adapter(lora, adapter)?;
@@ -205,7 +212,7 @@ pub(crate) fn save_all(program: &Program, device: &dyn Device, observer: Observe
 /// A role that is written.
 struct Saving<'a> {
     program: &'a Program,
-    device: &'a dyn Device,
+    states: &'a Wholes<'a>,
     role: &'a Role,
     folder: PathBuf,
 }
@@ -214,7 +221,7 @@ impl Saving<'_> {
     /// A parameter by its Hugging Face name, in single precision; an error if it is not finite.
     fn param(&self, name: &str) -> Result<Tensor, Diag> {
         let id = self.program.param(&self.role.name, name);
-        let tensor = self.device.state(id.unwrap_or_else(|| panic!("bug: there is no parameter `{name}`"))).single();
+        let tensor = self.states.get(id.unwrap_or_else(|| panic!("bug: there is no parameter `{name}`")))?.single();
         let finite = match &tensor.data {
             Data::F32(v) => v.iter().all(|x| x.is_finite()),
             _ => tensor.to_f64().iter().all(|x| x.is_finite()),
@@ -240,7 +247,7 @@ impl Saving<'_> {
                 let module = adapter.modules.iter().find(|m| name.strip_suffix(".weight") == Some(m.as_str()))?;
                 Some((lora.alpha / lora.r as f64, Adapter::factors(module)))
             });
-            let shape = self.program.state(id).ty.shape(&Bindings::new()).expect("states have constant dims");
+            let shape = shape_of(self.program, id);
             let param = InDevice { saving: self, name: name.clone(), shape, factors };
             param.read()?;
             params.push((name, param));

@@ -6,6 +6,7 @@ use dsgc_ir::diag::Diag;
 use dsgc_ir::{Planned, Tensor};
 use dsgc_kernels::Device;
 
+use crate::rank::Rank;
 use crate::roles::load_folder;
 
 /// What a model says of one text.
@@ -20,26 +21,27 @@ pub struct Score {
 /// Scores texts one at a time; the program is that of the recipe `score`, whose graph `score` takes `tokens` and
 /// `segment` and gives `logits` and `logp`.
 pub struct Scorer {
-    device: Box<dyn Device>,
+    rank: Rank,
     /// Number of tokens that the model knows.
     vocab: usize,
 }
 
 impl Scorer {
     /// Reads the weights of the program's only role from a Hugging Face folder.
-    pub fn open(program: Planned, mut device: Box<dyn Device>, folder: &Path) -> Result<Scorer, Vec<Diag>> {
+    pub fn open(program: Planned, device: Box<dyn Device>, folder: &Path) -> Result<Scorer, Vec<Diag>> {
         let graph = program.graph("score").expect("the recipe `score` has this graph");
         let logits = graph.output_named("logits").map(|v| graph.ty(v).dims.last().and_then(|d| d.constant()));
         let vocab = logits
             .flatten()
             .and_then(|v| usize::try_from(v).ok())
             .expect("the last dim of logits is the model's vocabulary");
+        let mut rank = Rank::alone(device);
         let role = program.stage.roles.first().expect("the recipe `score` has a role");
-        if let Some(param) = load_folder(&program, device.as_mut(), role, folder)?.first() {
+        if let Some(param) = load_folder(&program, &mut rank, role, folder)?.first() {
             let diag = Diag::error(format!("found no tensor for parameter `{param}` in `{}`", folder.display()));
             return Err(vec![diag.help("train the model before it is scored")]);
         }
-        Ok(Scorer { device, vocab })
+        Ok(Scorer { rank, vocab })
     }
 
     /// Whether a text can be scored: it has at least two tokens, all of them known to the model.
@@ -63,7 +65,7 @@ impl Scorer {
         let given =
             [("tokens", Tensor::i32(&shape, tokens.to_vec())), ("segment", Tensor::i32(&shape, vec![1; tokens.len()]))];
         let inputs: Vec<(&str, &Tensor)> = given.iter().map(|(n, t)| (*n, t)).collect();
-        let outputs = self.device.run("score", &inputs)?;
+        let outputs = self.rank.device.run("score", &inputs)?;
         let output = |name: &str| {
             let found = outputs.iter().find(|(n, _)| n == name).map(|(_, t)| t.rows(0..1));
             found.unwrap_or_else(|| panic!("bug: `score` has no output `{name}`"))

@@ -8,13 +8,15 @@ use std::time::Instant;
 use dsgc_hf::Tokenizer;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Rows, Source, Statement, Update};
-use dsgc_ir::{Planned, Tensor};
+use dsgc_ir::{Planned, StateId, Tensor};
 use dsgc_kernels::Device;
+use dsgc_kernels::ranks::Member;
 
 use crate::calls::{self, Named, graph_named};
 use crate::checkpoint::Keeper;
 use crate::data::{DataReport, Dataset};
 use crate::plan::{Cache, Counters, Place, Told};
+use crate::rank::Rank;
 use crate::roles;
 use crate::values::{Origin, Values};
 
@@ -110,7 +112,7 @@ pub type Observer<'a> = &'a mut dyn FnMut(&Event) -> Result<(), Diag>;
 /// A planned stage with its models and data.
 pub struct Session {
     pub(crate) program: Planned,
-    pub(crate) device: Box<dyn Device>,
+    pub(crate) rank: Rank,
     pub(crate) data: BTreeMap<String, Dataset>,
     /// Optimizer steps taken, by role.
     pub(crate) taken: BTreeMap<String, u64>,
@@ -139,17 +141,33 @@ pub enum Ended {
 
 impl Session {
     /// Reads or makes the weights of all roles, sets the recipe's states and reads all data.
-    pub fn open(program: Planned, mut device: Box<dyn Device>, observer: Observer) -> Result<Session, Vec<Diag>> {
+    pub fn open(program: Planned, device: Box<dyn Device>, observer: Observer) -> Result<Session, Vec<Diag>> {
+        Session::open_as(program, device, Member::alone(), observer)
+    }
+
+    /// The same as one rank of the program's mesh. Every rank opens and runs the stage, and has what the device runs as; what
+    /// happens is told on each of them, but for what the first one writes. After an error, [`Transport::abort`] must
+    /// end the others, who wait.
+    ///
+    /// [`Transport::abort`]: dsgc_kernels::ranks::Transport::abort
+    pub fn open_as(
+        program: Planned,
+        device: Box<dyn Device>,
+        member: Member,
+        observer: Observer,
+    ) -> Result<Session, Vec<Diag>> {
+        assert_eq!(program.mesh, member.mesh, "bug: a rank of another mesh than the program's");
+        let mut rank = Rank { device, member };
         outermost(&program.stage.plan).map_err(|e| vec![e])?;
         let mut errors = Vec::new();
-        if let Err(mut found) = roles::load(&program, device.as_mut(), observer) {
+        if let Err(mut found) = roles::load(&program, &mut rank, observer) {
             errors.append(&mut found);
         }
         if let Some(init) = &program.stage.init {
             let key = Tensor::key(roles::key_of(&program.stage));
             let graph = graph_named(&program, init);
             let inputs: Named = graph.inputs().map(|v| (graph.name_of(v).to_string(), key.clone())).collect();
-            calls::call(device.as_mut(), &program, init, &[&inputs]).map_err(|e| vec![e])?;
+            calls::call(rank.device.as_mut(), &program, init, &[&inputs]).map_err(|e| vec![e])?;
         }
         let mut data = BTreeMap::new();
         for source in &program.stage.sources {
@@ -167,7 +185,7 @@ impl Session {
         }
         Ok(Session {
             program,
-            device,
+            rank,
             data,
             taken: BTreeMap::new(),
             ahead: VecDeque::new(),
@@ -180,9 +198,14 @@ impl Session {
         })
     }
 
-    /// The device, to look at states.
+    /// The device, to look at what it holds.
     pub fn device(&self) -> &dyn Device {
-        self.device.as_ref()
+        self.rank.device.as_ref()
+    }
+
+    /// The whole of a state. Where ranks have parts of it, all of them call this.
+    pub fn state(&self, id: StateId) -> Result<Tensor, Diag> {
+        self.rank.get(&self.program, id)
     }
 
     /// Runs the whole stage: evaluates, trains, evaluates, writes its models, and looks at what it must reach.
@@ -202,11 +225,11 @@ impl Session {
             (reached, Ended::Finished) => reached,
         };
         // Writing needs memory of its own, which what trained before does not need any more.
-        self.device.rest();
-        roles::save_all(&self.program, self.device.as_ref(), observer)?;
+        self.rank.device.rest();
+        self.rank.on_first(&self.program, |states| roles::save_all(&self.program, states, observer))?;
         self.require(&reached)?;
         if let Some(keeper) = keeper {
-            keeper.finish(self.steps())?;
+            self.rank.on_first(&self.program, |_| keeper.finish(self.steps()))?;
         }
         Ok(Ended::Finished)
     }
@@ -277,11 +300,16 @@ impl Session {
                     reached = self.evaluate(step, observer)?;
                 }
                 let Some(keeper) = keeper else { continue };
-                let stops = step < steps && keeper.stop.load(Ordering::Relaxed);
+                // All ranks stop after the same step, whichever is told to.
+                let stops = self.rank.any(keeper.stop.load(Ordering::Relaxed))? && step < steps;
                 if stops || keeper.due(step) {
                     let started = Instant::now();
-                    let folder = self.write_checkpoint(keeper, step, &reached)?;
-                    observer(&Event::Checkpoint { step, folder, seconds: started.elapsed().as_secs_f64() })?;
+                    let written = self
+                        .rank
+                        .on_first(&self.program, |states| self.write_checkpoint(states, keeper, step, &reached))?;
+                    if let Some(folder) = written {
+                        observer(&Event::Checkpoint { step, folder, seconds: started.elapsed().as_secs_f64() })?;
+                    }
                 }
                 if stops {
                     return Ok((reached, Ended::Stopped(step)));

@@ -33,6 +33,7 @@ use dsgc_kernels::cpu::{Cpu, CpuTarget};
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 use dsgc_kernels::cube::{CubeTarget, Platform, open};
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
+use dsgc_kernels::ranks::Member;
 use dsgc_passes::PassContext;
 use dsgc_runtime::calls::{self, Named, Parts};
 use dsgc_runtime::learning_rate;
@@ -294,8 +295,11 @@ impl Trainer {
     /// Runs the graphs of a loss on all parts of a batch.
     fn term(&mut self, steps: &TermSteps, inputs: &Named) -> Named {
         let graphs = Parts::of_term(steps);
-        let parts = graphs.cut(&self.program, inputs);
-        graphs.run(self.device.as_mut(), &self.program, &parts).unwrap_or_else(|e| panic!("{e}")).whole
+        let parts = graphs.cut(&self.program, &Member::alone(), inputs);
+        graphs
+            .run(self.device.as_mut(), &self.program, &Member::alone(), &parts)
+            .unwrap_or_else(|e| panic!("{e}"))
+            .whole
     }
 
     fn call(&mut self, graph: &str, given: &[&Named]) -> Named {

@@ -16,6 +16,7 @@ use dsgc_hf::Folder;
 use dsgc_ir::stage::{Call, CallSteps, Generate, Operand, Statement, Update, UpdateSteps};
 use dsgc_ir::{Bindings, Data, Planned, Tensor};
 use dsgc_kernels::Device;
+use dsgc_kernels::ranks::Member;
 use dsgc_runtime::Decoder;
 use dsgc_runtime::calls::{self, Named, Parts};
 use safetensors::SafeTensors;
@@ -319,8 +320,8 @@ impl Golden {
         };
         let inputs = inputs(&update.terms[0].args, values, stage);
         let graphs = Parts::of_term(&terms[0]);
-        let parts = graphs.cut(&stage.program, &inputs);
-        graphs.run(stage.device.as_mut(), &stage.program, &parts).unwrap_or_else(|e| panic!("{e}"));
+        let parts = graphs.cut(&stage.program, &Member::alone(), &inputs);
+        graphs.run(stage.device.as_mut(), &stage.program, &Member::alone(), &parts).unwrap_or_else(|e| panic!("{e}"));
         let references = self.scalars["fp64"][section][key].as_object().expect("norms by parameter");
         let (mut found, mut expected) = (Vec::new(), Vec::new());
         for (name, norm) in references {
@@ -441,8 +442,8 @@ impl Stage {
                     .unwrap_or_else(|e| panic!("{e}"))
             }
             Some(graphs) => {
-                let parts = graphs.cut(&self.program, &inputs);
-                let outputs = graphs.run(self.device.as_mut(), &self.program, &parts);
+                let parts = graphs.cut(&self.program, &Member::alone(), &inputs);
+                let outputs = graphs.run(self.device.as_mut(), &self.program, &Member::alone(), &parts);
                 let outputs = outputs.unwrap_or_else(|e| panic!("{e}"));
                 let mut all = outputs.whole;
                 for name in outputs.rows[0].keys() {
@@ -470,8 +471,9 @@ impl Stage {
             }
             UpdateSteps::Split { terms, apply, .. } => {
                 let graphs = Parts::of_term(&terms[0]);
-                let parts = graphs.cut(&self.program, &inputs);
-                let mut outputs = graphs.run(device, &self.program, &parts).unwrap_or_else(|e| panic!("{e}")).whole;
+                let parts = graphs.cut(&self.program, &Member::alone(), &inputs);
+                let mut outputs =
+                    graphs.run(device, &self.program, &Member::alone(), &parts).unwrap_or_else(|e| panic!("{e}")).whole;
                 let applied = calls::call(device, &self.program, apply, &[&settings]);
                 outputs.extend(applied.unwrap_or_else(|e| panic!("{e}")));
                 outputs

@@ -38,9 +38,9 @@ pub fn run(args: &Args) -> Done {
         return Err(Diag::error("found `--json` with `--emit ir`, which has a text form only").into());
     }
     let (loaded, device) = args.pipeline.open()?;
-    let target = device.target()?;
     let mut all = Vec::new();
     for program in &loaded.stages {
+        let target = device.target(&program.mesh)?;
         let (mut passes, mut changes) = (Vec::<PassReport>::new(), Vec::new());
         let explain = args.emit == Some(Emit::Changes);
         let planned = plan(program, &loaded, device, explain, &mut |step| {

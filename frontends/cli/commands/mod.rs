@@ -64,7 +64,7 @@ fn plan(
     explain: bool,
     observe: Observer,
 ) -> Result<Planned, Failure> {
-    let target = device.target()?;
+    let target = device.target(&program.mesh)?;
     let mut context = PassContext::new(target.as_ref());
     context.explain = explain;
     dsgc_passes::compile(program.clone(), &context, observe).map_err(|e| Failure::new(e, &loaded.sources))

@@ -61,7 +61,7 @@ pub fn run(args: &Args) -> Done {
     let fail = |diags: Vec<Diag>| Failure::new(diags, &sources);
     let program = parse(&text).map_err(|e| fail(vec![e]))?;
     verify(&program).map_err(|fault| fail(vec![Diag::error(format!("`{name}` is not valid: {fault}"))]))?;
-    let target = args.device.chosen().target()?;
+    let target = args.device.chosen().target(&program.mesh)?;
     let names: Vec<&str> = args.passes.iter().map(String::as_str).collect();
     let mut context = PassContext::new(target.as_ref());
     (context.numerics, context.explain) = (args.numerics.into(), args.explain);

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
+use dsgc_ir::Planned;
 use dsgc_ir::diag::Diag;
 use dsgc_kernels::cpu::compile_time;
-use dsgc_runtime::{Checkpoint, Ended, Keeper, MetricsFile, Session, stage_of};
+use dsgc_kernels::ranks::Member;
+use dsgc_runtime::{Checkpoint, Ended, Keeper, MetricsFile, Session, on_threads, stage_of};
 use dsgc_yaml::load::{Loaded, Options};
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::flag;
@@ -93,40 +95,11 @@ fn train(loaded: &Loaded, device: DeviceName, args: &Args) -> Done {
     }
     let last = stages.last().map(|(planned, ..)| planned.stage.name.clone());
     for (planned, keeper, begin) in stages {
-        let stage = planned.stage.clone();
-        let mut progress = Progress::new(&stage);
-        let before = compile_time();
-        let mut opened = device.open(planned.clone())?;
-        if args.profile {
-            profile::begin(opened.as_mut())?;
-        }
-        progress.compiled(compile_time() - before);
-        let mut session = Session::open(planned, opened, &mut |event| {
-            progress.show(event);
-            Ok(())
-        })
-        .map_err(fail)?;
-        // Only now: a stage that cannot begin leaves the files of an earlier run as they are.
-        let folder = Path::new(&stage.output_dir);
-        let metrics = match &begin {
-            Begin::At(checkpoint) => {
-                session.resume(checkpoint).map_err(|e| fail(vec![e]))?;
-                progress.resumed(checkpoint.step(), checkpoint.path());
-                MetricsFile::resume(folder, &stage.name, checkpoint.step())
-            }
-            _ => keeper.begin().and_then(|()| MetricsFile::create(folder, &stage.name)),
-        };
-        let mut metrics = metrics.map_err(|e| fail(vec![e]))?;
-        let mut observer = |event: &_| {
-            metrics.write(event)?;
-            progress.show(event);
-            Ok(())
-        };
-        let ended = session.run_kept(keeper, &mut observer).map_err(|e| fail(vec![e]))?;
-        if args.profile {
-            say(format_args!("profile of {}", stage.name));
-            profile::show(session.device());
-        }
+        let stage = &planned.stage;
+        let running = Running { planned: &planned, keeper, begin: &begin, device, profile: args.profile };
+        let run = |member: Member| running.run(member).map_err(fail);
+        // All ranks end alike.
+        let ended = on_threads(planned.mesh, run, |failure| failure.message().to_string())?[0];
         if let Some(signal) = signals.caught() {
             let at = match ended {
                 Ended::Stopped(step) => format!("stopped after step {step} of `{}`", stage.name),
@@ -138,6 +111,72 @@ fn train(loaded: &Loaded, device: DeviceName, args: &Args) -> Done {
         }
     }
     Ok(())
+}
+
+/// A stage on its ranks, of which the first one writes and shows what happens.
+struct Running<'a> {
+    planned: &'a Planned,
+    keeper: &'a Keeper<'a>,
+    begin: &'a Begin,
+    device: DeviceName,
+    profile: bool,
+}
+
+impl Running<'_> {
+    /// Runs one rank.
+    fn run(&self, member: Member) -> Result<Ended, Vec<Diag>> {
+        let stage = &self.planned.stage;
+        let all = member.clone();
+        let first = all.rank() == 0;
+        let mut progress = first.then(|| Progress::new(stage));
+        let before = compile_time();
+        let mut device = self.device.open(self.planned.clone(), member.clone()).map_err(|e| vec![e])?;
+        if self.profile && first {
+            profile::begin(device.as_mut()).map_err(|e| vec![e])?;
+        }
+        if let Some(progress) = &progress {
+            progress.compiled(compile_time() - before);
+        }
+        let mut session = Session::open_as(self.planned.clone(), device, member, &mut |event| {
+            progress.iter_mut().for_each(|progress| progress.show(event));
+            Ok(())
+        })?;
+        self.go_on(&mut session, &all, progress).map_err(|e| vec![e])
+    }
+
+    /// From the checkpoint, if there is one, to the end.
+    fn go_on(&self, session: &mut Session, all: &Member, mut progress: Option<Progress>) -> Result<Ended, Diag> {
+        let stage = &self.planned.stage;
+        if let Begin::At(checkpoint) = self.begin {
+            session.resume(checkpoint)?;
+        }
+        // Only when all ranks can begin: a stage that cannot leaves the files of an earlier run as they are.
+        all.all().barrier()?;
+        let mut metrics = None;
+        if let Some(progress) = &mut progress {
+            let folder = Path::new(&stage.output_dir);
+            metrics = Some(match self.begin {
+                Begin::At(checkpoint) => {
+                    progress.resumed(checkpoint.step(), checkpoint.path());
+                    MetricsFile::resume(folder, &stage.name, checkpoint.step())?
+                }
+                _ => {
+                    self.keeper.begin()?;
+                    MetricsFile::create(folder, &stage.name)?
+                }
+            });
+        }
+        let ended = session.run_kept(self.keeper, &mut |event| {
+            metrics.iter_mut().try_for_each(|metrics| metrics.write(event))?;
+            progress.iter_mut().for_each(|progress| progress.show(event));
+            Ok(())
+        })?;
+        if self.profile && all.rank() == 0 {
+            say(format_args!("profile of {}", stage.name));
+            profile::show(session.device());
+        }
+        Ok(ended)
+    }
 }
 
 /// Where a stage begins.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use dsgc_hf::Tokenizer;
 use dsgc_ir::diag::{Diag, Sources, Span};
 use dsgc_ir::{Data, Tensor};
+use dsgc_kernels::ranks::Member;
 use dsgc_passes::PassContext;
 use dsgc_runtime::Scorer;
 use dsgc_yaml::load::FolderModel;
@@ -75,10 +76,10 @@ pub fn run(args: &Args) -> Done {
     let mut program = FolderModel::open(&args.model, &Disk)?.score(1, length)?;
     args.weights.set(&mut program);
     let chosen = args.device.chosen();
-    let target = chosen.target()?;
+    let target = chosen.target(&program.mesh)?;
     let context = PassContext::new(target.as_ref());
     let planned = dsgc_passes::compile(program, &context, &mut |_| {})?;
-    let mut scorer = Scorer::open(planned.clone(), chosen.open(planned)?, &args.model)?;
+    let mut scorer = Scorer::open(planned.clone(), chosen.open(planned, Member::alone())?, &args.model)?;
     let wrong: Vec<Diag> = texts.iter().filter_map(|t| Some(scorer.check(&t.tokens).err()?.label(t.at, ""))).collect();
     if !wrong.is_empty() {
         return Err(fail(wrong));

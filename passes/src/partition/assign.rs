@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use dsgc_ir::stage::{CallSteps, Statement};
 use dsgc_ir::trained::reads;
 use dsgc_ir::{Axis, Bindings, Cut, Op, Phase, Placement, Program, State, StateId, StateKind};
 
@@ -24,11 +25,16 @@ pub(super) struct Assigned {
     pub placements: BTreeMap<StateId, Placement>,
     /// Of partial states, how their sum is wanted.
     pub finished: BTreeMap<StateId, Placement>,
+    /// Graphs that every rank runs on all rows, because they cannot be cut.
+    pub whole_calls: BTreeSet<String>,
 }
 
 /// Assigns every state.
 pub(super) fn assign(program: &Program) -> Assigned {
-    let mut assigned = Assigned { placements: BTreeMap::new(), finished: BTreeMap::new() };
+    let mut whole_calls = BTreeSet::new();
+    called_whole(&program.stage.plan, &mut whole_calls);
+    program.stage.evaluate.iter().for_each(|evaluate| called_whole(&evaluate.body, &mut whole_calls));
+    let mut assigned = Assigned { placements: BTreeMap::new(), finished: BTreeMap::new(), whole_calls };
     let users = Users::of(program);
     for (id, state) in program.state_ids() {
         let (StateKind::Param { .. } | StateKind::Copy { .. }) = state.kind else { continue };
@@ -55,6 +61,19 @@ pub(super) fn assign(program: &Program) -> Assigned {
         }
     }
     assigned
+}
+
+/// Adds the graphs of calls that `autodiff` did not cut.
+fn called_whole(body: &[Statement], graphs: &mut BTreeSet<String>) {
+    for statement in body {
+        match statement {
+            Statement::For { body, .. } | Statement::Repeat { body, .. } => called_whole(body, graphs),
+            Statement::Call(call) if call.steps == Some(CallSteps::Whole) => {
+                graphs.insert(call.graph.clone());
+            }
+            _ => {}
+        }
+    }
 }
 
 /// The stage of ZeRO that the role of a state has.

@@ -14,11 +14,9 @@ pub(super) struct Stored<'a> {
 }
 
 impl<'a> Stored<'a> {
-    /// What this gives, the same each time.
-    pub fn new(read: impl Fn() -> Cow<'a, Tensor> + 'a) -> Stored<'a> {
-        let tensor = read();
-        let mut shape = tensor.shape.clone();
-        let dtype = match &tensor.data {
+    /// What this gives: elements of a kind, and so many.
+    pub fn new(like: &Tensor, mut shape: Vec<usize>, read: impl Fn() -> Cow<'a, Tensor> + 'a) -> Stored<'a> {
+        let dtype = match &like.data {
             Data::F32(_) => Dtype::F32,
             Data::F64(_) => Dtype::F64,
             Data::I32(_) => Dtype::I32,
@@ -93,7 +91,8 @@ mod tests {
             Tensor::new(&[2], Data::Key(vec![[1, 2], [u32::MAX, 0]])),
             Tensor::f32(&[0, 4], vec![]),
         ];
-        let stored = tensors.iter().enumerate().map(|(i, t)| (i.to_string(), Stored::new(move || Cow::Borrowed(t))));
+        let stored = |t| Stored::new(t, t.shape.clone(), move || Cow::Borrowed(t));
+        let stored = tensors.iter().enumerate().map(|(i, t)| (i.to_string(), stored(t)));
         let file = safetensors::serialize(stored, None).expect("it is written");
         let read = safetensors::SafeTensors::deserialize(&file).expect("it is read");
         for (i, tensor) in tensors.iter().enumerate() {

@@ -1,0 +1,542 @@
+//! Several ranks beside one: the same numbers whatever is shared out, checkpoints of one layout in another, and ends.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use dsgc_ir::diag::Diag;
+use dsgc_ir::stage::Statement;
+use dsgc_ir::{Mesh, Planned, Program, StateId, StateKind, Tensor};
+use dsgc_kernels::Device;
+use dsgc_kernels::cpu::{Cpu, CpuTarget};
+use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
+use dsgc_kernels::ranks::Member;
+use dsgc_passes::PassContext;
+use dsgc_runtime::{Ended, Event, Keeper, Metrics, Session, on_threads};
+
+#[path = "common/place.rs"]
+#[allow(dead_code)] // Other tests use the rest.
+mod place;
+#[allow(dead_code)] // Other tests use the rest.
+mod stages;
+
+use place::Place;
+
+const SFT: &str = "
+dsgc: 1
+seed: 7
+models:
+  opt: {model: opt, tokenizer: TOKENIZER, config: {hidden: 16, layers: 2, heads: 2, ffn: 32, max_positions: 32}}
+  llama:
+    model: llama
+    tokenizer: TOKENIZER
+    config: {hidden: 16, layers: 2, heads: 4, kv_heads: 2, ffn: 32, max_positions: 32}
+data:
+  texts: {path: rows.jsonl, eval: 0.25, fields: {text: prompt}}
+stages:
+  sft:
+    model: opt
+    data: texts
+    batch_size: 8
+    micro_batch_size: 2
+    max_length: 24
+    learning_rate: 1e-2
+    max_grad_norm: 0.5
+    weight_decay: 0.1
+    max_steps: 5
+    eval_steps: 3
+";
+
+/// With a reference and a reward that nothing trains, an average, other text beside the rollouts, and rows left out.
+const PPO: &str = "
+dsgc: 1
+seed: 7
+models:
+  base: {model: opt, tokenizer: TOKENIZER, config: {hidden: 16, layers: 2, heads: 2, ffn: 32, max_positions: 48}}
+data:
+  prompts: {path: rows.jsonl}
+  texts: {path: rows.jsonl, fields: {text: prompt}}
+stages:
+  ppo:
+    actor: {model: base, learning_rate: 1e-2, warmup_steps: 0}
+    critic: {model: base, learning_rate: 1e-2, warmup_steps: 0}
+    data: {prompts: prompts, ptx: texts}
+    batch_size: 5
+    micro_batch_size: 2
+    minibatch_size: 3
+    max_prompt_len: 20
+    max_new_tokens: 6
+    max_steps: 3
+    unsup_coef: 1
+    enable_ema: true
+    kl_target: 0.1
+    min_answer: 6
+";
+
+/// Four answers to a prompt, whose beginning is computed once for them.
+const GROUPS: &str = "
+recipe: groups
+models:
+  policy: {type: causal_lm, trained: true}
+  ref: {snapshot: policy}
+data:
+  prompts: {fields: {prompt: text}, sequences: {prompt: [prompt]}, pad: left, width: max_length, longer: drop}
+options:
+  max_length: 20
+graphs:
+  score:
+    in: {seq: 'sequence[B, L]', answer: 'bool[B, A]'}
+    let:
+      - old: next_logp(policy(seq), seq.tokens)[:, L - A - 1:]
+      - gap: old - next_logp(ref(seq), seq.tokens)[:, L - A - 1:]
+      - low: f32(seq.tokens[:, L - A:] < 200)
+    out:
+      rows: {old_logp: old, reward: 'sum(low - 0.1 * gap, axis=1, where=answer)'}
+      kl: mean(gap, where=answer)
+  compare:
+    in: {reward: 'f32[N * 4]'}
+    let:
+      - r: reshape(reward, [N, 4])
+    out: {advantage: 'reshape(r - mean(r, axis=1, keep=true), [N * 4])', mean_reward: mean(r)}
+  surrogate:
+    in: {seq: 'sequence[B, L]', answer: 'bool[B, A]', old_logp: 'f32[B, A]', advantage: 'f32[B]'}
+    let:
+      - ratio: exp(where(answer, next_logp(policy(seq), seq.tokens)[:, L - A - 1:] - old_logp, 0))
+    out: {loss: 'mean(-ratio * advantage[:, None], where=answer)', ratio: 'mean(ratio, where=answer)'}
+plan:
+  - for: batch
+    in: batches(prompts, 8)
+    do:
+      - rollout: generate(policy, batch.prompt, samples=4, max_new_tokens=6)
+      - old: score(rollout)
+      - compared: compare(old.rows.reward)
+      - for: mini
+        in: minibatches(join(rollout, old.rows, compared.advantage), 8)
+        do:
+          - update(policy, surrogate(mini))
+";
+
+const GROUPED: &str = "
+dsgc: 1
+seed: 7
+models:
+  base: {model: llama, tokenizer: TOKENIZER, config: {hidden: 16, layers: 2, heads: 2, ffn: 32, max_positions: 48}}
+data:
+  prompts: {path: rows.jsonl}
+stages:
+  groups:
+    recipe: ./groups.yaml
+    policy: base
+    data: prompts
+    learning_rate: 1e-2
+    max_steps: 2
+    batch_size: 8
+    micro_batch_size: 8
+";
+
+/// A graph that cannot be cut, which all ranks run on all rows.
+const RUNNING: &str = "
+recipe: running
+models:
+  model: {type: causal_lm, trained: true}
+data:
+  texts: {fields: {text: text}, sequences: {text: [text]}, pad: right, width: max_length}
+options:
+  max_length: 24
+graphs:
+  running:
+    in: {text: 'sequence[B, T]'}
+    let:
+      - logp: sum(next_logp(model(text), text.tokens), axis=1, where=text.trained[:, 1:])
+      - so_far: cumsum(logp, axis=0)
+    out: {rows: {so_far: so_far}, on_average: mean(so_far), least: min(so_far)}
+  weighted:
+    in: {text: 'sequence[B, T]', so_far: 'f32[B]'}
+    out: {loss: 'mean(-next_logp(model(text), text.tokens) * (1 + 0.01 * so_far)[:, None], where=text.trained[:, 1:])'}
+plan:
+  - for: batch
+    in: batches(texts, 6)
+    do:
+      - sums: running(batch.text)
+      - update(model, weighted(batch.text, sums.rows.so_far))
+";
+
+const WHOLE: &str = "
+dsgc: 1
+seed: 7
+models:
+  base: {model: opt, tokenizer: TOKENIZER, config: {hidden: 16, layers: 2, heads: 2, ffn: 32, max_positions: 48}}
+data:
+  texts: {path: rows.jsonl, fields: {text: prompt}}
+stages:
+  running: {recipe: ./running.yaml, model: base, data: texts, learning_rate: 1e-2, max_steps: 3, batch_size: 6}
+";
+
+const DPO: &str = "
+dsgc: 1
+seed: 7
+models:
+  base: {model: opt, tokenizer: TOKENIZER, config: {hidden: 16, layers: 2, heads: 2, ffn: 32, max_positions: 48}}
+data:
+  pairs: {path: rows.jsonl, eval: 0.2}
+stages:
+  dpo: {policy: base, data: pairs, learning_rate: 1e-2, max_steps: 6, batch_size: 8, micro_batch_size: 2, max_length: 24}
+";
+
+fn program(folder: &Path, pipeline: &str, sets: &[&str]) -> Program {
+    for (name, recipe) in [("groups.yaml", GROUPS), ("running.yaml", RUNNING)] {
+        fs::write(folder.join(name), recipe).expect("a new file");
+    }
+    let row = |i: usize| {
+        let more = " and more".repeat(i % 4);
+        format!("{{\"prompt\": \"Question {i}{more}?\", \"chosen\": \" Yes.\", \"rejected\": \" {i} is not.\"}}")
+    };
+    let rows: Vec<String> = (0..40).map(row).collect();
+    stages::program(folder, pipeline, &rows, sets)
+}
+
+/// What runs a rank.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum On {
+    Doubles,
+    Cpu,
+}
+
+/// The program as `data` ranks run it.
+fn laid_out(program: &Program, data: usize, zero_stage: u8) -> Program {
+    let mut program = program.clone();
+    program.mesh = Mesh { data, ..Mesh::default() };
+    program.stage.roles.iter_mut().for_each(|role| role.zero_stage = zero_stage);
+    program
+}
+
+fn planned(program: &Program, on: On) -> Planned {
+    match on {
+        On::Doubles => stages::compile(program, &PassContext::new(&InterpTarget), None),
+        On::Cpu => stages::compile(program, &PassContext::new(&CpuTarget { threads: 1 }), None),
+    }
+}
+
+fn device(planned: &Planned, on: On, member: &Member) -> Box<dyn Device> {
+    match on {
+        On::Doubles => Box::new(Interp::planned(planned.clone(), Precision::F64).as_member(member.clone())),
+        On::Cpu => Box::new(Cpu::poisoned(planned.clone(), 1).as_member(member.clone())),
+    }
+}
+
+/// What is left of a stage, the same on all ranks.
+#[derive(Clone, Debug, PartialEq)]
+struct Ran {
+    steps: Vec<Metrics>,
+    evaluations: Vec<Metrics>,
+    /// Parameters and states, whole.
+    states: BTreeMap<String, Tensor>,
+}
+
+/// Runs a stage on all ranks, from a checkpoint if there is one; `stops` says after which step somebody wants it to stop, and on
+/// which rank.
+fn run_kept(program: &Program, on: On, resume: bool, stops: Option<(usize, u64)>) -> Ran {
+    let planned = planned(program, on);
+    let cut = planned.states.iter().any(|state| state.placement.as_ref().is_some_and(|p| !p.cuts.is_empty()));
+    assert_eq!(cut, program.mesh.data > 1 && program.stage.roles[0].zero_stage > 0, "what is cut");
+    let stop: Vec<AtomicBool> = (0..program.mesh.ranks()).map(|_| AtomicBool::new(false)).collect();
+    let rank = |member: Member| -> Result<Ran, Vec<Diag>> {
+        let at = member.rank();
+        let keeper = Keeper::new(program, &stop[at]);
+        let ignore: &mut dyn FnMut(&Event) -> Result<(), Diag> = &mut |_| Ok(());
+        let device = device(&planned, on, &member);
+        let mut session = Session::open_as(planned.clone(), device, member, ignore)?;
+        if resume {
+            let newest = keeper.newest().map_err(|e| vec![e])?.expect("there is a checkpoint");
+            session.resume(&newest).map_err(|e| vec![e])?;
+        }
+        let (mut steps, mut evaluations) = (Vec::new(), Vec::new());
+        let ended = session.run_kept(&keeper, &mut |event| {
+            match event {
+                Event::Step { step, metrics, .. } => {
+                    steps.push(metrics.clone());
+                    if stops == Some((at, *step)) {
+                        stop[at].store(true, Ordering::Relaxed);
+                    }
+                }
+                Event::Evaluated { metrics, .. } => evaluations.push(metrics.clone()),
+                _ => {}
+            }
+            Ok(())
+        });
+        let expected = stops.map_or(Ended::Finished, |(_, step)| Ended::Stopped(step));
+        assert_eq!(ended.map_err(|e| vec![e])?, expected);
+        let lasts = |kind| matches!(kind, StateKind::Param { .. } | StateKind::State);
+        let ids: Vec<(StateId, String)> =
+            planned.state_ids().filter(|(_, s)| lasts(s.kind)).map(|(id, s)| (id, s.name.clone())).collect();
+        let states = ids.into_iter().map(|(id, name)| Ok((name, session.state(id)?)));
+        let states = states.collect::<Result<_, Diag>>().map_err(|e| vec![e])?;
+        Ok(Ran { steps, evaluations, states })
+    };
+    let mut all = on_threads(program.mesh, rank, |errors: &Vec<Diag>| errors[0].message.clone())
+        .unwrap_or_else(|e| panic!("{e:?}"));
+    for (rank, other) in all.iter().enumerate() {
+        assert!(*other == all[0], "rank {rank} has other numbers than the first one");
+    }
+    all.swap_remove(0)
+}
+
+fn run(program: &Program, data: usize, zero_stage: u8, on: On) -> Ran {
+    run_kept(&laid_out(program, data, zero_stage), on, false, None)
+}
+
+/// The largest difference of the metrics, each relative to itself, and of the states, relative to their largest elements.
+fn difference(a: &Ran, b: &Ran) -> (f64, f64) {
+    let of_metrics = |a: &[Metrics], b: &[Metrics]| {
+        assert_eq!(a.len(), b.len());
+        let metric = |(a, b): (&Metrics, &Metrics)| {
+            assert!(a.keys().eq(b.keys()), "{a:?} and {b:?}");
+            // Some are differences of numbers of the size of one.
+            let apart = |(x, y): (&f64, &f64)| (x - y).abs() / x.abs().max(y.abs()).max(1e-3);
+            a.values().zip(b.values()).map(apart).fold(0.0, f64::max)
+        };
+        a.iter().zip(b).map(metric).fold(0.0, f64::max)
+    };
+    let metrics = of_metrics(&a.steps, &b.steps).max(of_metrics(&a.evaluations, &b.evaluations));
+    assert!(a.states.keys().eq(b.states.keys()));
+    // The gradient of this bias is zero in exact arithmetic: its steps follow rounding errors.
+    let meant = a.states.iter().filter(|(name, _)| !name.contains("k_proj.bias"));
+    let of_state = |(name, a): (&String, &Tensor)| {
+        let b = &b.states[name];
+        assert_eq!(a.shape, b.shape, "{name}");
+        let (a, b) = (a.to_f64(), b.to_f64());
+        let largest = a.iter().fold(f64::MIN_POSITIVE, |m, x| m.max(x.abs()));
+        a.iter().zip(&b).map(|(x, y)| (x - y).abs() / largest).fold(0.0, f64::max)
+    };
+    (metrics, meant.map(of_state).fold(0.0, f64::max))
+}
+
+fn assert_near(found: &Ran, expected: &Ran, bound: f64, what: &str) {
+    let (metrics, states) = difference(found, expected);
+    assert!(metrics <= bound && states <= bound, "{what}: metrics differ by {metrics:e}, states by {states:e}");
+}
+
+/// Every layout beside one rank, whose run this gives.
+fn every_layout(pipeline: &str, sets: &[&str], layouts: &[(usize, u8)], on: On, bound: f64) -> Ran {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    every_layout_of(&program(folder.path(), pipeline, sets), layouts, on, bound)
+}
+
+fn every_layout_of(program: &Program, layouts: &[(usize, u8)], on: On, bound: f64) -> Ran {
+    let one = run(program, 1, 0, on);
+    for &(data, zero_stage) in layouts {
+        let what = format!("{data} ranks, zero {zero_stage}");
+        let found = run(program, data, zero_stage, on);
+        assert_near(&found, &one, bound, &what);
+    }
+    one
+}
+
+/// The plan with another token at which answers end.
+fn stop_at(mut body: Vec<Statement>, token: i32) -> Vec<Statement> {
+    for statement in &mut body {
+        match statement {
+            Statement::For { body, .. } => *body = stop_at(std::mem::take(body), token),
+            Statement::Generate(generate) => generate.stop = Some(token),
+            _ => {}
+        }
+    }
+    body
+}
+
+const ALL: [(usize, u8); 9] = [(2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 2), (3, 3), (4, 1), (4, 3)];
+
+/// Three ranks have 2, 3 and 3 rows of a batch in parts of 2: some parts have none.
+#[test]
+fn sft_of_opt_has_one_ranks_numbers() {
+    every_layout(SFT, &[], &ALL, On::Doubles, 1e-9);
+}
+
+#[test]
+fn sft_of_llama_has_one_ranks_numbers() {
+    every_layout(SFT, &["stages.sft.model=llama"], &[(2, 3), (3, 1), (4, 0)], On::Doubles, 1e-9);
+}
+
+/// More ranks than rows: some have none at all.
+#[test]
+fn ranks_without_rows_have_the_others_numbers() {
+    let sets = ["stages.sft.batch_size=3", "stages.sft.micro_batch_size=3"];
+    every_layout(SFT, &sets, &[(4, 0), (4, 3)], On::Doubles, 1e-9);
+}
+
+#[test]
+fn lora_and_dropout_have_one_ranks_numbers() {
+    let sets = ["stages.sft.lora_r=16", "stages.sft.lora_dropout=0.5"];
+    every_layout(SFT, &sets, &[(2, 1), (3, 3)], On::Doubles, 1e-9);
+}
+
+#[test]
+fn ppo_has_one_ranks_numbers() {
+    every_layout(PPO, &[], &[(2, 0), (2, 3)], On::Doubles, 1e-9);
+}
+
+/// With parameters in parts, ranks generate in step: an answer that ends on one of them waits for the others'. Rows whose answer is
+/// short are left out.
+#[test]
+fn answers_that_end_early_have_one_ranks_numbers() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let sets = ["stages.ppo.max_steps=2", "stages.ppo.max_new_tokens=10", "stages.ppo.micro_batch_size=1"];
+    let mut program = program(folder.path(), PPO, &sets);
+    program.stage.plan = stop_at(program.stage.plan, 460);
+    let one = every_layout_of(&program, &[(2, 0), (3, 3)], On::Doubles, 1e-9);
+    assert_eq!(one.steps[0]["answer_length"], 9.0);
+}
+
+#[test]
+fn answers_in_groups_have_one_ranks_numbers() {
+    every_layout(GROUPED, &[], &[(2, 0), (3, 3)], On::Doubles, 1e-9);
+    every_layout(GROUPED, &["stages.groups.micro_batch_size=4"], &[(2, 2)], On::Doubles, 1e-9);
+}
+
+#[test]
+fn a_call_that_cannot_be_cut_runs_whole_on_every_rank() {
+    every_layout(WHOLE, &[], &[(2, 0), (3, 3)], On::Doubles, 1e-9);
+}
+
+/// Pairs in one row, scores of a reference that are kept from epoch to epoch, held-out rows.
+#[test]
+fn dpo_has_one_ranks_numbers() {
+    every_layout(DPO, &[], &[(2, 0), (3, 3)], On::Doubles, 1e-9);
+}
+
+/// Roles that step together, by the squares of each other's gradients.
+#[test]
+fn fp16_has_one_ranks_numbers() {
+    every_layout(PPO, &["stages.ppo.fp16=true"], &[(2, 3)], On::Doubles, 1e-9);
+}
+
+/// Every rank rounds what its own rows give, and the masters of the weights are cut.
+#[test]
+fn bf16_is_near() {
+    let sets = ["stages.sft.bf16=true", "stages.sft.max_steps=3"];
+    every_layout(SFT, &sets, &[(2, 1), (3, 3)], On::Cpu, 1e-4);
+}
+
+#[test]
+fn the_cpu_in_single_precision_is_near() {
+    every_layout(SFT, &["stages.sft.max_steps=3"], &[(2, 0), (3, 3)], On::Cpu, 1e-5);
+}
+
+#[test]
+fn resumed_on_another_layout_it_goes_on_to_the_same_numbers() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = program(folder.path(), SFT, &[]);
+    let (one, whole) = (run(&program, 1, 0, On::Doubles), run(&program, 2, 3, On::Doubles));
+    // Only the last rank is told to stop.
+    let begun = run_kept(&laid_out(&program, 2, 3), On::Doubles, false, Some((1, 3)));
+    assert_eq!(begun.steps, whole.steps[..3]);
+    for (data, zero_stage) in [(2, 3), (1, 0), (4, 1)] {
+        let after = run_kept(&laid_out(&program, data, zero_stage), On::Doubles, true, None);
+        let mut both = begun.clone();
+        both.steps.extend(after.steps);
+        both.evaluations.extend(after.evaluations);
+        both.states = after.states;
+        assert_near(&both, &one, 1e-9, &format!("from 2 ranks to {data}, zero {zero_stage}"));
+        if (data, zero_stage) == (2, 3) {
+            assert!(both == whole, "the same layout goes on to other bits");
+        }
+    }
+}
+
+/// A device that fails at its third run.
+struct Failing {
+    device: Box<dyn Device>,
+    runs: usize,
+}
+
+impl Device for Failing {
+    fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    fn set_state(&mut self, id: StateId, value: &Tensor) {
+        self.device.set_state(id, value);
+    }
+
+    fn set_part(&mut self, id: StateId, value: &Tensor) {
+        self.device.set_part(id, value);
+    }
+
+    fn state(&self, id: StateId) -> Tensor {
+        self.device.state(id)
+    }
+
+    fn run(&mut self, graph: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag> {
+        self.runs += 1;
+        match self.runs {
+            3 => Err(Diag::error("the device is gone")),
+            _ => self.device.run(graph, inputs),
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_fails_ends_all() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let planned = planned(&laid_out(&program(folder.path(), SFT, &[]), 3, 3), On::Doubles);
+    let began = Instant::now();
+    let rank = |member: Member| {
+        let mut device = device(&planned, On::Doubles, &member);
+        if member.rank() == 1 {
+            device = Box::new(Failing { device, runs: 0 });
+        }
+        let mut session = Session::open_as(planned.clone(), device, member, &mut |_| Ok(()))?;
+        session.run(&mut |_| Ok(())).map_err(|e| vec![e])
+    };
+    let failed = on_threads(planned.mesh, rank, |errors: &Vec<Diag>| errors[0].message.clone());
+    assert_eq!(failed.expect_err("rank 1 fails")[0].message, "the device is gone");
+    assert!(began.elapsed() < Duration::from_secs(30));
+}
+
+const PIPELINE: &str = "
+dsgc: 1
+output_dir: runs
+save_steps: 2
+compile: {parallel: {data: 2, zero_stage: 3}}
+models:
+  base: {model: opt, tokenizer: TOKENIZER, config: {hidden: 16, layers: 2, heads: 2, ffn: 32, max_positions: 32}}
+data:
+  texts: {path: rows.jsonl, fields: {text: chosen}}
+stages:
+  sft: {model: base, data: texts, batch_size: 4, max_length: 24, learning_rate: 1e-2, max_steps: 4, logging_steps: 1}
+";
+
+/// As a user runs it: one of all that is printed and written, and what one rank goes on from.
+#[test]
+fn the_command_runs_all_ranks() {
+    let place = Place::with(PIPELINE);
+    let out = place.out(&["run", "pipeline.yaml"], &[]);
+    for line in ["sft step 4/4", "sft wrote `model` to", "checkpoint runs/sft/checkpoints/step-00000004"] {
+        assert_eq!(out.matches(line).count(), 1, "{line} in {out}");
+    }
+    let (steps, weights) = (place.steps("sft"), place.tensors("runs/sft/model.safetensors"));
+    assert_eq!(steps.len(), 4);
+    // From its middle on one rank.
+    let resumed = ["run", "pipeline.yaml", "--resume", "runs/sft/checkpoints/step-00000002"];
+    place.out(&resumed, &["compile.parallel={data: 1}"]);
+    let losses = |steps: &[serde_json::Value]| -> Vec<f64> {
+        steps.iter().map(|step| step["loss"].as_f64().expect("a number")).collect()
+    };
+    for (one, two) in losses(&place.steps("sft")).into_iter().zip(losses(&steps)) {
+        assert!((one - two).abs() < 1e-5, "{one} and {two}");
+    }
+    let after = place.tensors("runs/sft/model.safetensors");
+    assert!(weights.keys().eq(after.keys()) && weights.iter().all(|(name, t)| after[name].shape == t.shape));
+    assert!(place.out(&["run", "pipeline.yaml", "--smoke"], &[]).contains("smoke: sft ran"));
+}
+
+#[test]
+fn an_error_of_all_ranks_is_said_once() {
+    let place = Place::with(PIPELINE);
+    fs::write(place.path("rows.jsonl"), "{\"chosen\": \"Yes.\"}\n{\"chosen\": 3}\n").expect("a file");
+    let out = place.command(&["run", "pipeline.yaml"]);
+    let text = String::from_utf8_lossy(&out.stderr);
+    assert_eq!((out.status.code(), text.matches("error").count()), (Some(1), 1), "{text}");
+}
