@@ -103,6 +103,8 @@ mod tests {
         assert!(watch.is_late(Duration::from_secs(2)));
         watch.note("`all_reduce` %g in @sft.grad");
         let message = watch.late(Duration::from_millis(2500), "8 bytes from rank 1");
-        assert!(message.starts_with("rank 3 has waited 2.5 s for 8 bytes from rank 1, at `all_reduce` %g in @sft.grad"));
+        assert!(
+            message.starts_with("rank 3 has waited 2.5 s for 8 bytes from rank 1, at `all_reduce` %g in @sft.grad")
+        );
     }
 }

@@ -4,6 +4,7 @@ use std::error::Error;
 use std::ffi::{c_char, c_int, c_void};
 use std::path::Path;
 use std::ptr::null_mut;
+use std::time::Duration;
 
 use dsgc_ir::diag::Diag;
 use libloading::os::unix::{Library as Opened, RTLD_GLOBAL, RTLD_LAZY, RTLD_LOCAL, RTLD_NOW};
@@ -17,6 +18,9 @@ pub(super) type Status = [u64; 16];
 
 /// The tag of all messages: their order says which is which.
 const TAG: c_int = 0;
+
+/// What a rank has said goes through its launcher, and MPICH's forgets what it has not handed on when a job is aborted.
+const FORWARDED: Duration = Duration::from_millis(300);
 
 type InitThread = unsafe extern "C" fn(*mut c_int, *mut c_void, c_int, *mut c_int) -> c_int;
 type OfComm = unsafe extern "C" fn(Handle, *mut c_int) -> c_int;
@@ -175,6 +179,7 @@ impl Library {
 
     /// Ends the job of all ranks.
     pub fn abort(&self, code: u8) -> ! {
+        std::thread::sleep(FORWARDED);
         // SAFETY: as declared. It does not return where it works.
         unsafe { (self.abort)(self.world, c_int::from(code)) };
         std::process::exit(i32::from(code))
