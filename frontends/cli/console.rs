@@ -1,7 +1,10 @@
-//! What the program says: results on standard output, messages on standard error.
+//! What the program says: results on standard output, messages on standard error. Of several processes of one job, the first
+//! one speaks for all.
 
 use std::io::{self, IsTerminal, Write};
-use std::process;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use std::{process, thread};
 
 use dsgc_ir::diag::{Diag, Sources};
 use dsgc_runtime::mpi;
@@ -13,6 +16,21 @@ pub struct Failure {
     diags: Vec<Diag>,
     sources: Sources,
     code: u8,
+}
+
+/// This process's rank in its job.
+static RANK: AtomicUsize = AtomicUsize::new(0);
+
+/// How long others than the first process wait before they say what is wrong.
+const OTHERS_WAIT: Duration = Duration::from_millis(2500);
+
+/// From now on only the first process of a job says something.
+pub fn speak_as(rank: usize) {
+    RANK.store(rank, Ordering::Relaxed);
+}
+
+fn is_silent() -> bool {
+    RANK.load(Ordering::Relaxed) > 0
 }
 
 /// The exit code where it is the user's input that is wrong.
@@ -40,7 +58,16 @@ impl Failure {
     }
 
     /// Writes all messages to standard error.
+    ///
+    /// What is wrong for one process of a job mostly is for all; so others than the first leave it some time to say so, which
+    /// ends the job.
     pub fn show(&self) {
+        let rank = RANK.load(Ordering::Relaxed);
+        if rank > 0 && !self.is_agreed() {
+            thread::sleep(OTHERS_WAIT);
+            RANK.store(0, Ordering::Relaxed);
+            note(format_args!("on rank {rank}:"));
+        }
         show(&self.diags, &self.sources);
     }
 
@@ -70,7 +97,7 @@ impl From<Failed> for Failure {
 
 /// Writes messages to standard error.
 pub fn show(diags: &[Diag], sources: &Sources) {
-    if !diags.is_empty() {
+    if !diags.is_empty() && !is_silent() {
         let look = if io::stderr().is_terminal() { Look::Colour } else { Look::Plain };
         tell(render(diags, sources, look));
     }
@@ -78,6 +105,9 @@ pub fn show(diags: &[Diag], sources: &Sources) {
 
 /// Writes a line to standard output. Whoever reads it may stop reading, as `head` does: then there is no more to do.
 pub fn say(line: impl std::fmt::Display) {
+    if is_silent() {
+        return;
+    }
     let mut out = io::stdout().lock();
     match writeln!(out, "{line}").and_then(|()| out.flush()) {
         Ok(()) => {}
@@ -91,6 +121,9 @@ pub fn say(line: impl std::fmt::Display) {
 
 /// Writes a part of a line to standard output, at once.
 pub fn say_part(text: &str) {
+    if is_silent() {
+        return;
+    }
     let mut out = io::stdout().lock();
     let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
     if written.is_err_and(|e| e.kind() == io::ErrorKind::BrokenPipe) {
@@ -100,11 +133,17 @@ pub fn say_part(text: &str) {
 
 /// Tells something beside the results.
 pub fn note(text: impl std::fmt::Display) {
+    if is_silent() {
+        return;
+    }
     tell(format_args!("note: {text}"));
 }
 
 /// Writes a line to standard output of work that goes on whether anybody reads it or not.
 pub fn say_on(line: impl std::fmt::Display) {
+    if is_silent() {
+        return;
+    }
     let mut out = io::stdout().lock();
     writeln!(out, "{line}").and_then(|()| out.flush()).ok();
 }

@@ -9,6 +9,7 @@ use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_kernels::ranks::Member;
+use dsgc_runtime::mpi;
 use dsgc_yaml::load;
 
 use crate::console::note;
@@ -96,9 +97,9 @@ pub fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
-/// Threads of each of these ranks, which share the cores.
+/// Threads of each of these ranks: those of one machine share its cores.
 pub fn threads_of_rank(mesh: &Mesh) -> usize {
-    (threads() / mesh.ranks()).max(1)
+    (threads() / mpi::ranks_here().unwrap_or_else(|| mesh.ranks())).max(1)
 }
 
 /// GPUs, where this program was built with them.

@@ -89,6 +89,8 @@ fn main() -> ExitCode {
             failure.show();
             if failure.is_agreed() {
                 mpi::finalize();
+            } else {
+                mpi::end_job(failure.code());
             }
             ExitCode::from(failure.code())
         }

@@ -5,17 +5,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
-use dsgc_ir::Planned;
 use dsgc_ir::diag::Diag;
+use dsgc_ir::{Mesh, Planned};
 use dsgc_kernels::cpu::compile_time;
 use dsgc_kernels::ranks::Member;
-use dsgc_runtime::{Checkpoint, Ended, Keeper, MetricsFile, Session, on_threads, stage_of};
+use dsgc_runtime::{Checkpoint, Ended, Keeper, MetricsFile, Session, mpi, on_threads, stage_of};
 use dsgc_yaml::load::{Loaded, Options};
 use signal_hook::consts::TERM_SIGNALS;
 use signal_hook::flag;
 
 use super::{Done, PipelineArgs, plan};
-use crate::console::{Failure, say};
+use crate::console::{Failure, say, speak_as};
 use crate::device::DeviceName;
 use crate::profile;
 use crate::progress::Progress;
@@ -43,10 +43,13 @@ const NOTHING_LEFT: u8 = 3;
 
 /// Runs the command.
 pub fn run(args: &Args) -> Done {
+    if let Some(transport) = mpi::connect()? {
+        speak_as(transport.rank());
+    }
     if args.smoke {
         return smoke(args);
     }
-    let (loaded, device) = args.pipeline.open()?;
+    let (loaded, device) = agreed(args.pipeline.open())?;
     train(&loaded, device, args)
 }
 
@@ -57,9 +60,9 @@ fn smoke(args: &Args) -> Done {
     let folder = folder.map_err(|e| Diag::error(format!("cannot make a folder for the results: {e}")))?;
     let mut sets = args.pipeline.sets.clone();
     // As a YAML text in single quotes, in which only these are special.
-    let quoted = folder.path().display().to_string().replace('\'', "''");
+    let quoted = of_first(folder.path().display().to_string())?.replace('\'', "''");
     sets.push(format!("output_dir='{quoted}'"));
-    let (mut loaded, device) = args.pipeline.open_as(Options { sets, stage: None, smoke: true })?;
+    let (mut loaded, device) = agreed(args.pipeline.open_as(Options { sets, stage: None, smoke: true }))?;
     for stage in &mut loaded.stages {
         // Two steps from random weights reach nothing.
         stage.stage.require.clear();
@@ -74,32 +77,45 @@ fn smoke(args: &Args) -> Done {
     Ok(())
 }
 
+/// What all processes of a job make before they begin. Where one of them cannot, none begins: the first of those says why, and
+/// all come to a good end.
+fn agreed<T>(made: Result<T, Failure>) -> Result<T, Failure> {
+    let Some(transport) = mpi::connect()? else { return made };
+    let rank = transport.rank();
+    let member = Member { mesh: Mesh::default(), transport };
+    let codes = member.all().messages(&[made.as_ref().err().map_or(0, Failure::code)])?;
+    let Some(first) = codes.iter().position(|code| code != &[0]) else { return made };
+    if let (Err(failure), true) = (&made, rank == first) {
+        speak_as(0);
+        failure.show();
+    }
+    Err(Failure::ended(codes[first][0]))
+}
+
+/// What the first process of a job has, on all of them.
+fn of_first(text: String) -> Result<String, Diag> {
+    let Some(transport) = mpi::connect()? else { return Ok(text) };
+    let member = Member { mesh: Mesh::default(), transport };
+    let all = member.all().messages(text.as_bytes())?;
+    Ok(String::from_utf8_lossy(&all[0]).into_owned())
+}
+
 /// Runs all stages.
 fn train(loaded: &Loaded, device: DeviceName, args: &Args) -> Done {
     let fail = |diags| Failure::new(diags, &loaded.sources);
     let signals = Signals::listen()?;
     let keepers: Vec<Keeper> = loaded.stages.iter().map(|program| Keeper::new(program, signals.stop())).collect();
-    let begun = resumed(loaded, &keepers, args.resume.as_deref()).map_err(|e| fail(vec![e]))?;
-    if args.resume.is_some() && begun.iter().all(|begin| matches!(begin, Begin::Done(_))) {
-        say("nothing is left to resume: all stages are done");
-        return Err(Failure::ended(NOTHING_LEFT));
-    }
-    // All stages are compiled before the first one runs: an error of the last must not cost the time of the others.
-    let mut stages = Vec::new();
-    for ((program, keeper), begin) in loaded.stages.iter().zip(&keepers).zip(begun) {
-        if let Begin::Done(why) = begin {
-            say(format_args!("{} {why}", program.stage.name));
-            continue;
-        }
-        stages.push((plan(program, loaded, device, false, &mut |_| {})?, keeper, begin));
-    }
+    let stages = agreed(stages(loaded, &keepers, device, args))?;
     let last = stages.last().map(|(planned, ..)| planned.stage.name.clone());
     for (planned, keeper, begin) in stages {
         let stage = &planned.stage;
         let running = Running { planned: &planned, keeper, begin: &begin, device, profile: args.profile };
         let run = |member: Member| running.run(member).map_err(fail);
         // All ranks end alike.
-        let ended = on_threads(planned.mesh, run, |failure| failure.message().to_string())?[0];
+        let ended = match mpi::connect()? {
+            Some(transport) => run(Member { mesh: planned.mesh, transport })?,
+            None => on_threads(planned.mesh, run, |failure| failure.message().to_string())?[0],
+        };
         if let Some(signal) = signals.caught() {
             let at = match ended {
                 Ended::Stopped(step) => format!("stopped after step {step} of `{}`", stage.name),
@@ -111,6 +127,43 @@ fn train(loaded: &Loaded, device: DeviceName, args: &Args) -> Done {
         }
     }
     Ok(())
+}
+
+/// The stages that are to run, planned: an error of the last must not cost the time of the others.
+fn stages<'a>(
+    loaded: &Loaded,
+    keepers: &'a [Keeper<'a>],
+    device: DeviceName,
+    args: &Args,
+) -> Result<Vec<(Planned, &'a Keeper<'a>, Begin)>, Failure> {
+    let fail = |diag| Failure::new(vec![diag], &loaded.sources);
+    let begun = resumed(loaded, keepers, args.resume.as_deref()).map_err(fail)?;
+    if args.resume.is_some() && begun.iter().all(|begin| matches!(begin, Begin::Done(_))) {
+        say("nothing is left to resume: all stages are done");
+        return Err(Failure::ended(NOTHING_LEFT));
+    }
+    let mut stages = Vec::new();
+    for ((program, keeper), begin) in loaded.stages.iter().zip(keepers).zip(begun) {
+        if let Begin::Done(why) = begin {
+            say(format_args!("{} {why}", program.stage.name));
+            continue;
+        }
+        stages.push((plan(program, loaded, device, false, &mut |_| {})?, keeper, begin));
+    }
+    if let (Some(transport), Some((planned, ..))) = (mpi::connect()?, stages.first()) {
+        enough(planned.mesh, transport.size())?;
+    }
+    Ok(stages)
+}
+
+/// A pipeline for as many ranks as a launcher has started processes.
+fn enough(mesh: Mesh, processes: usize) -> Done {
+    if mesh.ranks() == processes {
+        return Ok(());
+    }
+    let message = format!("found {processes} processes of one job, and the pipeline is for {}", mesh.ranks());
+    let help = format!("start as many, or write `compile: {{parallel: {{data: {processes}}}}}`");
+    Err(Diag::error(message).help(help).into())
 }
 
 /// A stage on its ranks, of which the first one writes and shows what happens.
