@@ -20,6 +20,7 @@ use super::{Has, is_linear, on_one_rank};
 use crate::canonicalize;
 use crate::pipeline::PassContext;
 use crate::rebuild::{Rebuild, without_dead_ops};
+use vocabulary::Softmax;
 
 /// The program that one rank along the axis runs.
 pub(super) fn run(program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
@@ -290,16 +291,16 @@ struct Share<'a> {
     partial: Vec<bool>,
     /// Sums of partial values.
     summed: BTreeMap<Value, Value>,
-    /// Of logits that are cut, the logarithm of the softmax's divisor.
-    divisors: BTreeMap<Value, [Value; 2]>,
+    /// Of logits that are cut.
+    softmaxes: BTreeMap<Value, Softmax>,
 }
 
 impl<'a> Share<'a> {
     fn of(graph: &'a Graph, at: usize, cuts: &'a Cuts, local: &'a Program, context: &'a PassContext<'a>) -> Graph {
         let rebuild = Rebuild::same(graph);
         let partial = vec![false; graph.inputs().len()];
-        let (summed, divisors) = (BTreeMap::new(), BTreeMap::new());
-        let mut share = Share { at, cuts, local, context, rebuild, partial, summed, divisors };
+        let (summed, softmaxes) = (BTreeMap::new(), BTreeMap::new());
+        let mut share = Share { at, cuts, local, context, rebuild, partial, summed, softmaxes };
         for (_, op) in graph.ops() {
             share.op(op);
         }
