@@ -4,15 +4,17 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use dsgc_ir::cost::graph_sent;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::Statement;
 use dsgc_ir::{Mesh, Planned, Program, StateId, StateKind, Tensor};
-use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_kernels::ranks::Member;
+use dsgc_kernels::{Device, bind};
 use dsgc_passes::PassContext;
 use dsgc_runtime::{Ended, Event, Keeper, Metrics, Session, on_threads};
 
@@ -485,6 +487,89 @@ fn rlhf_on_ranks_that_share_layers_has_one_ranks_numbers() {
 fn ranks_that_share_layers_are_near_on_the_cpu() {
     shared_layers(SFT, &["stages.sft.max_steps=3"], &[(1, 2, 0), (2, 2, 3)], On::Cpu, 1e-5);
     shared_layers(SFT, &["stages.sft.max_steps=3", "stages.sft.bf16=true"], &[(1, 2, 0), (2, 2, 1)], On::Cpu, 2e-2);
+}
+
+/// A device beside what its graphs are to send by the formulas of the report.
+struct Counting {
+    device: Cpu,
+    planned: Planned,
+    counted: Arc<Mutex<BTreeMap<String, u64>>>,
+}
+
+impl Device for Counting {
+    fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    fn set_state(&mut self, id: StateId, value: &Tensor) {
+        self.device.set_state(id, value);
+    }
+
+    fn set_part(&mut self, id: StateId, value: &Tensor) {
+        self.device.set_part(id, value);
+    }
+
+    fn state(&self, id: StateId) -> Tensor {
+        self.device.state(id)
+    }
+
+    fn run(&mut self, name: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag> {
+        let graph = self.planned.graph(name).expect("the plan names it");
+        let planned = graph_sent(graph, &bind(graph, inputs)?, &self.planned.mesh).expect("all dims are bound");
+        let before = self.device.sent();
+        let outputs = self.device.run(name, inputs)?;
+        assert_eq!(self.device.sent() - before, planned, "@{name}");
+        *self.counted.lock().expect("no rank panics").entry(name.into()).or_default() += planned;
+        Ok(outputs)
+    }
+}
+
+/// The bytes that ranks send are those of the formula: a sum of gradients, twice its bytes but for one part; with ZeRO 3 parameters
+/// twice and gradients once for every part of a batch.
+#[test]
+fn ranks_send_what_the_formulas_say() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let sets = ["stages.sft.max_steps=2", "stages.sft.eval_steps=100", "data.texts.eval=none"];
+    let wide = SFT.replace("hidden: 16, layers: 2, heads: 2, ffn: 32", "hidden: 64, layers: 1, heads: 4, ffn: 128");
+    let program = program(folder.path(), &wide, &sets);
+    let (ranks, parts, steps) = (2, 2, 2);
+    for zero_stage in 0..=3 {
+        let planned = planned(&laid_out(&program, ranks, zero_stage), On::Cpu);
+        let counted: Vec<Arc<Mutex<BTreeMap<String, u64>>>> = (0..ranks).map(|_| Arc::default()).collect();
+        let rank = |member: Member| {
+            let device = Cpu::new(planned.clone(), 1).as_member(member.clone());
+            let device = Counting { device, planned: planned.clone(), counted: counted[member.rank()].clone() };
+            let mut session = Session::open_as(planned.clone(), Box::new(device), member, &mut |_| Ok(()))?;
+            session.run(&mut |_| Ok(())).map_err(|e| vec![e])
+        };
+        on_threads(planned.mesh, rank, |errors: &Vec<Diag>| errors[0].message.clone())
+            .unwrap_or_else(|e| panic!("{e:?}"));
+        let of = |graph: &str| counted[0].lock().expect("no rank panics").get(graph).map_or(0, |n| n / steps);
+        let (grad, apply) = (of("model.loss.grad"), of("model.apply"));
+        let bytes: usize = planned
+            .params_of("model")
+            .map(|(id, _)| {
+                4 * planned
+                    .state(id)
+                    .whole_dims()
+                    .iter()
+                    .map(|d| d.constant().expect("a number") as usize)
+                    .product::<usize>()
+            })
+            .sum();
+        let half = bytes as f64 / ranks as f64;
+        let times = |sent: u64| sent as f64 / half;
+        // In each part of a batch, and at the step.
+        let expected = match zero_stage {
+            0 | 1 => (0.0, 2.0),
+            2 => (1.0, 1.0),
+            _ => (3.0, 0.0),
+        };
+        let found = (times(grad) / f64::from(parts), times(apply));
+        // Biases and norms are too small to be shared out; their sums are taken once.
+        let near = |a: f64, b: f64| (a - b).abs() <= 0.025 * b.max(1.0);
+        assert!(near(found.0, expected.0) && near(found.1, expected.1), "zero {zero_stage}: {found:?}");
+    }
 }
 
 /// A device that fails at its third run.

@@ -54,6 +54,11 @@ pub trait Device {
         Ok(outputs)
     }
 
+    /// Bytes that it has sent to other ranks for ops of graphs.
+    fn sent(&self) -> u64 {
+        0
+    }
+
     /// Measures launches from now on; whether the device can. Until then it costs nothing.
     fn measure(&mut self) -> bool {
         false
