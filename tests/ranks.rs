@@ -247,7 +247,8 @@ struct Ran {
 fn run_kept(program: &Program, on: On, resume: bool, stops: Option<(usize, u64)>) -> Ran {
     let planned = planned(program, on);
     let cut = planned.states.iter().any(|state| state.placement.as_ref().is_some_and(|p| !p.cuts.is_empty()));
-    let cuts = program.mesh.tensor > 1 || (program.mesh.data > 1 && program.stage.roles[0].zero_stage > 0);
+    let cuts = program.mesh.tensor > 1
+        || (program.mesh.data > 1 && program.stage.roles.iter().any(|role| role.zero_stage > 0));
     assert_eq!(cut, cuts, "what is cut");
     let stop: Vec<AtomicBool> = (0..program.mesh.ranks()).map(|_| AtomicBool::new(false)).collect();
     let rank = |member: Member| -> Result<Ran, Vec<Diag>> {
@@ -454,6 +455,19 @@ fn resumed_on_another_layout_it_goes_on_to_the_same_numbers() {
             assert!(both == whole, "the same layout goes on to other bits");
         }
     }
+}
+
+/// Models of one stage with layouts of their own: of the actor everything is shared out, of the critic no parameters.
+#[test]
+fn every_role_has_a_layout_of_its_own() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let own = ["stages.ppo.actor.zero_stage=3", "stages.ppo.critic.zero_stage=2"];
+    let mut mixed = program(folder.path(), PPO, &own);
+    let stages: Vec<u8> = mixed.stage.roles.iter().map(|role| role.zero_stage).collect();
+    assert_eq!(stages.iter().filter(|&&stage| stage == 0).count(), stages.len() - 2, "{stages:?}");
+    let one = run(&program(folder.path(), PPO, &[]), 1, 0, On::Doubles);
+    mixed.mesh = Mesh { data: 2, ..Mesh::default() };
+    assert_near(&run_kept(&mixed, On::Doubles, false, None), &one, 1e-9, "actor 3, critic 2");
 }
 
 /// Ranks that share layers, alone and beside others with other rows: data, tensor, stage of ZeRO.

@@ -197,6 +197,11 @@ pub const ROLE: Table = Table {
             "what the weights of layers are kept in; of those that are trained, a copy to generate with",
         ),
         key("weights_group", Form::Int, "weights of a row that have a scale in common in int8 and int4: 32, 64 or 128"),
+        key(
+            "zero_stage",
+            COUNT_OR_NONE,
+            "what ranks with different rows share out of it; `compile.zero_stage` unless given",
+        ),
     ],
 };
 

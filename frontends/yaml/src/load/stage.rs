@@ -437,7 +437,7 @@ fn host_role(role: &BoundRole, settings: &HostSettings) -> Role {
         trained: role.trained,
         precision: roles::precision(role),
         weights: roles::weights(role),
-        zero_stage: settings.parallel.zero_stage,
+        zero_stage: roles::zero_stage(role).unwrap_or(settings.parallel.zero_stage),
         tokenizer: role.known.tokenizer.as_ref().ok().map(|t| t.folder.clone()),
         // The pass `adapt` says which.
         shared: Vec::new(),
