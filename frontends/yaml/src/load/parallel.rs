@@ -61,8 +61,11 @@ pub(super) fn read(documents: &mut Documents<'_>, compile: &[Setting]) -> Parall
             ("pipeline", Constant::Int(1)) => {}
             ("pipeline" | "schedule" | "microbatches", Constant::Int(1..) | Constant::Str(_)) => {
                 let message = format!("`{}: {}` is not part of this version", key.text, shown(&given).replace('`', ""));
-                documents
-                    .error(Diag::error(message).label(value.span, "").help("ranks can have different rows: `data`"));
+                documents.error(
+                    Diag::error(message)
+                        .label(value.span, "")
+                        .help("ranks can have different rows, `data`, or share every layer, `tensor`"),
+                );
             }
             // The readers of the file saw that nothing else is a key, or a number of another kind.
             _ => documents.error(Diag::error(at_least_one()).label(value.span, "")),
