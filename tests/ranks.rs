@@ -457,6 +457,23 @@ fn resumed_on_another_layout_it_goes_on_to_the_same_numbers() {
     }
 }
 
+/// What is computed again needs parameters that are gathered again: none is kept from the forward pass for it.
+#[test]
+fn recomputation_has_one_ranks_numbers() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let wide = SFT.replace("hidden: 16, layers: 2, heads: 2, ffn: 32", "hidden: 64, layers: 4, heads: 4, ffn: 256");
+    let program = program(folder.path(), &wide, &["stages.sft.max_steps=2", "stages.sft.eval_steps=100"]);
+    let mut again = program.clone();
+    again.stage.memory.gradient_checkpointing = true;
+    let one = run(&program, 1, 0, On::Doubles);
+    for mesh in [Mesh { data: 2, ..Mesh::default() }, Mesh { data: 2, tensor: 2, ..Mesh::default() }] {
+        let (kept, again) = (laid_out_on(&program, mesh, 3), laid_out_on(&again, mesh, 3));
+        assert_near(&run_kept(&again, On::Doubles, false, None), &one, 1e-9, &format!("{mesh}"));
+        let values = |program: &Program| planned(program, On::Cpu).arena.values;
+        assert!(values(&again) < values(&kept), "{mesh}: {} and {}", values(&again), values(&kept));
+    }
+}
+
 /// Models of one stage with layouts of their own: of the actor everything is shared out, of the critic no parameters.
 #[test]
 fn every_role_has_a_layout_of_its_own() {
