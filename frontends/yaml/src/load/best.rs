@@ -16,7 +16,7 @@ const METRIC: &str = "metric_for_best_model";
 const GREATER: &str = "greater_is_better";
 
 /// Metrics of which less is better, by how their names end.
-const SMALLER: [&str; 2] = ["loss", "perplexity"];
+const SMALLER: [&str; 3] = ["loss", "ppl", "perplexity"];
 
 fn find<'a>(given: &'a [Setting], key: &str) -> Option<&'a Setting> {
     given.iter().find(|setting| setting.key.text == key)
