@@ -226,12 +226,18 @@ fn a_job_ends_when_a_rank_is_killed() {
         let took = since.elapsed();
         assert!(!code.success(), "{}: {text}", mpi.name);
         assert!(took < Duration::from_secs(5), "{} took {took:?}", mpi.name);
-        assert!(text.to_lowercase().contains("signal 9"), "{}: {text}", mpi.name);
+        assert!(says_that_one_was_killed(&text), "{}: {text}", mpi.name);
         while !ranks_of(&mark).is_empty() {
             assert!(since.elapsed() < Duration::from_secs(5), "a rank lives on after its job");
             thread::yield_now();
         }
     }
+}
+
+/// MPICH's launcher says the latter where another rank was reading the killed one's memory and ended by that.
+fn says_that_one_was_killed(text: &str) -> bool {
+    let text = text.to_lowercase();
+    text.contains("signal 9") || text.contains("bad termination")
 }
 
 /// Processes of `dsgc` with a variable in their environment.
@@ -400,7 +406,7 @@ fn a_run_goes_on_after_a_rank_was_killed() {
             signal("-9", job.ranks_after(&place, lines)[victim]);
             let ended = job.ended();
             assert!(ended.code.is_none_or(|code| code != 0), "{}: {}", mpi.name, ended.text);
-            assert!(ended.text.to_lowercase().contains("signal 9"), "{}: {}", mpi.name, ended.text);
+            assert!(says_that_one_was_killed(&ended.text), "{}: {}", mpi.name, ended.text);
             assert!(ended.took < Duration::from_secs(5), "{} took {:?}", mpi.name, ended.took);
         }
         let other = Place::with(PIPELINE);
