@@ -103,6 +103,19 @@ pub struct Checkpoints {
     pub every: Option<u64>,
     /// How many are kept, the newest ones; all where nothing is said.
     pub keep: Option<u64>,
+    /// By what one more is kept: the best one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub best: Option<Best>,
+}
+
+/// Which checkpoint is the best one: the first whose last evaluation has the best number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    /// The metric.
+    pub metric: String,
+    /// Whether greater numbers are better.
+    pub greater: bool,
 }
 
 impl Checkpoints {

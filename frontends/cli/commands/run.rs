@@ -116,7 +116,7 @@ fn train(loaded: &Loaded, device: DeviceName, args: &Args) -> Done {
             Some(transport) => run(Member { mesh: planned.mesh, transport })?,
             None => on_threads(planned.mesh, run, |failure| failure.message().to_string())?[0],
         };
-        if let Some(signal) = signals.caught() {
+        if let Some(signal) = signals.caught_by_any()? {
             let at = match ended {
                 Ended::Stopped(step) => format!("stopped after step {step} of `{}`", stage.name),
                 Ended::Finished if Some(&stage.name) == last.as_ref() => break,
@@ -294,10 +294,13 @@ impl Signals {
         &self.stop
     }
 
-    fn caught(&self) -> Option<u8> {
-        match self.caught.load(Ordering::Relaxed) {
-            0 => None,
-            signal => Some(signal as u8),
-        }
+    /// The signal that stops the run, the same on all processes of a job, whichever of them has caught one. All ask at once.
+    fn caught_by_any(&self) -> Result<Option<u8>, Diag> {
+        let own = self.caught.load(Ordering::Relaxed) as u8;
+        let all = match mpi::connect()? {
+            Some(transport) => Member { mesh: Mesh::default(), transport }.all().messages(&[own])?,
+            None => vec![vec![own]],
+        };
+        Ok(all.into_iter().flatten().find(|&signal| signal != 0))
     }
 }

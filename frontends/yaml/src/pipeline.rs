@@ -111,7 +111,9 @@ pub const PIPELINE: Table = Table {
         key("stages", Form::Map(&Form::Keys(&STAGE)), "stages in order"),
         key("compile", Form::Keys(&COMPILE), "devices and what the compiler does"),
         key("save_steps", COUNT_OR_NONE, "write a checkpoint every so many optimizer steps"),
-        key("save_total_limit", COUNT_OR_NONE, "checkpoints that are kept per stage"),
+        key("save_total_limit", COUNT_OR_NONE, "checkpoints that are kept per stage, the newest ones"),
+        key("metric_for_best_model", Form::Text, "metric of evaluations by which one more is kept, the best"),
+        key("greater_is_better", Form::Bool, "whether the best is the greatest, if its name does not say so"),
     ],
 };
 
@@ -307,7 +309,7 @@ pub(crate) fn read(reader: &mut Reader, node: &Node) -> Option<Pipeline> {
     let stages = fields.get("stages").map_or_else(Vec::new, |n| reader.stages(n));
     let compile = fields.get("compile").map_or_else(Vec::new, |n| reader.settings(n, &COMPILE));
     let mut settings = Vec::new();
-    for name in ["save_steps", "save_total_limit"] {
+    for name in ["save_steps", "save_total_limit", "metric_for_best_model", "greater_is_better"] {
         if let (Some((key, value)), Some(def)) = (fields.entry(name), PIPELINE.find(name)) {
             reader.check(value, &def.form);
             settings.push(Setting { key: key.clone(), value: value.clone() });
