@@ -9,8 +9,8 @@
 //! ```
 //!
 //! Layers are shared out first (`tensor`), then rows. `assign` says what a rank holds of each state. One walk over each graph follows what ranks hold of every value
-//! ([`Has`]): a rank has other rows than the others, so what is summed over rows is partial; sums of partial values
-//! stay so; what is elementwise stays in parts. Where an op wants something else than it has, [`Partition::reshard`] is the only
+//! (`Has`): a rank has other rows than the others, so what is summed over rows is partial; sums of partial values
+//! stay so; what is elementwise stays in parts. Where an op wants something else than it has, `Partition::reshard` is the only
 //! place that inserts a collective:
 //!
 //! | has \ wants | same | cut |
