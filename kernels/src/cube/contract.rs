@@ -2,9 +2,10 @@
 //!
 //! The letters of `contract` fall into four groups, as on the CPU: in both operands and the result (batch), in the left
 //! operand and the result (rows), in the right operand and the result (columns), in both operands only (summed). A cube
-//! makes a tile of the result from tiles of both operands in shared memory; the sum of each element runs in order. A region
-//! that finishes the product goes over the sums before they leave the registers; where words of a result would have elements
-//! of two units, the product is stored first.
+//! makes a tile of the result from tiles of both operands in shared memory. The sum of each element runs in order, and that
+//! of a pair of tiles is added as a whole, so that rounding grows with the count of tiles. A region that finishes the
+//! product goes over the sums before they leave the registers; where words of a result would have elements of two units, the
+//! product is stored first.
 
 use cubecl::prelude::*;
 use dsgc_ir::body::product_parts;
@@ -128,6 +129,11 @@ fn product(
             right[(deep * comptime!(TILE as u32) + line) as usize] = f32::reinterpret(y);
         }
         sync_cube();
+        let mut parts = Array::<f32>::new(comptime!(EACH * EACH));
+        #[unroll]
+        for i in 0..comptime!(EACH * EACH) {
+            parts[i] = 0.0f32;
+        }
         for deep in 0..comptime!(DEPTH as u32) {
             let mut x = Array::<f32>::new(EACH);
             let mut y = Array::<f32>::new(EACH);
@@ -141,9 +147,13 @@ fn product(
             for i in 0..EACH {
                 #[unroll]
                 for j in 0..EACH {
-                    sums[comptime!(i * EACH + j)] = fma(x[i], y[j], sums[comptime!(i * EACH + j)]);
+                    parts[comptime!(i * EACH + j)] = fma(x[i], y[j], parts[comptime!(i * EACH + j)]);
                 }
             }
+        }
+        #[unroll]
+        for i in 0..comptime!(EACH * EACH) {
+            sums[i] += parts[i];
         }
         sync_cube();
     }

@@ -133,6 +133,22 @@ fn products_that_regions_finish() {
     beside("%a: FLOAT[3, 5, 7, 4], %b: FLOAT[3, 5, 4, 6]", "%y = contract %a, %b spec=abcd,abde->abce", 1e-5);
 }
 
+/// Sums of one sign, whose rounding errors grow with how many numbers are added one after the other: 8e-7 for all of these,
+/// 2e-7 tile by tile.
+#[test]
+fn long_sums_of_products_round_by_tiles() {
+    let program = program("%x: f32[16, 4096], %w: f32[16, 4096]", "%y = contract %x, %w spec=bd,vd->bv");
+    let mut rng = Rng::new(3);
+    let [x, w] = [(); 2].map(|()| Tensor::f32(&[16, 4096], (0..16 * 4096).map(|_| rng.unit() as f32).collect()));
+    let given = [("x", &x), ("w", &w)];
+    let mut device = gpu(&program).expect("it has a kernel for products");
+    let found = device.run("g", &given).expect("it runs").remove(0).1.to_f64();
+    let exact = Interp::new(program.clone(), Precision::F64).run("g", &given).expect("it runs").remove(0).1.to_f64();
+    let squares: f64 = found.iter().zip(&exact).map(|(a, b)| ((a - b) / b).powi(2)).sum();
+    let error = (squares / exact.len() as f64).sqrt();
+    assert!(error < 4e-7, "sums of 4096 products are off by {error:.1e}");
+}
+
 #[test]
 fn narrow_floats_are_rounded_as_on_the_host() {
     let mut numbers = vec![0.0, -0.0, 1.0, 65504.0, 65519.9, 65520.0, 1e30, f64::INFINITY, f64::NEG_INFINITY, f64::NAN];
