@@ -561,8 +561,8 @@ impl<R: Runtime> Around<'_, R> {
         let of_row = self.needed(&of_row, &[&kept[..], &[value]].concat());
         let each = each(&results);
         let fits = |group: &u32| {
-            *group as usize * width % each as usize == 0
-                && row_results.iter().all(|made| group % made.store.each() == 0)
+            (*group as usize * width).is_multiple_of(each as usize)
+                && row_results.iter().all(|made| group.is_multiple_of(made.store.each()))
         };
         let group = [1, 2, 4].into_iter().find(fits).expect("four elements fill every word");
         let reduced = self.reduced(&items, &[]);
@@ -606,7 +606,7 @@ impl<R: Runtime> Around<'_, R> {
         let (end, others): (Vec<Made>, Vec<Made>) = made.iter().partition(|made| made.value == value);
         let own = each(&others);
         // Where words of a result go from one row to the next, the reduction comes first, and the others then.
-        let apart = columns && width % own as usize != 0;
+        let apart = columns && !width.is_multiple_of(own as usize);
         let stored = if apart { Vec::new() } else { others.clone() };
         let wanted: Vec<usize> = stored.iter().map(|made| made.value).collect();
         let reduced = self.reduced(&items, &wanted);

@@ -1,5 +1,8 @@
 //! Bodies of regions as lists of steps, which kernels go through for an element.
 
+// Loops over steps are unrolled by their numbers.
+#![allow(clippy::needless_range_loop)]
+
 use cubecl::prelude::*;
 use dsgc_ir::{Body, DType, Op};
 
@@ -262,7 +265,7 @@ pub(super) fn pack(
         let own = comptime!(made.store.each());
         let word = comptime!(r * each as usize + (j / own) as usize);
         let bits = stored(values[made.value], made.store);
-        if comptime!(j % own == 0) {
+        if comptime!(j.is_multiple_of(own)) {
             packed[word] = bits;
         } else {
             packed[word] |= bits << comptime!(j % own * (32 / own));

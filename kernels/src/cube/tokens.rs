@@ -475,7 +475,7 @@ pub(super) fn embed<R: Runtime>(l: &Launch<R>) {
     }
     let each = Store::of(l.dtype(l.op.args[0])).each() as usize;
     // Whole words move where rows consist of such.
-    let (words, each) = if table[1] % each == 0 { (each, 1) } else { (1, each) };
+    let (words, each) = if table[1].is_multiple_of(each) { (each, 1) } else { (1, each) };
     let sizes = [len / words, table[0], table[1] / words].map(|n| n as u32);
     let (cubes, cube) = l.units((len / words).div_ceil(each));
     // SAFETY: what the table does not have is not read.
