@@ -1,21 +1,23 @@
 //! Checkpoints that several ranks write, each its share, read by any number of ranks; and ranks that do not agree, which end.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Mesh, Planned, Program, StateId, StateKind, Tensor};
+use dsgc_ir::{Mesh, Planned, Program, Tensor};
 use dsgc_kernels::Device;
-use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_kernels::ranks::Member;
-use dsgc_passes::PassContext;
-use dsgc_runtime::{Ended, Event, Keeper, Metrics, Session, on_threads};
+use dsgc_runtime::{Keeper, Session, on_threads};
 use serde_json::Value;
 
+#[path = "common/on_ranks.rs"]
+#[allow(dead_code)] // Other tests use the rest.
+mod on_ranks;
 #[allow(dead_code)] // Other tests use the rest.
 mod stages;
+
+use on_ranks::{On, Outputs, Ran, Watched, assert_near, device, first_message, laid_out, planned, ran};
 
 /// Sizes that neither two nor four ranks can share out evenly.
 const PIPELINE: &str = "
@@ -39,75 +41,15 @@ type Layout = (usize, usize, u8);
 
 const ONE: Layout = (1, 1, 0);
 
-fn laid_out(program: &Program, (data, tensor, zero_stage): Layout) -> Program {
-    let mut program = program.clone();
-    program.mesh = Mesh { data, tensor, ..Mesh::default() };
-    program.stage.roles.iter_mut().for_each(|role| role.zero_stage = zero_stage);
-    program
+/// The program as these ranks run it.
+fn on(program: &Program, (data, tensor, zero_stage): Layout) -> Program {
+    laid_out(program, Mesh { data, tensor, ..Mesh::default() }, zero_stage)
 }
 
-fn planned(program: &Program) -> Planned {
-    stages::compile(program, &PassContext::new(&InterpTarget), None)
-}
-
-fn device(planned: &Planned, member: &Member) -> Box<dyn Device> {
-    Box::new(Interp::planned(planned.clone(), Precision::F64).as_member(member.clone()))
-}
-
-/// What all ranks have of a stage: metrics of its steps, and parameters and states.
-type Ran = (Vec<Metrics>, BTreeMap<String, Tensor>);
-
-/// Runs a stage on all ranks, from the newest checkpoint if it is to be resumed; the last rank may be told to stop after a step.
-fn run(program: &Program, layout: Layout, resume: bool, stops: Option<u64>) -> Result<Ran, Vec<Diag>> {
-    let program = laid_out(program, layout);
-    let planned = planned(&program);
-    let ranks = program.mesh.ranks();
-    let rank = |member: Member| -> Result<Ran, Vec<Diag>> {
-        let last = member.rank() + 1 == ranks;
-        let (stop, mut steps) = (AtomicBool::new(false), Vec::new());
-        let keeper = Keeper::new(&program, &stop);
-        let device = device(&planned, &member);
-        let mut session = Session::open_as(planned.clone(), device, member, &mut |_| Ok(()))?;
-        if resume {
-            let newest = keeper.newest().map_err(|e| vec![e])?.expect("there is a checkpoint");
-            session.resume(&newest).map_err(|e| vec![e])?;
-        }
-        let ended = session.run_kept(&keeper, &mut |event| {
-            if let Event::Step { step, metrics, .. } = event {
-                steps.push(metrics.clone());
-                stop.store(last && stops == Some(*step), Ordering::Relaxed);
-            }
-            Ok(())
-        });
-        assert_eq!(ended.map_err(|e| vec![e])?, stops.map_or(Ended::Finished, Ended::Stopped));
-        let lasts = |kind| matches!(kind, StateKind::Param { .. } | StateKind::State);
-        let ids: Vec<(StateId, String)> =
-            planned.state_ids().filter(|(_, s)| lasts(s.kind)).map(|(id, s)| (id, s.name.clone())).collect();
-        let states = ids.into_iter().map(|(id, name)| Ok((name, session.state(id)?)));
-        Ok((steps, states.collect::<Result<_, Diag>>().map_err(|e| vec![e])?))
-    };
-    let mut all = on_threads(program.mesh, rank, |errors: &Vec<Diag>| errors[0].message.clone())?;
-    assert!(all.iter().all(|other| *other == all[0]), "ranks have other numbers than the first one");
-    Ok(all.swap_remove(0))
-}
-
-fn ran(program: &Program, layout: Layout, resume: bool, stops: Option<u64>) -> Ran {
-    run(program, layout, resume, stops).unwrap_or_else(|e| panic!("{layout:?}: {e:?}"))
-}
-
-fn assert_near(found: &Ran, expected: &Ran, what: &str) {
-    let losses = |ran: &Ran| ran.0.iter().map(|metrics| metrics["loss"]).collect::<Vec<_>>();
-    let apart = |a: &f64, b: &f64| (a - b).abs();
-    let (a, b) = (losses(found), losses(expected));
-    assert_eq!(a.len(), b.len());
-    assert!(a.iter().zip(&b).all(|(a, b)| apart(a, b) <= 1e-9), "{what}: losses {a:?}, expected {b:?}");
-    assert!(found.1.keys().eq(expected.1.keys()));
-    // The gradient of this bias is zero in exact arithmetic: its steps follow rounding errors.
-    for (name, expected) in expected.1.iter().filter(|(name, _)| !name.contains("k_proj.bias")) {
-        let (a, b) = (found.1[name].to_f64(), expected.to_f64());
-        assert_eq!(found.1[name].shape, expected.shape, "{name}");
-        assert!(a.iter().zip(&b).all(|(a, b)| apart(a, b) <= 1e-9), "{what}: `{name}` differs");
-    }
+/// Runs a stage, from the newest checkpoint if it is to be resumed; the last rank may be told to stop after a step.
+fn run(program: &Program, layout: Layout, resume: bool, stops: Option<u64>) -> Ran {
+    let program = on(program, layout);
+    ran(&program, On::Doubles, resume, stops.map(|step| (program.mesh.ranks() - 1, step)))
 }
 
 fn manifest(program: &Program, step: u64) -> Value {
@@ -119,10 +61,10 @@ fn manifest(program: &Program, step: u64) -> Value {
 fn what_ranks_write_any_number_of_ranks_reads() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = program(folder.path());
-    let one = ran(&program, ONE, false, None);
+    let one = run(&program, ONE, false, None);
     for from in [(2, 1, 0), (2, 1, 3), (1, 2, 0), (2, 2, 3), ONE] {
-        let whole = ran(&program, from, false, None);
-        let begun = ran(&program, from, false, Some(2));
+        let whole = run(&program, from, false, None);
+        let begun = run(&program, from, false, Some(2));
         let manifest = manifest(&program, 2);
         let ranks = from.0 * from.1;
         assert_eq!(manifest["format"], if ranks == 1 { 1 } else { 2 });
@@ -136,9 +78,13 @@ fn what_ranks_write_any_number_of_ranks_reads() {
             assert!(bytes.iter().all(|&own| own < share * 5 / 4), "{bytes:?} are no equal shares");
         }
         for to in [from, ONE, (4, 1, 1), (1, 2, 0)] {
-            let after = ran(&program, to, true, None);
-            let both = ([begun.0.clone(), after.0].concat(), after.1);
-            assert_near(&both, &one, &format!("from {from:?} to {to:?}"));
+            let after = run(&program, to, true, None);
+            let both = Ran {
+                steps: [begun.steps.clone(), after.steps].concat(),
+                evaluations: [begun.evaluations.clone(), after.evaluations].concat(),
+                states: after.states,
+            };
+            assert_near(&both, &one, 1e-9, &format!("from {from:?} to {to:?}"));
             if to == from {
                 assert!(both == whole, "{from:?} goes on to other bits");
             }
@@ -150,7 +96,7 @@ fn what_ranks_write_any_number_of_ranks_reads() {
 fn what_is_wrong_with_a_share_is_named() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = program(folder.path());
-    ran(&program, (2, 1, 3), false, Some(2));
+    run(&program, (2, 1, 3), false, Some(2));
     let checkpoint = Path::new(&program.stage.output_dir).join("checkpoints/step-00000002");
     let keeper = || {
         static STOP: AtomicBool = AtomicBool::new(false);
@@ -176,54 +122,33 @@ fn what_is_wrong_with_a_share_is_named() {
     let name = name.clone();
     shard["parts"].as_array_mut().expect("parts").pop();
     fs::write(checkpoint.join("checkpoint.json"), manifest.to_string()).expect("a file");
-    let error = run(&program, ONE, true, None).expect_err("a part is missing").remove(0).message;
+    let error = on_ranks::run(&on(&program, ONE), On::Doubles, true, None);
+    let error = error.expect_err("a part is missing").remove(0).message;
     assert!(error.ends_with(&format!("the parts are not the whole of `{name}`")), "{error}");
-}
-
-/// A device that gives another loss.
-struct Straying(Box<dyn Device>);
-
-impl Device for Straying {
-    fn name(&self) -> &str {
-        self.0.name()
-    }
-
-    fn set_state(&mut self, id: StateId, value: &Tensor) {
-        self.0.set_state(id, value);
-    }
-
-    fn set_part(&mut self, id: StateId, value: &Tensor) {
-        self.0.set_part(id, value);
-    }
-
-    fn state(&self, id: StateId) -> Tensor {
-        self.0.state(id)
-    }
-
-    fn run(&mut self, graph: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag> {
-        let mut outputs = self.0.run(graph, inputs)?;
-        for (_, loss) in outputs.iter_mut().filter(|(name, _)| name == "loss") {
-            *loss = Tensor::f64(&[], vec![loss.scalar() + 1e-12]);
-        }
-        Ok(outputs)
-    }
 }
 
 /// The error with which three ranks end, of which the last one's program or device is another.
 fn disagreement(alter: impl Fn(Planned) -> Planned + Sync, stray: bool) -> Diag {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let planned = planned(&laid_out(&program(folder.path()), (3, 1, 0)));
+    let planned = planned(&on(&program(folder.path()), (3, 1, 0)), On::Doubles);
     let rank = |member: Member| {
         let last = member.rank() == 2;
         let own = if last { alter(planned.clone()) } else { planned.clone() };
-        let mut device = device(&own, &member);
+        let mut device = device(&own, On::Doubles, &member);
         if last && stray {
-            device = Box::new(Straying(device));
+            let run = |device: &mut dyn Device, graph: &str, inputs: &[(&str, &Tensor)]| -> Outputs {
+                let mut outputs = device.run(graph, inputs)?;
+                for (_, loss) in outputs.iter_mut().filter(|(name, _)| name == "loss") {
+                    *loss = Tensor::f64(&[], vec![loss.scalar() + 1e-12]);
+                }
+                Ok(outputs)
+            };
+            device = Box::new(Watched { device, run });
         }
         let mut session = Session::open_as(own, device, member, &mut |_| Ok(()))?;
         session.run(&mut |_| Ok(())).map_err(|e| vec![e])
     };
-    on_threads(planned.mesh, rank, |errors: &Vec<Diag>| errors[0].message.clone()).expect_err("they differ").remove(0)
+    on_threads(planned.mesh, rank, first_message).expect_err("they differ").remove(0)
 }
 
 #[test]
