@@ -61,6 +61,9 @@ pub struct Stage {
     /// What may be computed twice to need less memory.
     #[serde(skip_serializing_if = "Memory::is_default")]
     pub memory: Memory,
+    /// Where the user says how many ranks share layers.
+    #[serde(skip_serializing_if = "Parallel::is_default")]
+    pub parallel: Parallel,
     /// When the stage writes down where it stands.
     #[serde(skip_serializing_if = "Checkpoints::is_default")]
     pub checkpoints: Checkpoints,
@@ -122,6 +125,21 @@ impl Checkpoints {
     /// Whether nothing is asked for.
     fn is_default(&self) -> bool {
         *self == Checkpoints::default()
+    }
+}
+
+/// What the user says of the ranks that run a stage, beside how many there are ([`crate::Mesh`]).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Parallel {
+    /// Where it stands how many share every layer.
+    pub span: Span,
+}
+
+impl Parallel {
+    /// Whether nothing is said.
+    fn is_default(&self) -> bool {
+        *self == Parallel::default()
     }
 }
 

@@ -62,8 +62,18 @@ pub struct Identity {
 }
 
 /// Settings that change neither the numbers nor how many there are.
-const FREE: [&str; 9] =
-    ["output_dir", "eval_steps", "logging_steps", "evaluate", "require", "health", "save", "checkpoints", "memory"];
+const FREE: [&str; 10] = [
+    "output_dir",
+    "eval_steps",
+    "logging_steps",
+    "evaluate",
+    "require",
+    "health",
+    "save",
+    "checkpoints",
+    "memory",
+    "parallel",
+];
 
 impl Identity {
     /// Of a stage's program before any pass.

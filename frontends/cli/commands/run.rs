@@ -38,6 +38,9 @@ pub struct Args {
     resume: Option<PathBuf>,
 }
 
+/// Most ranks that are threads of one process: far more than a machine has cores.
+const MOST_THREADS: usize = 256;
+
 /// The exit code where no stage has anything left to do.
 const NOTHING_LEFT: u8 = 3;
 
@@ -150,8 +153,13 @@ fn stages<'a>(
         }
         stages.push((plan(program, loaded, device, false, &mut |_| {})?, keeper, begin));
     }
-    if let (Some(transport), Some((planned, ..))) = (mpi::connect()?, stages.first()) {
-        enough(planned.mesh, transport.size())?;
+    match (mpi::connect()?, stages.first()) {
+        (Some(transport), Some((planned, ..))) => enough(planned.mesh, transport.size())?,
+        (None, Some((planned, ..))) if planned.mesh.ranks() > MOST_THREADS => {
+            let message = format!("found {} ranks, and one process has at most {MOST_THREADS}", planned.mesh.ranks());
+            return Err(Diag::error(message).help("start one process for each, with `mpirun` or `srun`").into());
+        }
+        _ => {}
     }
     Ok(stages)
 }

@@ -198,10 +198,6 @@ impl Transport for Threads {
         self.hub.ranks
     }
 
-    fn exchange(&self, to: usize, message: &[u8], from: usize, place: &mut [u8]) -> Result<(), Diag> {
-        self.exchange_with(to, message, from, place.len(), &mut |_, found| place.copy_from_slice(found))
-    }
-
     fn exchange_with(
         &self,
         to: usize,

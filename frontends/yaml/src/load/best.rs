@@ -43,7 +43,8 @@ pub(super) fn read(documents: &mut Documents<'_>, given: &[Setting]) -> Option<B
     }
 }
 
-/// Leaves it to the stages whose evaluations give the metric. One that none gives is an error, but where only one stage is to run.
+/// Leaves it to the stages whose evaluations give the metric. One that none gives is an error, or a warning
+/// where only one stage is to run: others may give it.
 pub(super) fn of_stages(documents: &mut Documents<'_>, pipeline: &Pipeline, stages: &mut [Program], only_one: bool) {
     let Some(setting) = find(&pipeline.settings, METRIC) else { return };
     let (mut all, mut has_any) = (BTreeSet::new(), false);
@@ -59,16 +60,23 @@ pub(super) fn of_stages(documents: &mut Documents<'_>, pipeline: &Pipeline, stag
         all.extend(metrics);
     }
     // What is wrong with a stage may be why it gives no metric.
-    if has_any || only_one || !documents.errors.is_empty() {
+    if has_any || !documents.errors.is_empty() {
         return;
     }
     let span = setting.value.span;
     let found = settings::literal(&setting.value).value;
-    let message = format!("found {} as `{METRIC}`, which no evaluation gives", super::shown(&found));
-    documents.error(Diag::error(message).label(span, "").help(match all.is_empty() {
+    let found = super::shown(&found);
+    let help = match all.is_empty() {
         true => "hold rows out with `eval` of the data, so that a stage is evaluated".into(),
         false => format!("evaluations give {}", words(&all.into_iter().collect::<Vec<_>>())),
-    }));
+    };
+    if only_one {
+        let warning = Diag::warning(format!("found {found} as `{METRIC}`, which no evaluation of this stage gives"));
+        documents.warnings.push(warning.label(span, "").help(help));
+    } else {
+        let error = Diag::error(format!("found {found} as `{METRIC}`, which no evaluation gives"));
+        documents.error(error.label(span, "").help(help));
+    }
 }
 
 /// Metrics of a stage's evaluations: numbers that the graphs give which are called on held-out rows.

@@ -15,6 +15,8 @@ use crate::pipeline::Setting;
 pub(super) struct Parallel {
     pub mesh: Mesh,
     pub zero_stage: u8,
+    /// Where `tensor` stands.
+    pub tensor: Span,
 }
 
 /// A number that stands in two places.
@@ -84,5 +86,6 @@ pub(super) fn read(documents: &mut Documents<'_>, compile: &[Setting]) -> Parall
     }
     let number = |given: Given, default: usize| given.0.map_or(default, |(number, _)| number);
     let mesh = Mesh { data: number(data, 1), tensor: number(tensor, 1), ..Mesh::default() };
-    Parallel { mesh, zero_stage: number(zero, 0) as u8 }
+    let span = tensor.0.map_or(Span::NONE, |(_, span)| span);
+    Parallel { mesh, zero_stage: number(zero, 0) as u8, tensor: span }
 }

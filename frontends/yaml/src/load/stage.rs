@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use dsgc_ir::DType;
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::stage::{Bounds, Origin, Role, Stage as HostStage};
+use dsgc_ir::stage::{Bounds, Origin, Parallel, Role, Stage as HostStage};
 
 use crate::expr::{BinaryOp, Expr, ExprKind, Word};
 use crate::graph::{Declaration, RoleDecl};
@@ -417,6 +417,7 @@ pub(super) fn host_side(prepared: &Prepared, output_dir: &str, settings: &HostSe
         // The pass `share_prefix` says which.
         prefixes: Vec::new(),
         memory: settings.memory.clone(),
+        parallel: Parallel { span: settings.parallel.tensor },
         checkpoints: settings.checkpoints.clone(),
         align_overflow: prepared.roles.iter().filter(in_fp16).count() > 1
             && find("align_overflow").is_some_and(|d| d.constant() == Constant::Bool(true)),
