@@ -107,6 +107,7 @@ pub fn ran(program: &Program, on: On, resume: bool, stops: Option<(usize, u64)>)
 }
 
 /// What ends the other ranks.
+#[allow(clippy::ptr_arg)] // It is handed on as a function of a rank's error.
 pub fn first_message(errors: &Vec<Diag>) -> String {
     errors[0].message.clone()
 }
