@@ -16,7 +16,7 @@ use dsgc_ir::{Axis, Graph, Mesh, OpData};
 
 pub use collectives::{Group, Number};
 pub use messages::{pack, unpack};
-pub use threads::{threads, threads_within};
+pub use threads::{enough_threads, threads, threads_within};
 pub use watch::{Watch, wait_limit};
 
 /// The way of one rank to all others. Between two ranks, messages arrive in the order in which they were sent.

@@ -8,7 +8,7 @@ use std::time::Instant;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::{Mesh, Planned};
 use dsgc_kernels::cpu::compile_time;
-use dsgc_kernels::ranks::Member;
+use dsgc_kernels::ranks::{Member, enough_threads};
 use dsgc_runtime::{Checkpoint, Ended, Keeper, MetricsFile, Session, mpi, on_threads, stage_of};
 use dsgc_yaml::load::{Loaded, Options};
 use signal_hook::consts::TERM_SIGNALS;
@@ -37,9 +37,6 @@ pub struct Args {
     #[arg(long, value_name = "auto|FOLDER", conflicts_with = "smoke")]
     resume: Option<PathBuf>,
 }
-
-/// Most ranks that are threads of one process: far more than a machine has cores.
-const MOST_THREADS: usize = 256;
 
 /// The exit code where no stage has anything left to do.
 const NOTHING_LEFT: u8 = 3;
@@ -155,11 +152,8 @@ fn stages<'a>(
     }
     match (mpi::connect()?, stages.first()) {
         (Some(transport), Some((planned, ..))) => enough(planned.mesh, transport.size())?,
-        (None, Some((planned, ..))) if planned.mesh.ranks() > MOST_THREADS => {
-            let message = format!("found {} ranks, and one process has at most {MOST_THREADS}", planned.mesh.ranks());
-            return Err(Diag::error(message).help("start one process for each, with `mpirun` or `srun`").into());
-        }
-        _ => {}
+        (None, Some((planned, ..))) => enough_threads(planned.mesh.ranks())?,
+        (_, None) => {}
     }
     Ok(stages)
 }
