@@ -11,10 +11,11 @@ mod tiny;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use compare::{Compared, Golden, On, ZERO_GRADIENT, relative_error};
-use dsgc_ir::Tensor;
+use compare::{Compared, Golden, On, Rank, ZERO_GRADIENT, relative_error};
+use dsgc_ir::{Mesh, Tensor};
 #[cfg(feature = "wgpu")]
 use dsgc_kernels::cube::Platform;
+use dsgc_runtime::on_threads;
 
 fn references() -> Golden {
     of("opt")
@@ -108,6 +109,18 @@ fn one_thread_of_the_cpu_gives_the_references() {
 #[test]
 fn three_threads_of_the_cpu_give_the_references() {
     check(On::Cpu(3));
+}
+
+/// Each rank compares everything; `scripts/golden` takes other layouts, and the stages behind sft.
+#[test]
+fn ranks_give_the_references() {
+    for (mesh, zero_stage) in [(Mesh { data: 2, ..Mesh::default() }, 3), (Mesh { tensor: 2, ..Mesh::default() }, 0)] {
+        let rank = |member| -> Result<(), String> {
+            check(On::Rank(&Rank { member, zero_stage, threads: None }));
+            Ok(())
+        };
+        on_threads(mesh, rank, String::clone).unwrap_or_else(|e| panic!("{e}"));
+    }
 }
 
 #[cfg(feature = "wgpu")]

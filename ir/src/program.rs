@@ -56,6 +56,17 @@ impl State {
         }
     }
 
+    /// Extents of the whole.
+    ///
+    /// # Panics
+    /// If a dim is not a constant, which the verifier refuses.
+    pub fn whole_shape(&self) -> Vec<usize> {
+        match &self.placement {
+            Some(placement) => placement.whole.clone(),
+            None => self.ty.shape(&Bindings::new()).expect("states have constant dims"),
+        }
+    }
+
     /// Bytes in memory, of a rank's part where it is in parts.
     ///
     /// # Panics

@@ -36,7 +36,6 @@ use sha2::{Digest, Sha256};
 use crate::calls::Named;
 use crate::evaluate::find;
 use crate::plan::{Cache, Counters, Place};
-use crate::roles::shape_of;
 use crate::session::{Metrics, Session};
 use crate::values;
 use shards::Shards;
@@ -476,8 +475,9 @@ impl Session {
     fn write_states(&self, folder: &Path) -> Result<BTreeMap<String, Written>, Diag> {
         let device = self.device();
         let states = kept(&self.program).into_iter().map(|id| {
-            let stored =
-                Stored::new(&device.state(id), shape_of(&self.program, id), move || Cow::Owned(device.state(id)));
+            let stored = Stored::new(&device.state(id), self.program.state(id).whole_shape(), move || {
+                Cow::Owned(device.state(id))
+            });
             (self.program.state(id).name.clone(), stored)
         });
         Ok(BTreeMap::from([(STATES.to_string(), write_tensors(&folder.join(STATES), states.collect())?)]))
@@ -586,7 +586,7 @@ impl Session {
         checkpoint.each_state(program, &rank.member.clone(), |name, tensor| {
             let id = wanted.remove(name).ok_or_else(|| wrong(format!("nothing is called `{name}` in this run")))?;
             let ty = &program.state(id).ty;
-            if shape_of(program, id) != tensor.shape || !tensor.fits(ty.dtype) {
+            if program.state(id).whole_shape() != tensor.shape || !tensor.fits(ty.dtype) {
                 let (dtype, shape) = (tensor.dtype(), &tensor.shape);
                 return Err(wrong(format!("`{name}` is {dtype}{shape:?}, expected {ty}")));
             }

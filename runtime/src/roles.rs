@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use dsgc_hf::{AdapterConfig, Folder, Param, ParamFiles, merge, read_params, save, save_adapter};
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Adapter, Lora, LoraSave, Origin, Role, Stage};
-use dsgc_ir::{Bindings, Data, Program, StateId, Tensor};
+use dsgc_ir::{Data, Program, StateId, Tensor};
 use dsgc_kernels::random::Key;
 
 use crate::calls::graph_named;
@@ -117,15 +117,6 @@ fn lora_of<'a>(stage: &'a Stage, role: &str) -> Option<(&'a Lora, &'a Adapter)> 
     Some((lora, lora.adapter.as_ref().expect("the passes filled it in")))
 }
 
-/// Extents of the whole of a state.
-pub(crate) fn shape_of(program: &Program, id: StateId) -> Vec<usize> {
-    let state = program.state(id);
-    match &state.placement {
-        Some(placement) => placement.whole.clone(),
-        None => state.ty.shape(&Bindings::new()).expect("states have constant dims"),
-    }
-}
-
 /// The parameters of a role's model, `(id, Hugging Face name)`, with those that it shares and without factors.
 fn params_of(program: &Program, role: &str) -> Vec<(StateId, String)> {
     let modules = lora_of(&program.stage, role).map_or(&[][..], |(_, adapter)| &adapter.modules[..]);
@@ -162,8 +153,10 @@ pub(crate) fn load_folder(
     folder: &Path,
 ) -> Result<Vec<String>, Vec<Diag>> {
     let folder = Folder::open(folder).map_err(|e| vec![e])?;
-    let (ids, wanted): (Vec<StateId>, Vec<(String, Vec<usize>)>) =
-        params_of(program, &role.name).into_iter().map(|(id, name)| (id, (name, shape_of(program, id)))).unzip();
+    let (ids, wanted): (Vec<StateId>, Vec<(String, Vec<usize>)>) = params_of(program, &role.name)
+        .into_iter()
+        .map(|(id, name)| (id, (name, program.state(id).whole_shape())))
+        .unzip();
     let files = ParamFiles::open(&folder).map_err(|e| vec![e])?;
     let found = files.find(&role.model.tensors, &wanted)?;
     let lacking = wanted.iter().enumerate().filter(|(at, _)| !found.has(*at));
@@ -247,7 +240,7 @@ impl Saving<'_> {
                 let module = adapter.modules.iter().find(|m| name.strip_suffix(".weight") == Some(m.as_str()))?;
                 Some((lora.alpha / lora.r as f64, Adapter::factors(module)))
             });
-            let shape = shape_of(self.program, id);
+            let shape = self.program.state(id).whole_shape();
             let param = InDevice { saving: self, name: name.clone(), shape, factors };
             param.read()?;
             params.push((name, param));

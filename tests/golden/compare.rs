@@ -20,6 +20,7 @@
 pub mod rlhf;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,13 +28,13 @@ use std::path::{Path, PathBuf};
 use dsgc_hf::{Folder, read_params};
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Operands, Statement, TermSteps, UpdateSteps};
-use dsgc_ir::{Bindings, Planned, Program, Tensor};
+use dsgc_ir::{Planned, Program, StateId, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
 use dsgc_kernels::cube::{CubeTarget, Platform, open};
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
-use dsgc_kernels::ranks::Member;
+use dsgc_kernels::ranks::{Member, pack, unpack};
 use dsgc_passes::PassContext;
 use dsgc_runtime::calls::{self, Named, Parts};
 use dsgc_runtime::learning_rate;
@@ -47,34 +48,77 @@ const BATCHES: u64 = 4;
 pub const ZERO_GRADIENT: &str = "k_proj.bias";
 
 /// What runs the programs.
-#[derive(Clone, Copy, Debug)]
-pub enum On {
+#[derive(Clone, Copy)]
+pub enum On<'a> {
     /// The interpreter in doubles.
     Doubles,
     /// The CPU with so many threads.
     Cpu(usize),
+    /// A rank of several, each of which compares everything, with one of these.
+    Rank(&'a Rank),
     /// A GPU, or what Vulkan gives for one.
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
     Gpu(Platform),
 }
 
-impl On {
+/// A rank of several, as which a device runs.
+pub struct Rank {
+    /// The rank among the others.
+    pub member: Member,
+    /// What ranks along `data` share out.
+    pub zero_stage: u8,
+    /// The CPU with so many threads; the interpreter in doubles otherwise.
+    pub threads: Option<usize>,
+}
+
+impl fmt::Debug for On<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            On::Doubles => f.write_str("the interpreter in doubles"),
+            On::Cpu(threads) => write!(f, "the CPU with {threads} threads"),
+            On::Rank(rank) => {
+                write!(f, "{:?} as ranks {}, zero_stage {}", rank.alone(), rank.member.mesh, rank.zero_stage)
+            }
+            #[cfg(any(feature = "wgpu", feature = "cuda"))]
+            On::Gpu(platform) => f.write_str(platform.name()),
+        }
+    }
+}
+
+impl Rank {
+    /// The same without others.
+    fn alone(&self) -> On<'static> {
+        self.threads.map_or(On::Doubles, On::Cpu)
+    }
+}
+
+impl On<'_> {
     /// The largest relative error allowed: doubles may differ in the order of sums, singles in their rounding.
     pub fn tolerance(self) -> f64 {
         match self {
             On::Doubles => 1e-8,
             On::Cpu(_) => 1e-4,
+            On::Rank(rank) => rank.alone().tolerance(),
             #[cfg(any(feature = "wgpu", feature = "cuda"))]
             On::Gpu(_) => 1e-4,
         }
     }
 
-    /// A device with the program in it.
-    pub fn open(self, program: Program) -> (Planned, Box<dyn Device>) {
+    /// The rank as which programs run.
+    pub fn member(self) -> Member {
+        if let On::Rank(rank) = self { rank.member.clone() } else { Member::alone() }
+    }
+
+    /// A device with the program in it. States go in and out of it whole.
+    pub fn open(self, mut program: Program) -> (Planned, Box<dyn Device>) {
+        if let On::Rank(rank) = self {
+            program.mesh = rank.member.mesh;
+            program.stage.roles.iter_mut().for_each(|role| role.zero_stage = rank.zero_stage);
+        }
         let compile = |target| dsgc_passes::compile(program, &PassContext::new(target), &mut |_| {});
         let planned = match self {
-            On::Doubles => compile(&InterpTarget),
-            On::Cpu(threads) => compile(&CpuTarget { threads }),
+            On::Doubles | On::Rank(Rank { threads: None, .. }) => compile(&InterpTarget),
+            On::Cpu(threads) | On::Rank(&Rank { threads: Some(threads), .. }) => compile(&CpuTarget { threads }),
             #[cfg(any(feature = "wgpu", feature = "cuda"))]
             On::Gpu(platform) => compile(&CubeTarget { platform }),
         };
@@ -82,10 +126,74 @@ impl On {
         let device: Box<dyn Device> = match self {
             On::Doubles => Box::new(Interp::planned(planned.clone(), Precision::F64)),
             On::Cpu(threads) => Box::new(Cpu::new(planned.clone(), threads)),
+            On::Rank(rank) => Box::new(Whole::new(planned.clone(), rank)),
             #[cfg(any(feature = "wgpu", feature = "cuda"))]
             On::Gpu(platform) => open(platform, planned.clone()).unwrap_or_else(|e| panic!("{}", e.message)),
         };
         (planned, device)
+    }
+}
+
+/// The device of a rank, into which states go whole and out of which they come whole.
+struct Whole {
+    device: Box<dyn Device>,
+    program: Planned,
+    member: Member,
+}
+
+impl Whole {
+    fn new(program: Planned, rank: &Rank) -> Whole {
+        let member = rank.member.clone();
+        let device: Box<dyn Device> = match rank.threads {
+            None => Box::new(Interp::planned(program.clone(), Precision::F64).as_member(member.clone())),
+            Some(threads) => Box::new(Cpu::new(program.clone(), threads).as_member(member.clone())),
+        };
+        Whole { device, program, member }
+    }
+}
+
+impl Device for Whole {
+    fn name(&self) -> &str {
+        self.device.name()
+    }
+
+    fn set_state(&mut self, id: StateId, value: &Tensor) {
+        for id in [id].into_iter().chain(self.program.copies_of(id)) {
+            match &self.program.state(id).placement {
+                Some(placement) => {
+                    self.device.set_part(id, &placement.part(&self.member.mesh, self.member.rank(), value));
+                }
+                None => self.device.set_part(id, value),
+            }
+        }
+    }
+
+    fn set_part(&mut self, id: StateId, value: &Tensor) {
+        self.device.set_part(id, value);
+    }
+
+    /// All ranks ask for a state together. One that is a sum over ranks is added up.
+    fn state(&self, id: StateId) -> Tensor {
+        let own = self.device.state(id);
+        let Some(placement) = &self.program.state(id).placement else { return own };
+        let parts = self.member.all().messages(&pack(&own)).unwrap_or_else(|e| panic!("{e}"));
+        let parts: Vec<Tensor> = parts.iter().map(|part| unpack(part).0).collect();
+        let mesh = &self.member.mesh;
+        let Some(axis) = placement.partial else { return placement.whole(mesh, &parts) };
+        let summand = |at: usize| {
+            let of_rank = |rank: usize| parts[mesh.group(axis, rank)[at]].clone();
+            placement.whole(mesh, &(0..mesh.ranks()).map(of_rank).collect::<Vec<Tensor>>())
+        };
+        let summands: Vec<Tensor> = (0..mesh.size(axis)).map(summand).collect();
+        let mut sum = vec![0.0; summands[0].len()];
+        for summand in &summands {
+            sum.iter_mut().zip(summand.to_f64()).for_each(|(sum, x)| *sum += x);
+        }
+        Tensor::f64(&summands[0].shape, sum)
+    }
+
+    fn run(&mut self, graph: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag> {
+        self.device.run(graph, inputs)
     }
 }
 
@@ -108,6 +216,7 @@ pub struct Compared {
 pub struct Trainer {
     program: Planned,
     device: Box<dyn Device>,
+    member: Member,
     steps: UpdateSteps,
     args: Operands,
     taken: u64,
@@ -207,7 +316,7 @@ impl Golden {
         let Some(Statement::For { body, .. }) = program.stage.plan.first() else { panic!("sft goes through rows") };
         let Some(Statement::Update(update)) = body.first() else { panic!("sft updates its model") };
         let (steps, args) = (update.steps.clone().expect("autodiff derived the update"), update.terms[0].args.clone());
-        Ok(Trainer { program, device, steps, args, taken: 0 })
+        Ok(Trainer { program, device, member: on.member(), steps, args, taken: 0 })
     }
 
     /// A stage of a pipeline beside this file, with this family's model.
@@ -295,11 +404,8 @@ impl Trainer {
     /// Runs the graphs of a loss on all parts of a batch.
     fn term(&mut self, steps: &TermSteps, inputs: &Named) -> Named {
         let graphs = Parts::of_term(steps);
-        let parts = graphs.cut(&self.program, &Member::alone(), inputs);
-        graphs
-            .run(self.device.as_mut(), &self.program, &Member::alone(), &parts)
-            .unwrap_or_else(|e| panic!("{e}"))
-            .whole
+        let parts = graphs.cut(&self.program, &self.member, inputs);
+        graphs.run(self.device.as_mut(), &self.program, &self.member, &parts).unwrap_or_else(|e| panic!("{e}")).whole
     }
 
     fn call(&mut self, graph: &str, given: &[&Named]) -> Named {
@@ -337,10 +443,7 @@ fn load_weights(program: &Planned, device: &mut dyn Device, folder: &Path) {
     let role = &program.stage.roles[0];
     let (ids, wanted): (Vec<_>, Vec<_>) = program
         .params_of(&role.name)
-        .map(|(id, name)| {
-            let shape = program.state(id).ty.shape(&Bindings::new()).expect("parameters have constant dims");
-            (id, (name.to_string(), shape))
-        })
+        .map(|(id, name)| (id, (name.to_string(), program.state(id).whole_shape())))
         .unzip();
     let read = Folder::open(folder).map_err(|e| vec![e]).and_then(|f| read_params(&f, &role.model.tensors, &wanted));
     let tensors = read.unwrap_or_else(|e| panic!("{}", e.iter().map(|d| d.to_string()).collect::<String>()));

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 use dsgc_hf::Folder;
 use dsgc_ir::stage::{Call, CallSteps, Generate, Operand, Statement, Update, UpdateSteps};
-use dsgc_ir::{Bindings, Data, Planned, Tensor};
+use dsgc_ir::{Data, Planned, StateKind, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::ranks::Member;
 use dsgc_runtime::Decoder;
@@ -28,6 +28,7 @@ use super::{Compared, Golden, On, relative_error};
 pub struct Stage {
     program: Planned,
     device: Box<dyn Device>,
+    member: Member,
     taken: BTreeMap<String, i32>,
 }
 
@@ -48,9 +49,8 @@ impl Golden {
         let reference = reference.as_deref().map(SafeTensors::deserialize).transpose().map_err(|e| e.to_string())?;
         let folder = Folder::open(&self.model).map_err(|e| e.to_string())?;
         for role in &program.stage.roles {
-            let shape = |id| program.state(id).ty.shape(&Bindings::new()).expect("parameters have constant dims");
-            let (ids, wanted): (Vec<_>, Vec<_>) =
-                program.params_of(&role.name).map(|(id, name)| (id, (name.to_string(), shape(id)))).unzip();
+            let wanted = |(id, name): (_, &str)| (id, (name.to_string(), program.state(id).whole_shape()));
+            let (ids, wanted): (Vec<_>, Vec<_>) = program.params_of(&role.name).map(wanted).unzip();
             let read = dsgc_hf::read_params(&folder, &role.model.tensors, &wanted);
             let read = read.map_err(|e| e.iter().map(ToString::to_string).collect::<String>())?;
             for ((id, (param, _)), tensor) in ids.into_iter().zip(&wanted).zip(read) {
@@ -69,7 +69,7 @@ impl Golden {
         if let Some(init) = &program.stage.init {
             device.run(init, &[]).map_err(|e| e.to_string())?;
         }
-        Ok(Stage::new(program, device))
+        Ok(Stage::new(program, device, on.member()))
     }
 
     /// Compares all sections behind sft.
@@ -229,22 +229,26 @@ impl Golden {
         let (call, update) = (stage.call(), stage.update("policy"));
         let (mut losses, mut chosen, mut rejected) = (Vec::new(), Vec::new(), Vec::new());
         let expected = self.numbers("dpo", "loss");
-        let with_reference = |stage: &mut Stage, i: usize| {
+        let with_reference = |stage: &mut Stage, call: &Call, i: usize| {
             let mut values = self.pairs(i % 5);
-            let old = stage.run(&call, &values);
+            let old = stage.run(call, &values);
             values.extend(old.into_iter().map(|(name, tensor)| (format!("old.{name}"), tensor)));
             values
         };
         // In the second batch a unit of the last layer lies so near the kink of its ReLU that single precision takes the
         // other side, and from there on the weights are others. So every step begins with the weights of doubles.
         let mut exact = self.stage(On::Doubles, "dpo", &["micro_batch_size=4"])?;
+        let (exact_call, exact_update) = (exact.call(), exact.update("policy"));
         for i in 0..expected.len() {
-            for (id, _) in stage.program.state_ids() {
-                stage.device.set_state(id, &exact.device.state(id));
+            // What lasts from step to step; the program of a rank has more.
+            let lasts = |kind| matches!(kind, StateKind::Param { .. } | StateKind::State);
+            for (id, state) in stage.program.state_ids().filter(|(_, state)| lasts(state.kind)) {
+                let of_exact = exact.program.state_named(&state.name).expect("it is the same stage");
+                stage.device.set_state(id, &exact.device.state(of_exact));
             }
-            let values = with_reference(&mut exact, i);
-            exact.step(&update, &values, 5e-4);
-            let values = with_reference(&mut stage, i);
+            let values = with_reference(&mut exact, &exact_call, i);
+            exact.step(&exact_update, &values, 5e-4);
+            let values = with_reference(&mut stage, &call, i);
             chosen.extend(values["old.ref_chosen"].to_f64());
             rejected.extend(values["old.ref_rejected"].to_f64());
             losses.push(stage.step(&update, &values, 5e-4)["loss"].scalar());
@@ -255,7 +259,7 @@ impl Golden {
             each("dpo", "rejected under the reference", &rejected, &self.numbers("dpo", "ref_rejected_logps")),
         ];
         let mut parts = self.stage(on, "dpo", &["micro_batch_size=2"])?;
-        let values = with_reference(&mut stage, 0);
+        let values = with_reference(&mut stage, &call, 0);
         all.push(self.gradients_of("dpo", "grad_norm", &mut parts, "policy", &values));
         Ok(all)
     }
@@ -320,8 +324,8 @@ impl Golden {
         };
         let inputs = inputs(&update.terms[0].args, values, stage);
         let graphs = Parts::of_term(&terms[0]);
-        let parts = graphs.cut(&stage.program, &Member::alone(), &inputs);
-        graphs.run(stage.device.as_mut(), &stage.program, &Member::alone(), &parts).unwrap_or_else(|e| panic!("{e}"));
+        let parts = graphs.cut(&stage.program, &stage.member, &inputs);
+        graphs.run(stage.device.as_mut(), &stage.program, &stage.member, &parts).unwrap_or_else(|e| panic!("{e}"));
         let references = self.scalars["fp64"][section][key].as_object().expect("norms by parameter");
         let (mut found, mut expected) = (Vec::new(), Vec::new());
         for (name, norm) in references {
@@ -379,8 +383,8 @@ fn inputs(args: &[(String, Operand)], values: &Values, stage: &Stage) -> Named {
 
 impl Stage {
     /// A stage whose weights are in the device.
-    pub fn new(program: Planned, device: Box<dyn Device>) -> Stage {
-        Stage { program, device, taken: BTreeMap::new() }
+    pub fn new(program: Planned, device: Box<dyn Device>, member: Member) -> Stage {
+        Stage { program, device, member, taken: BTreeMap::new() }
     }
 
     fn find<T>(&self, wanted: impl Fn(&Statement) -> Option<T>) -> T {
@@ -416,17 +420,25 @@ impl Stage {
     pub fn decode(&mut self, tokens: &Tensor, segment: &Tensor) -> Result<(Vec<Vec<i32>>, Vec<Tensor>), String> {
         let generate = self.generate();
         let mut decoder = Decoder::new(&self.program, &generate.steps.expect("decode derived them"));
-        let (rows, width) = (tokens.shape[0], tokens.shape[1]);
-        let (mut new, mut segment) = (ints(tokens), ints(segment));
-        let mut all: Vec<Vec<i32>> = new.chunks(width).map(<[i32]>::to_vec).collect();
-        let mut logits = Vec::new();
-        for _ in 0..generate.max_new_tokens {
-            let next = decoder.extend(self.device.as_mut(), &self.program, &new, &segment, [0, 0], &vec![0; rows]);
-            let next = next.map_err(|e| e.to_string())?;
-            (new, segment) = (next.tokens, vec![1; rows]);
-            logits.push(next.logits);
-            all.iter_mut().zip(&new).for_each(|(row, token)| row.push(*token));
+        let (width, size) = (tokens.shape[1], decoder.rows());
+        assert_eq!(tokens.shape[0] % size, 0, "a call decodes {size} rows");
+        let (tokens, segment) = (ints(tokens), ints(segment));
+        let mut all: Vec<Vec<i32>> = tokens.chunks(width).map(<[i32]>::to_vec).collect();
+        let mut logits: Vec<Vec<Tensor>> = vec![Vec::new(); generate.max_new_tokens];
+        for ((tokens, segment), rows) in
+            tokens.chunks(size * width).zip(segment.chunks(size * width)).zip(all.chunks_mut(size))
+        {
+            decoder.reset();
+            let (mut new, mut segment) = (tokens.to_vec(), segment.to_vec());
+            for logits in &mut logits {
+                let next = decoder.extend(self.device.as_mut(), &self.program, &new, &segment, [0, 0], &vec![0; size]);
+                let next = next.map_err(|e| e.to_string())?;
+                (new, segment) = (next.tokens, vec![1; size]);
+                logits.push(next.logits);
+                rows.iter_mut().zip(&new).for_each(|(row, token)| row.push(*token));
+            }
         }
+        let logits = logits.iter().map(|parts| joined(&parts.iter().collect::<Vec<_>>())).collect();
         Ok((all, logits))
     }
 
@@ -442,8 +454,8 @@ impl Stage {
                     .unwrap_or_else(|e| panic!("{e}"))
             }
             Some(graphs) => {
-                let parts = graphs.cut(&self.program, &Member::alone(), &inputs);
-                let outputs = graphs.run(self.device.as_mut(), &self.program, &Member::alone(), &parts);
+                let parts = graphs.cut(&self.program, &self.member, &inputs);
+                let outputs = graphs.run(self.device.as_mut(), &self.program, &self.member, &parts);
                 let outputs = outputs.unwrap_or_else(|e| panic!("{e}"));
                 let mut all = outputs.whole;
                 for name in outputs.rows[0].keys() {
@@ -471,9 +483,9 @@ impl Stage {
             }
             UpdateSteps::Split { terms, apply, .. } => {
                 let graphs = Parts::of_term(&terms[0]);
-                let parts = graphs.cut(&self.program, &Member::alone(), &inputs);
+                let parts = graphs.cut(&self.program, &self.member, &inputs);
                 let mut outputs =
-                    graphs.run(device, &self.program, &Member::alone(), &parts).unwrap_or_else(|e| panic!("{e}")).whole;
+                    graphs.run(device, &self.program, &self.member, &parts).unwrap_or_else(|e| panic!("{e}")).whole;
                 let applied = calls::call(device, &self.program, apply, &[&settings]);
                 outputs.extend(applied.unwrap_or_else(|e| panic!("{e}")));
                 outputs

@@ -1,54 +1,81 @@
-//! Compares the devices with a folder of reference numbers, and prints a table: `scripts/golden DIR [FAMILY...]`. With
-//! `--gpu wgpu` or `--gpu cuda`, a GPU only.
+//! Compares the devices with a folder of reference numbers, and prints a table: `scripts/golden --help`.
 
 mod compare;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use compare::{Golden, On};
+use clap::Parser;
+use compare::{Compared, Golden, On, Rank};
+use dsgc_ir::Mesh;
+use dsgc_runtime::on_threads;
+
+/// Compares the interpreter in doubles and the CPU with a folder of reference numbers.
+#[derive(Parser)]
+struct Args {
+    /// A GPU instead: `wgpu` or `cuda`, in a build with that feature.
+    #[arg(long)]
+    gpu: Option<String>,
+    /// So many ranks with different rows.
+    #[arg(long, default_value_t = 1)]
+    data: usize,
+    /// So many ranks that share layers.
+    #[arg(long, default_value_t = 1)]
+    tensor: usize,
+    /// What ranks with different rows share out.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
+    zero_stage: u8,
+    /// The folder of the references, or that of one family in it.
+    folder: PathBuf,
+    /// Only these families.
+    families: Vec<String>,
+}
 
 fn main() -> ExitCode {
-    let mut args: Vec<String> = std::env::args().skip(1).collect();
+    let mut args = Args::parse();
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
     let mut devices = vec![On::Doubles, On::Cpu(threads)];
-    if args.first().is_some_and(|arg| arg == "--gpu") {
-        let Some(gpu) = args.get(1).and_then(|name| gpu(name)) else {
+    if let Some(name) = &args.gpu {
+        let Some(gpu) = gpu(name) else {
             eprintln!("error: `--gpu` takes `wgpu` or `cuda`, in a build with that feature");
             return ExitCode::from(1);
         };
         devices = vec![gpu];
-        args.drain(..2);
     }
-    let mut args = args.into_iter();
-    let Some(folder) = args.next() else {
-        eprintln!("usage: scripts/golden [--gpu wgpu|cuda] DIR [FAMILY...]");
-        return ExitCode::from(1);
-    };
-    let mut folder = Path::new(&folder);
-    let mut named: Vec<String> = args.collect();
     // The folder of one family is as good a name for it.
     if let (true, Some(parent), Some(family)) =
-        (folder.join("config.json").is_file(), folder.parent(), folder.file_name())
+        (args.folder.join("config.json").is_file(), args.folder.parent(), args.folder.file_name())
     {
-        named.push(family.to_string_lossy().into_owned());
-        folder = parent;
+        args.families.push(family.to_string_lossy().into_owned());
+        args.folder = parent.to_path_buf();
     }
-    let families = if named.is_empty() { families(folder) } else { named };
-    if families.is_empty() {
-        eprintln!("error: found no folder FAMILY with FAMILY.json and FAMILY.safetensors beside it in {folder:?}");
+    if args.families.is_empty() {
+        args.families = families(&args.folder);
+    }
+    if args.families.is_empty() {
+        eprintln!(
+            "error: found no folder FAMILY with FAMILY.json and FAMILY.safetensors beside it in {:?}",
+            args.folder
+        );
+        return ExitCode::from(1);
+    }
+    let mesh = Mesh { data: args.data, tensor: args.tensor, ..Mesh::default() };
+    if !mesh.is_single() && args.gpu.is_some() {
+        eprintln!("error: ranks run on the interpreter and the CPU only");
         return ExitCode::from(1);
     }
     let mut good = true;
-    for family in &families {
-        good &= show(folder, family, &devices);
+    for family in &args.families {
+        for &on in &devices {
+            good &= show(&args.folder, family, on, mesh, args.zero_stage);
+        }
     }
     if good { ExitCode::SUCCESS } else { ExitCode::from(1) }
 }
 
 /// A GPU by the name of its device, if this build has it.
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
-fn gpu(name: &str) -> Option<On> {
+fn gpu(name: &str) -> Option<On<'static>> {
     use dsgc_kernels::cube::{Platform, built};
     let platform = [Platform::Wgpu, Platform::Cuda].into_iter().find(|platform| platform.name() == name)?;
     built(platform).is_ok().then_some(On::Gpu(platform))
@@ -56,7 +83,7 @@ fn gpu(name: &str) -> Option<On> {
 
 /// A GPU by the name of its device, if this build has it.
 #[cfg(not(any(feature = "wgpu", feature = "cuda")))]
-fn gpu(_: &str) -> Option<On> {
+fn gpu(_: &str) -> Option<On<'static>> {
     None
 }
 
@@ -72,7 +99,7 @@ fn families(folder: &Path) -> Vec<String> {
 }
 
 /// Prints a family's table; whether everything is within its tolerance.
-fn show(folder: &Path, family: &str, devices: &[On]) -> bool {
+fn show(folder: &Path, family: &str, on: On, mesh: Mesh, zero_stage: u8) -> bool {
     let golden = match Golden::open(folder, family) {
         Ok(golden) => golden,
         Err(e) => {
@@ -80,26 +107,45 @@ fn show(folder: &Path, family: &str, devices: &[On]) -> bool {
             return false;
         }
     };
-    let mut good = true;
-    for &on in devices {
-        let both = golden.compare(on).and_then(|mut all| {
-            all.extend(golden.compare_stages(on)?);
-            Ok(all)
-        });
-        let compared = match both {
-            Ok(compared) => compared,
-            Err(message) => {
-                eprintln!("{family}: not compared\n{message}");
-                return false;
+    let both = |on: On<'_>| -> Result<Vec<Compared>, String> {
+        let mut all = golden.compare(on)?;
+        all.extend(golden.compare_stages(on)?);
+        Ok(all)
+    };
+    let (what, compared) = if mesh.is_single() {
+        (format!("{on:?}"), both(on))
+    } else {
+        let threads = if let On::Cpu(_) = on { Some(1) } else { None };
+        let ranks = on_threads(
+            mesh,
+            |member| {
+                let rank = Rank { member, zero_stage, threads };
+                Ok((format!("{:?}", On::Rank(&rank)), both(On::Rank(&rank))?))
+            },
+            String::clone,
+        );
+        match ranks {
+            Ok(mut ranks) => {
+                let (what, first) = ranks.swap_remove(0);
+                (what, Ok(first))
             }
-        };
-        println!("{family} on {on:?}: relative errors, {:.0e} allowed", on.tolerance());
-        for one in &compared {
-            let verdict = if one.error <= on.tolerance() { "" } else { "  too large" };
-            println!("  {:8.1e}  {}{verdict}", one.error, one.what);
-            good &= verdict.is_empty();
+            Err(message) => (format!("{on:?}"), Err(message)),
         }
-        println!("  {} after steps: not compared, its gradient is zero in exact arithmetic", compare::ZERO_GRADIENT);
+    };
+    let compared = match compared {
+        Ok(compared) => compared,
+        Err(message) => {
+            eprintln!("{family}: not compared\n{message}");
+            return false;
+        }
+    };
+    println!("{family} on {what}: relative errors, {:.0e} allowed", on.tolerance());
+    let mut good = true;
+    for one in &compared {
+        let verdict = if one.error <= on.tolerance() { "" } else { "  too large" };
+        println!("  {:8.1e}  {}{verdict}", one.error, one.what);
+        good &= verdict.is_empty();
     }
+    println!("  {} after steps: not compared, its gradient is zero in exact arithmetic", compare::ZERO_GRADIENT);
     good
 }

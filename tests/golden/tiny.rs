@@ -61,7 +61,7 @@ fn stage(name: &str, offset: impl Fn(&str) -> f64) -> Stage {
     if let Some(init) = &program.stage.init {
         device.run(init, &[]).expect("states have first values");
     }
-    Stage::new(program, device)
+    Stage::new(program, device, On::Doubles.member())
 }
 
 /// Where a parameter stands among those of its model: a head of values first; of a Llama, the norms of each layer after

@@ -13,7 +13,6 @@ use serde::{Deserialize, Serialize};
 
 use super::tensors::Stored;
 use super::{Checkpoint, Opened, STATES, Written, kept, write_tensors};
-use crate::roles::shape_of;
 use crate::session::Session;
 
 /// States by their names.
@@ -40,7 +39,7 @@ struct Part {
 fn region(program: &Program, member: &Member, id: StateId, rank: usize) -> Vec<Range<usize>> {
     match &program.state(id).placement {
         Some(placement) => placement.region(&member.mesh, rank),
-        None => shape_of(program, id).into_iter().map(|extent| 0..extent).collect(),
+        None => program.state(id).whole_shape().into_iter().map(|extent| 0..extent).collect(),
     }
 }
 
@@ -68,7 +67,7 @@ impl Session {
             }
             let first = held.iter().map(|places| places.start).collect();
             let part = Part { file: file.clone(), first, shape: shape.clone() };
-            shards.insert(name.clone(), Shard { shape: shape_of(program, id), parts: vec![part] });
+            shards.insert(name.clone(), Shard { shape: program.state(id).whole_shape(), parts: vec![part] });
             let read = move || device.state(id).beginning(&extents(&held));
             stored.push((name.clone(), Stored::new(&device.state(id), shape, move || Cow::Owned(read()))));
         }
