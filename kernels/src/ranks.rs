@@ -6,6 +6,7 @@
 
 mod collectives;
 mod messages;
+pub(crate) mod ops;
 mod threads;
 mod watch;
 

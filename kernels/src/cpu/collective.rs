@@ -4,7 +4,7 @@ use dsgc_ir::{Bindings, DType, Op, Type};
 
 use super::Launch;
 use super::memory::Ptr;
-use crate::ranks::Number;
+use crate::ranks::{Number, ops};
 
 /// Why there is no kernel, if there is none.
 pub(super) fn missing(op: &Op) -> Option<String> {
@@ -42,44 +42,16 @@ pub(super) fn run(l: &mut Launch) -> Result<(), String> {
 /// `all_gather` and `shard`: bytes as they lie.
 fn rows(l: &mut Launch) -> Result<(), String> {
     let (operand, result) = (l.op.args[0], l.result());
-    let bytes = |l: &Launch, value| {
+    let bytes = |value| {
         let ty = Type::new(l.dtype(value), l.graph.ty(value).dims.clone());
         ty.bytes(l.dims).expect("every dim that a value needs is bound")
     };
-    let (given, made) = (bytes(l, operand), bytes(l, result));
-    let shape = l.shape(operand);
+    let (given, made, shape) = (bytes(operand), bytes(result), l.shape(operand));
     let (from, to): (Ptr<u8>, Ptr<u8>) = (l.arg(0), l.out(0));
     // SAFETY: the buffers hold the values and are apart, as none of these ops works in place.
     let (from, to) = unsafe { (from.slice(0, given), to.slice_mut(0, made)) };
-    match l.op.op {
-        Op::Shard { over, axis, ranks } => {
-            let outer: usize = shape[..axis].iter().product();
-            if given == 0 || outer == 0 {
-                to.fill(0);
-                return Ok(());
-            }
-            // Bytes of all places, and of a rank's.
-            let all = given / outer;
-            let part = all / shape[axis] * shape[axis].div_ceil(ranks);
-            let at = l.member.group(over).at();
-            let (first, last) = ((at * part).min(all), ((at + 1) * part).min(all));
-            for (from, to) in from.chunks(all).zip(to.chunks_mut(part)) {
-                to[..last - first].copy_from_slice(&from[first..last]);
-                to[last - first..].fill(0);
-            }
-            Ok(())
-        }
-        Op::AllGather { over, .. } => {
-            let group = l.member.group(over);
-            let first = (group.at() * given).min(made);
-            let own = given.min(made - first);
-            to[first..first + own].copy_from_slice(&from[..own]);
-            let done = group.all_gather(to, given).map_err(|ended| ended.message);
-            *l.sent += group.sent();
-            done
-        }
-        _ => panic!("bug: `{}` moves no rows", l.op.op),
-    }
+    *l.sent += ops::move_rows(&l.op.op, l.member, &shape, from, to)?;
+    Ok(())
 }
 
 /// `all_reduce` and `reduce_scatter`.
@@ -87,30 +59,13 @@ fn sum<T: Number>(l: &mut Launch) -> Result<(), String> {
     let (given, made) = (l.len(l.op.args[0]), l.len(l.result()));
     let (from, to): (Ptr<T>, Ptr<T>) = (l.arg(0), l.out(0));
     let in_place = from.0 == to.0;
-    let member = l.member;
-    let done = match l.op.op {
-        Op::AllReduce { over } => {
-            // SAFETY: the buffers hold the values; the result is in the operand's place or apart from it.
-            let to = unsafe { to.slice_mut(0, made) };
-            if !in_place {
-                // SAFETY: as above.
-                to.copy_from_slice(unsafe { from.slice(0, given) });
-            }
-            let group = member.group(over);
-            let done = group.all_reduce(to);
-            *l.sent += group.sent();
-            done
-        }
-        Op::ReduceScatter { over, .. } => {
-            let work: Ptr<T> = l.workspace();
-            // SAFETY: the buffers hold the values and are apart.
-            let (from, to, work) = unsafe { (from.slice(0, given), to.slice_mut(0, made), work.slice_mut(0, made)) };
-            let group = member.group(over);
-            let done = group.reduce_scatter(from, to, work);
-            *l.sent += group.sent();
-            done
-        }
-        _ => panic!("bug: `{}` adds nothing up", l.op.op),
+    let work: Ptr<T> = l.workspace();
+    let needed = if let Op::ReduceScatter { .. } = l.op.op { made } else { 0 };
+    // SAFETY: the buffers hold the values, and the workspace a part of a sum; the result is in the operand's place or apart from it.
+    let (from, to, work) = unsafe {
+        let from = if in_place { None } else { Some(from.slice(0, given)) };
+        (from, to.slice_mut(0, made), work.slice_mut(0, needed))
     };
-    done.map_err(|ended| ended.message)
+    *l.sent += ops::add_up(&l.op.op, l.member, from, to, work)?;
+    Ok(())
 }
