@@ -25,7 +25,15 @@ fn main() -> ExitCode {
         eprintln!("usage: scripts/golden [--gpu wgpu|cuda] DIR [FAMILY...]");
         return ExitCode::from(1);
     };
-    let mut folder = Path::new(&folder);
+    // The pipelines name their models by whole paths.
+    let folder = match std::fs::canonicalize(&folder) {
+        Ok(folder) => folder,
+        Err(e) => {
+            eprintln!("error: cannot open {folder}: {e}");
+            return ExitCode::from(1);
+        }
+    };
+    let mut folder = folder.as_path();
     let mut named: Vec<String> = args.collect();
     // The folder of one family is as good a name for it.
     if let (true, Some(parent), Some(family)) =
