@@ -17,7 +17,12 @@ fn plan(program: &Program, threads: usize) -> Planned {
 }
 
 /// All graphs, one after the other, twice: outputs, and states at the end.
-fn run(mut device: impl Device, program: &Program, seed: u64) -> Result<Vec<Tensor>, String> {
+fn run(device: impl Device + 'static, program: &Program, seed: u64) -> Result<Vec<Tensor>, String> {
+    run_on(Box::new(device), program, seed)
+}
+
+/// The same in a box.
+fn run_on(mut device: Box<dyn Device>, program: &Program, seed: u64) -> Result<Vec<Tensor>, String> {
     let mut rng = Rng::new(seed);
     for (id, state) in program.state_ids() {
         device.set_state(id, &random_tensor(&state.ty, &Bindings::new(), &mut rng));
@@ -75,6 +80,91 @@ fn compiled_programs_run_among_nan() {
         }
     }
     assert!(in_place * 5 > total, "only {in_place} of {total} values share their bytes");
+}
+
+/// A device that bounds its allocations.
+struct Bounded<'a> {
+    target: &'a dyn Target,
+    allocation: usize,
+}
+
+impl Target for Bounded<'_> {
+    fn name(&self) -> &str {
+        self.target.name()
+    }
+
+    fn alignment(&self) -> usize {
+        self.target.alignment()
+    }
+
+    fn missing_kernel(&self, op: &Op, args: &[Type]) -> Option<String> {
+        self.target.missing_kernel(op, args)
+    }
+
+    fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize {
+        self.target.workspace(op, args, bounds)
+    }
+
+    fn memory(&self) -> Option<usize> {
+        None
+    }
+
+    fn allocation(&self) -> Option<usize> {
+        Some(self.allocation)
+    }
+}
+
+/// The plan of a program in the smallest allocations in which it has one; in smaller ones it is refused with numbers.
+fn plan_in_allocations(program: &Program, target: &dyn Target) -> Planned {
+    for allocation in (0..30).map(|i| target.alignment() << i) {
+        match compile(program.clone(), &PassContext::new(&Bounded { target, allocation }), &mut |_| {}) {
+            Ok(planned) => return planned,
+            Err(diags) => {
+                let told = |text: &str| diags.iter().all(|diag| diag.message.contains(text));
+                assert!(told("found ") && told(&format!("{} gives ", target.name())), "{diags:?}");
+            }
+        }
+    }
+    panic!("no plan for\n{program}")
+}
+
+/// The verifier sees to it that no value lies in two.
+#[test]
+fn plans_in_several_allocations_change_no_bit() {
+    let mut several = 0;
+    for seed in 0..60 {
+        let program = random_program(8000 + seed, 24);
+        let planned = plan_in_allocations(&program, &CpuTarget { threads: 2 });
+        let text = |planned: &Planned| format!("{:?}", run(Cpu::poisoned(planned.clone(), 2), &program, seed));
+        assert_eq!(text(&planned), text(&plan(&program, 2)), "seed {seed}\n{}", *planned);
+        assert_eq!(parse(&planned.to_string()).expect("it reads back").arena, planned.arena);
+        let allocation = planned.arena.allocation.expect("the device bounds them");
+        several += usize::from(planned.arena.values > allocation || planned.arena.persistent > allocation);
+    }
+    assert!(several > 50, "only {several} plans have several allocations");
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn a_gpu_runs_in_several_allocations() {
+    use dsgc_kernels::cube::{Platform, open, target};
+    let (mut ran, mut several) = (0, 0);
+    for seed in 0..8 {
+        let program = random_program(8000 + seed, 24);
+        let target = target(Platform::Wgpu);
+        let whole =
+            compile(program.clone(), &PassContext::new(&target), &mut |_| {}).unwrap_or_else(|e| panic!("{e:?}"));
+        let cut = plan_in_allocations(&program, &target);
+        let [whole, parts] = [&whole, &cut].map(|planned| {
+            let device = open(Platform::Wgpu, planned.clone()).unwrap_or_else(|e| panic!("{}", e.message));
+            format!("{:?}", run_on(device, &program, seed))
+        });
+        assert_eq!(parts, whole, "seed {seed}\n{}", *cut);
+        ran += usize::from(whole.starts_with("Ok"));
+        let allocation = cut.arena.allocation.expect("the device bounds them");
+        several += usize::from(cut.arena.values > allocation && cut.arena.persistent > allocation);
+    }
+    assert!(ran > 5 && several > 5, "{ran} programs ran, {several} of all in several allocations");
 }
 
 /// The plan without one of the passes.

@@ -115,7 +115,7 @@ pub mod gpu {
     use dsgc_ir::diag::Diag;
     use dsgc_ir::{Planned, Target};
     use dsgc_kernels::Device;
-    use dsgc_kernels::cube::{self, CubeTarget, Platform};
+    use dsgc_kernels::cube::{self, Platform};
 
     use super::DeviceName;
 
@@ -134,7 +134,7 @@ pub mod gpu {
     pub(super) fn target(name: DeviceName) -> Result<Box<dyn Target>, Diag> {
         let platform = platform(name);
         cube::built(platform)?;
-        Ok(Box::new(CubeTarget { platform }))
+        Ok(Box::new(cube::target(platform)))
     }
 
     pub(super) fn open(name: DeviceName, planned: Planned) -> Result<Box<dyn Device>, Diag> {
@@ -146,8 +146,10 @@ pub mod gpu {
         let line = |(_, platform): (DeviceName, Platform)| match cube::describe(platform) {
             Ok(found) => {
                 let features = if found.features.is_empty() { "none".into() } else { found.features.join(", ") };
-                let memory = crate::report::size(found.memory as usize);
-                format!("{}: {memory} at once, features beyond f32: {features}", platform.name())
+                let size = |bytes: u64| crate::report::size(bytes as usize);
+                let left = found.left.map_or(String::new(), |bytes| format!("{} left, ", size(bytes)));
+                let at_once = size(found.at_once);
+                format!("{}: {}, {left}{at_once} at once, features beyond f32: {features}", platform.name(), found.name)
             }
             Err(why) => format!("{}: not here, {}", platform.name(), why.message),
         };

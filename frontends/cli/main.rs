@@ -57,7 +57,19 @@ enum Command {
     Launch(launch::Args),
 }
 
+/// Mesa's Vulkan looks for a display in the folder that `XDG_RUNTIME_DIR` names, and complains where it names none, as in
+/// containers. No display is needed, so it looks where none is.
+#[cfg(feature = "wgpu")]
+fn quiet_mesa() {
+    if std::env::var_os("XDG_RUNTIME_DIR").is_none() {
+        // SAFETY: the program has one thread yet.
+        unsafe { std::env::set_var("XDG_RUNTIME_DIR", std::env::temp_dir()) };
+    }
+}
+
 fn main() -> ExitCode {
+    #[cfg(feature = "wgpu")]
+    quiet_mesa();
     console::report_panics();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

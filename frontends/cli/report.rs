@@ -8,7 +8,7 @@ use std::ops::Add;
 use dsgc_ir::cost::{graph_cost, graph_sent};
 use dsgc_ir::stage::{CallSteps, Role, Rows, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::verify::last_uses;
-use dsgc_ir::{Class, DType, Dim, Graph, Mesh, Planned, Program, Region, State, StateId, StateKind, Target};
+use dsgc_ir::{Class, DType, Dim, Graph, Mesh, Planned, Program, Region, State, StateId, StateKind, Target, Type};
 use dsgc_passes::{Step, live_bytes};
 use serde_json::{Value, json};
 
@@ -24,8 +24,41 @@ pub struct StageReport {
     passes: Vec<PassReport>,
     /// Per graph: ops, and bytes of its values.
     graphs: Vec<(String, usize, usize)>,
+    /// What the device's kernels are, where it says so.
+    kernels: Vec<KernelUse>,
     /// Bytes of parameters and state, values, workspace.
     memory: [usize; 3],
+}
+
+/// Ops of one name that become kernels of one kind.
+struct KernelUse {
+    op: &'static str,
+    /// The target's words.
+    lowering: String,
+    /// How many such ops there are in all graphs.
+    count: usize,
+    /// Most bytes of workspace of one of them.
+    workspace: usize,
+}
+
+impl KernelUse {
+    /// Of all graphs, in the order of names.
+    fn all(program: &Program, target: &dyn Target) -> Vec<KernelUse> {
+        let mut found: BTreeMap<(&'static str, String), (usize, usize)> = BTreeMap::new();
+        for graph in &program.graphs {
+            let bounds = graph.upper_bounds();
+            for (id, op) in graph.ops() {
+                let types: Vec<Type> = op.args.iter().map(|&arg| graph.ty(arg).clone()).collect();
+                if let Some(lowering) = target.lowering(&op.op, &types, &bounds) {
+                    let (count, workspace) = found.entry((op.op.name(), lowering)).or_default();
+                    *count += 1;
+                    *workspace = (*workspace).max(graph.scratch[id.0 as usize]);
+                }
+            }
+        }
+        let one = |((op, lowering), (count, workspace))| KernelUse { op, lowering, count, workspace };
+        found.into_iter().map(one).collect()
+    }
 }
 
 /// Numbers in the parameters of a role.
@@ -164,7 +197,7 @@ impl Extent {
 
 impl StageReport {
     /// Reads the report off a planned program.
-    pub fn new(program: &Planned, passes: Vec<PassReport>) -> StageReport {
+    pub fn new(program: &Planned, passes: Vec<PassReport>, target: &dyn Target) -> StageReport {
         let count = |trained_only: bool| {
             let params = program.states.iter().filter(|s| match s.kind {
                 StateKind::Param { trained } => trained || !trained_only,
@@ -192,6 +225,7 @@ impl StageReport {
             work,
             passes,
             graphs,
+            kernels: KernelUse::all(program, target),
             memory: [arena.persistent, arena.values, arena.scratch],
         }
     }
@@ -247,6 +281,11 @@ impl StageReport {
                 role
             })
             .collect();
+        let kernels: Vec<Value> = self
+            .kernels
+            .iter()
+            .map(|k| json!({"op": k.op, "lowering": k.lowering, "count": k.count, "workspace_bytes": k.workspace}))
+            .collect();
         let [persistent, values, scratch] = self.memory;
         json!({
             "stage": self.name,
@@ -259,6 +298,7 @@ impl StageReport {
             "calls": calls,
             "passes": passes,
             "graphs": graphs,
+            "kernels": kernels,
             "memory": {
                 "persistent": persistent, "values": values, "scratch": scratch, "peak": persistent + values + scratch,
             },
@@ -297,6 +337,13 @@ impl fmt::Display for StageReport {
         writeln!(f, "  graphs          ops, memory of values")?;
         for (name, ops, bytes) in &self.graphs {
             writeln!(f, "    {name:<24} {ops:>6}  {:>10}", size(*bytes))?;
+        }
+        if !self.kernels.is_empty() {
+            writeln!(f, "  kernels         ops, what they become, workspace")?;
+        }
+        for KernelUse { op, lowering, count, workspace } in &self.kernels {
+            let workspace = if *workspace > 0 { format!("; {} of workspace", size(*workspace)) } else { String::new() };
+            writeln!(f, "    {count:>4} x {op:<18} {lowering}{workspace}")?;
         }
         let [persistent, values, scratch] = self.memory;
         write!(

@@ -70,7 +70,16 @@ impl<'a> Reader<'a> {
                         persistent: field("persistent")?,
                         values: field("values")?,
                         scratch: field("scratch")?,
+                        allocation: None,
                     };
+                    if self.take("allocation") {
+                        self.expect("=")?;
+                        let bytes = self.number()?;
+                        if bytes == 0 {
+                            return Err(self.error("found an allocation of 0 bytes, expected more"));
+                        }
+                        self.program.arena.allocation = Some(bytes);
+                    }
                 }
                 kind @ ("param" | "state") => self.state(kind == "param")?,
                 "graph" => self.graph()?,

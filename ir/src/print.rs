@@ -22,7 +22,11 @@ impl fmt::Display for Program {
         }
         if self.level == Level::Planned {
             let a = self.arena;
-            writeln!(f, "arena persistent={} values={} scratch={}", a.persistent, a.values, a.scratch)?;
+            write!(f, "arena persistent={} values={} scratch={}", a.persistent, a.values, a.scratch)?;
+            if let Some(allocation) = a.allocation {
+                write!(f, " allocation={allocation}")?;
+            }
+            writeln!(f)?;
         }
         for state in &self.states {
             let (kind, what) = match state.kind {

@@ -108,12 +108,20 @@ pub struct Arena {
     pub values: usize,
     /// Workspace of the kernel that needs most.
     pub scratch: usize,
+    /// Where a region is made of several allocations, the bytes of each but the last: no value lies in two.
+    pub allocation: Option<usize>,
 }
 
 impl Arena {
     /// Bytes of all regions: the exact peak.
     pub fn total(&self) -> usize {
         self.persistent + self.values + self.scratch
+    }
+
+    /// Whether bytes of a region lie in one allocation.
+    pub fn is_whole(&self, offset: usize, bytes: usize) -> bool {
+        let allocation = self.allocation.unwrap_or(usize::MAX);
+        bytes == 0 || offset / allocation == (offset + bytes - 1) / allocation
     }
 }
 

@@ -19,6 +19,22 @@ pub trait Target {
     /// Bytes of workspace that the op's kernel needs at these bounds of the dims.
     fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize;
 
+    /// Which kernels the op becomes, in words, where the device says so and the op runs any.
+    fn lowering(&self, _op: &Op, _args: &[Type], _bounds: &Bindings) -> Option<String> {
+        None
+    }
+
     /// Bytes of memory, where the device has a limit.
     fn memory(&self) -> Option<usize>;
+
+    /// Bytes of the largest allocation, a multiple of the alignment, where the device has several for that reason. No value
+    /// lies in two of them.
+    fn allocation(&self) -> Option<usize> {
+        None
+    }
+
+    /// Elements of the largest value that kernels can count, if fewer than memory holds.
+    fn most_elements(&self) -> Option<usize> {
+        None
+    }
 }

@@ -223,6 +223,9 @@ fn states_are_placed(program: &Program) -> Result<(), Fault> {
         if buffer.offset + buffer.bytes > program.arena.persistent {
             return fault(format!("`@{}` leaves the arena", state.name));
         }
+        if !program.arena.is_whole(buffer.offset, buffer.bytes) {
+            return fault(format!("`@{}` lies in two allocations", state.name));
+        }
         placed.push((buffer, &state.name));
     }
     placed.sort_by_key(|(b, _)| b.offset);
@@ -273,8 +276,12 @@ fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
         if bytes > b.bytes || b.offset + b.bytes > size_of(b.region) || b.region == Region::Scratch {
             return fault(graph.def(value), format!("%{} does not fit its buffer", names[value.0 as usize]));
         }
+        if !program.arena.is_whole(b.offset, b.bytes) {
+            return fault(graph.def(value), format!("%{} lies in two allocations", names[value.0 as usize]));
+        }
     }
-    if graph.scratch.len() != graph.len() || graph.scratch.iter().any(|&s| s > program.arena.scratch) {
+    let has_workspace = |&bytes: &usize| bytes <= program.arena.scratch && program.arena.is_whole(0, bytes);
+    if graph.scratch.len() != graph.len() || !graph.scratch.iter().all(has_workspace) {
         return fault(None, "workspace is not planned".into());
     }
     let overlap = |a: Buffer, b: Buffer| {

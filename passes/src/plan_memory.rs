@@ -10,7 +10,8 @@
 //! value that is written to a state is made in the state's place where nobody reads the old value any more (an old value
 //! that is used after the write is copied before it); an elementwise result takes the place of an operand that dies. What is left is packed by live range: best fit in four
 //! orders, of which the smallest plan is kept. Sizes are those at the upper bounds of all dims. The peak is exact, as
-//! the device has no other memory.
+//! the device has no other memory. Where the device bounds its allocations, a region is a row of them, and nothing lies in
+//! two.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -41,15 +42,21 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     if !large.is_empty() {
         return Err(large);
     }
+    let large = larger_than_device(&program, target);
+    if !large.is_empty() {
+        return Err(large);
+    }
     let missing = missing_kernels(&program, target);
     if !missing.is_empty() {
         return Err(missing);
     }
-    let mut arena = Arena::default();
+    let allocation = target.allocation();
+    let mut arena = Arena { allocation, ..Arena::default() };
     for state in &mut program.states {
         let bytes = state.bytes();
-        state.buffer = Some(Buffer { region: Region::Persistent, offset: arena.persistent, bytes });
-        arena.persistent += bytes.next_multiple_of(target.alignment());
+        let offset = whole(arena.persistent, bytes, allocation);
+        state.buffer = Some(Buffer { region: Region::Persistent, offset, bytes });
+        arena.persistent = offset + bytes.next_multiple_of(target.alignment());
     }
     let mut graphs: Vec<Graph> = program.graphs.iter().map(|g| with_copies(g, &program).into_owned()).collect();
     let limit = limit(&program, target);
@@ -58,7 +65,7 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         graph.scratch = workspaces(graph, target);
         arena.scratch = arena.scratch.max(graph.scratch.iter().copied().max().unwrap_or(0));
         let storages = Storages::new(graph, &program, target);
-        let (offsets, used) = pack(&storages.all);
+        let (offsets, used) = pack(&storages.all, allocation);
         storages.place(graph, &program, &offsets);
         if let Some(memory) = limit
             && arena.persistent + used + arena.scratch > memory
@@ -108,7 +115,7 @@ pub fn live_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usiz
 /// Bytes of the values region that a plan of the graph takes.
 pub(crate) fn planned_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
     let graph = with_copies(graph, program);
-    pack(&Storages::new(&graph, program, target).all).1
+    pack(&Storages::new(&graph, program, target).all, target.allocation()).1
 }
 
 fn types(graph: &Graph, values: &[Value]) -> Vec<Type> {
@@ -128,6 +135,41 @@ pub(crate) fn too_large(graph: &Graph) -> Option<Diag> {
     let bounds: Vec<String> = bounds.iter().map(|(symbol, max)| format!("`{symbol}` up to {max}")).collect();
     let diag = Diag::error(message).label(span, "made here");
     Some(if bounds.is_empty() { diag } else { diag.help(format!("it has {}", bounds.join(", "))) })
+}
+
+/// The first state that the device's allocations or kernels cannot have, and the first value and workspace of each graph.
+fn larger_than_device(program: &Program, target: &dyn Target) -> Vec<Diag> {
+    let name = target.name();
+    let why = |what: String, bytes: usize, elements: Option<usize>| {
+        let most = target.most_elements().filter(|most| elements.is_some_and(|n| n > *most));
+        let counted = most.map(|most| format!("{what}, and kernels of {name} count {most} elements at most"));
+        let at_once = target.allocation().filter(|most| bytes > *most);
+        let held = at_once.map(|most| format!("{what}, {}, and {name} gives {} at once", size(bytes), size(most)));
+        counted.or(held)
+    };
+    let elements = |ty: &Type, bounds: &Bindings| ty.shape(bounds).map(|shape| shape.iter().product::<usize>()).ok();
+    let help = "a smaller `micro_batch_size` or `max_length` needs less of what grows with the batch";
+    let state = program.states.iter().find_map(|state| {
+        let what = format!("found `@{}` of type {}", state.name, state.ty);
+        Some(Diag::error(why(what, state.bytes(), elements(&state.ty, &Bindings::new()))?).label(state.span, ""))
+    });
+    let of_graph = |graph: &Graph| {
+        let bounds = graph.upper_bounds();
+        let value = graph.values().find_map(|value| {
+            let ty = graph.ty(value);
+            let what = format!("found a value of type {ty} in graph @{}", graph.name);
+            let bytes = ty.bytes(&bounds).expect("the verifier saw that every dim is declared");
+            let span = graph.def(value).map_or(Span::NONE, |d| graph.op(d).site.loc.span);
+            Some(Diag::error(why(what, bytes, elements(ty, &bounds))?).label(span, "made here").help(help))
+        });
+        value.or_else(|| {
+            graph.ops().zip(workspaces(graph, target)).find_map(|((_, op), bytes)| {
+                let what = format!("found workspace of `{}` in graph @{}", op.op.name(), graph.name);
+                Some(Diag::error(why(what, bytes, None)?).label(op.site.loc.span, "used here").help(help))
+            })
+        })
+    };
+    state.into_iter().chain(program.graphs.iter().filter_map(of_graph)).collect()
 }
 
 /// One message per op and operand types for which the device has no kernel.
@@ -377,7 +419,7 @@ fn uses(args: &[Value], graph: &Graph, value: Value) -> usize {
 }
 
 /// Offsets of all storages and the size of the region: the best of four orders.
-fn pack(storages: &[Storage]) -> (Vec<usize>, usize) {
+fn pack(storages: &[Storage], allocation: Option<usize>) -> (Vec<usize>, usize) {
     let span = |s: &Storage| s.live.1 - s.live.0;
     let area = |s: &Storage| s.bytes as i64 * (span(s) + 1);
     let orders: [&dyn Fn(usize) -> (i64, i64); 4] = [
@@ -391,7 +433,7 @@ fn pack(storages: &[Storage]) -> (Vec<usize>, usize) {
     for key in orders {
         let mut order: Vec<usize> = (0..storages.len()).collect();
         order.sort_by_key(|&i| (key(i), i));
-        let plan = best_fit(storages, &order);
+        let plan = best_fit(storages, &order, allocation);
         if best.as_ref().is_none_or(|b| plan.1 < b.1) {
             best = Some(plan);
         }
@@ -403,7 +445,7 @@ fn pack(storages: &[Storage]) -> (Vec<usize>, usize) {
 }
 
 /// Places storages in this order, each in the smallest gap between those that it meets, or behind them.
-fn best_fit(storages: &[Storage], order: &[usize]) -> (Vec<usize>, usize) {
+fn best_fit(storages: &[Storage], order: &[usize], allocation: Option<usize>) -> (Vec<usize>, usize) {
     let mut offsets = vec![0usize; storages.len()];
     let mut placed: Vec<usize> = Vec::with_capacity(storages.len());
     let mut total = 0;
@@ -412,18 +454,27 @@ fn best_fit(storages: &[Storage], order: &[usize]) -> (Vec<usize>, usize) {
         // `placed` is sorted by offset.
         let (mut end, mut gap): (usize, Option<(usize, usize)>) = (0, None);
         for &j in placed.iter().filter(|&&j| storages[j].meets(storage) && storages[j].bytes > 0) {
-            let room = offsets[j].saturating_sub(end);
+            let start = whole(end, storage.bytes, allocation);
+            let room = offsets[j].saturating_sub(start);
             if room >= storage.bytes && gap.is_none_or(|g| room < g.0) {
-                gap = Some((room, end));
+                gap = Some((room, start));
             }
             end = end.max(offsets[j] + storages[j].bytes);
         }
-        offsets[i] = gap.map_or(end, |g| g.1);
+        offsets[i] = gap.map_or_else(|| whole(end, storage.bytes, allocation), |g| g.1);
         total = total.max(offsets[i] + storage.bytes);
         let at = placed.partition_point(|&j| offsets[j] <= offsets[i]);
         placed.insert(at, i);
     }
     (offsets, total)
+}
+
+/// The first place from an offset on where so many bytes lie in one allocation.
+fn whole(offset: usize, bytes: usize, allocation: Option<usize>) -> usize {
+    match allocation {
+        Some(each) if offset % each + bytes > each => offset.next_multiple_of(each),
+        _ => offset,
+    }
 }
 
 /// Most bytes that are in use during one op, and the op; no plan is smaller.
@@ -522,13 +573,21 @@ mod tests {
                     Storage { bytes: 64 * (1 + next(40)) as usize, live: (start, start + next(15) as i64) }
                 })
                 .collect();
-            let (offsets, total) = pack(&storages);
+            let (offsets, total) = pack(&storages, None);
+            let apart = |offsets: &[usize], i: usize, j: usize| {
+                let (a, b) = (offsets[i], offsets[j]);
+                a + storages[i].bytes <= b || b + storages[j].bytes <= a
+            };
+            // The largest storage fills an allocation.
+            let each = 64 * 40;
+            let (cut, most) = pack(&storages, Some(each));
             for i in 0..count {
+                assert!(cut[i] / each == (cut[i] + storages[i].bytes - 1) / each, "seed {seed}: storage {i} is cut");
+                assert!(cut[i] + storages[i].bytes <= most);
                 assert!(offsets[i] + storages[i].bytes <= total);
                 for j in (0..i).filter(|&j| storages[i].meets(&storages[j])) {
-                    let (a, b) = (offsets[i], offsets[j]);
-                    let apart = a + storages[i].bytes <= b || b + storages[j].bytes <= a;
-                    assert!(apart, "seed {seed}: storages {i} and {j} overlap");
+                    assert!(apart(&offsets, i, j), "seed {seed}: storages {i} and {j} overlap");
+                    assert!(apart(&cut, i, j), "seed {seed}: storages {i} and {j} overlap in allocations");
                 }
             }
             let bound = peak(&storages).0;

@@ -77,6 +77,32 @@ fn devices_train_to_the_same_numbers() {
 
 #[cfg(feature = "wgpu")]
 #[test]
+fn compile_says_which_kernels_ops_become_without_a_gpu() {
+    let place = Workplace::new();
+    let nowhere = place.path("no-driver.json");
+    let compile = |set: &str| {
+        let args = ["compile", "pipeline.yaml", "--stage", "sft", "--device", "wgpu", "--set", set];
+        let mut command = place.command(&args);
+        let ended = command.env("VK_ICD_FILENAMES", &nowhere).env("VK_DRIVER_FILES", &nowhere).output();
+        let ended = ended.expect("the program starts");
+        assert_eq!(ended.status.code(), Some(0), "{}", String::from_utf8_lossy(&ended.stderr));
+        String::from_utf8(ended.stdout).expect("reports are text")
+    };
+    let (single, narrow) = (compile("defaults.bf16=false"), compile("defaults.bf16=true"));
+    for report in [&single, &narrow] {
+        let (_, kernels) =
+            report.split_once("  kernels         ops, what they become").expect("the report has kernels");
+        for what in ["product, tiles of 64 x 64 by 16", "attention, a cube a query", "region of ", "optimizer, "] {
+            assert!(kernels.contains(what), "no {what} in\n{report}");
+        }
+    }
+    assert!(!single.contains("narrow floats") && narrow.contains("; narrow floats as they lie"), "{narrow}");
+    let ended = place.run(&["compile", "pipeline.yaml", "--stage", "sft", "--device", "cpu"]);
+    assert!(!ended.out.contains("  kernels "), "the CPU says no such thing: {}", ended.out);
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
 fn several_ranks_on_a_gpu_are_refused_when_it_compiles() {
     let place = Workplace::new();
     let args = ["compile", "pipeline.yaml", "--stage", "sft", "--device", "wgpu", "--set", "compile.devices=2"];

@@ -32,7 +32,7 @@ use dsgc_ir::{Planned, Program, StateId, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
-use dsgc_kernels::cube::{CubeTarget, Platform, open};
+use dsgc_kernels::cube::{Platform, open, target};
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_kernels::ranks::{Member, pack, unpack};
 use dsgc_passes::PassContext;
@@ -44,6 +44,9 @@ use serde_json::{Map, Value};
 
 /// Batches that the references draw in turn.
 const BATCHES: u64 = 4;
+/// The pipelines beside this file. They are in the program, so that it runs where this file is not.
+const PIPELINES: [(&str, &str); 2] =
+    [("pipeline.yaml", include_str!("pipeline.yaml")), ("stages.yaml", include_str!("stages.yaml"))];
 /// Parameters without a comparison after steps.
 pub const ZERO_GRADIENT: &str = "k_proj.bias";
 
@@ -120,7 +123,7 @@ impl On<'_> {
             On::Doubles | On::Rank(Rank { threads: None, .. }) => compile(&InterpTarget),
             On::Cpu(threads) | On::Rank(&Rank { threads: Some(threads), .. }) => compile(&CpuTarget { threads }),
             #[cfg(any(feature = "wgpu", feature = "cuda"))]
-            On::Gpu(platform) => compile(&CubeTarget { platform }),
+            On::Gpu(platform) => compile(&target(platform)),
         };
         let planned = planned.unwrap_or_else(|e| panic!("{}", e.iter().map(|d| d.to_string()).collect::<String>()));
         let device: Box<dyn Device> = match self {
@@ -322,7 +325,7 @@ impl Golden {
     /// A stage of a pipeline beside this file, with this family's model.
     fn load(&self, file: &str, stage: Option<&str>, mut sets: Vec<String>) -> Result<Program, String> {
         sets.push(format!("models.base={}", self.model.display()));
-        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file);
+        let file = Path::new("tests/golden").join(file);
         let options = Options { sets, stage: stage.map(String::from), ..Options::default() };
         let loaded = load::load(&file, &options, &self.machine()).map_err(explained)?;
         let [program] = <[Program; 1]>::try_from(loaded.stages).expect("one stage is asked for");
@@ -465,7 +468,8 @@ struct Machine {
 
 impl Host for Machine {
     fn text(&self, path: &Path) -> io::Result<String> {
-        fs::read_to_string(path)
+        let own = PIPELINES.iter().find(|(name, _)| path == Path::new("tests/golden").join(name));
+        own.map_or_else(|| fs::read_to_string(path), |(_, text)| Ok(text.to_string()))
     }
 
     fn hf_config(&self, folder: &Path) -> Result<Map<String, Value>, Diag> {

@@ -42,6 +42,14 @@ fn main() -> ExitCode {
         };
         devices = vec![gpu];
     }
+    // The pipelines name their models by whole paths.
+    args.folder = match std::fs::canonicalize(&args.folder) {
+        Ok(folder) => folder,
+        Err(e) => {
+            eprintln!("error: cannot open {}: {e}", args.folder.display());
+            return ExitCode::from(1);
+        }
+    };
     // The folder of one family is as good a name for it.
     if let (true, Some(parent), Some(family)) =
         (args.folder.join("config.json").is_file(), args.folder.parent(), args.folder.file_name())

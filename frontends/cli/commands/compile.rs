@@ -48,8 +48,8 @@ pub fn run(args: &Args) -> Done {
             changes.extend(step.notes.changes.iter().map(|text| format!("{}: {text}", step.pass.name)));
         })?;
         match (args.emit, args.json) {
-            (None, false) => say(StageReport::new(&planned, passes)),
-            (None, true) => all.push(StageReport::new(&planned, passes).json()),
+            (None, false) => say(StageReport::new(&planned, passes, target.as_ref())),
+            (None, true) => all.push(StageReport::new(&planned, passes, target.as_ref()).json()),
             (Some(Emit::Ir), _) => say(planned.to_string().trim_end()),
             (Some(Emit::Plan), false) => say(crate::plan_text::plan_text(&planned.stage)),
             (Some(Emit::Plan), true) => {

@@ -77,7 +77,7 @@ fn tile_place(e: u32, #[comptime] across: bool) -> (u32, u32) {
 fn product(
     a: &Array<u32>,
     b: &Array<u32>,
-    operands: &Sequence<Array<u32>>,
+    operands: &mut Sequence<Array<u32>>,
     results: &mut Sequence<Array<u32>>,
     faults: &mut Array<u32>,
     numbers: &Sequence<u32>,
@@ -208,6 +208,17 @@ fn in_place(labels: &Contraction, result: &Type, each: u32) -> bool {
     let whole = |n: i64| n % i64::from(each) == 0;
     let neighbours = || labels.out.last().is_some_and(own);
     each == 1 || (neighbours() && result.dims.last().and_then(|dim| dim.constant()).is_some_and(whole))
+}
+
+/// Whether a region goes over a product's sums before they leave the registers, to these results of one shape.
+pub(super) fn finishes(spec: &str, results: &[Type]) -> bool {
+    let each = results.iter().map(|ty| Store::of(ty.dtype).each()).max().unwrap_or(1);
+    results.first().is_none_or(|result| in_place(&parse(spec), result, each))
+}
+
+/// The tiles of a cube.
+pub(super) fn tiles() -> String {
+    format!("tiles of {TILE} x {TILE} by {DEPTH}")
 }
 
 fn parse(spec: &str) -> Contraction {

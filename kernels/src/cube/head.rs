@@ -13,7 +13,7 @@ const BLOCK: usize = 1 << 24;
 const ROWS: usize = ALIGNMENT / 4;
 
 /// Rows of a block of `n` with a vocabulary of `width`.
-fn rows(n: usize, width: usize) -> usize {
+pub(super) fn rows(n: usize, width: usize) -> usize {
     (BLOCK / width.max(1) / ROWS * ROWS).clamp(ROWS, n.next_multiple_of(ROWS).max(ROWS))
 }
 

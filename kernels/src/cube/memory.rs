@@ -1,10 +1,10 @@
-//! The arena: one allocation on the device.
+//! The arena on the device: an allocation for each region, or several, where the device bounds them and the plan knows it.
 
 use std::marker::PhantomData;
 
 use cubecl::client::ComputeClient;
 use cubecl::prelude::*;
-use cubecl::server::Handle;
+use cubecl::server::{Handle, ServerError};
 use dsgc_ir::diag::Diag;
 use dsgc_ir::{Arena, Bindings, Buffer, DType, Data, Dim, Region, Tensor, Type};
 
@@ -27,48 +27,86 @@ fn clear(to: &mut Array<u32>, len: u32) {
     }
 }
 
-/// Regions of the plan one after the other, and a place for faults behind them.
+/// Bytes that a device gives.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Gives {
+    /// In one allocation.
+    pub(super) at_once: u64,
+    /// In all, where it says so.
+    pub(super) in_all: Option<u64>,
+}
+
+/// Bytes that transfers may need beside the arena.
+const TRANSFERS: u64 = 256 << 20;
+
+/// The regions of the plan, and a place for faults.
 pub(super) struct Memory<R: Runtime> {
-    all: Handle,
-    starts: [usize; 3],
-    faults: Buffer,
+    /// Of each region, allocations that lie one behind the other.
+    regions: [Vec<Handle>; 3],
+    /// Bytes of an allocation, but of the last one of a region.
+    each: usize,
+    /// Most bytes of a transfer.
+    transfer: usize,
+    faults: Handle,
     runtime: PhantomData<R>,
 }
 
 /// A tensor that is in memory: where, of which elements, and its shape.
 pub(super) type Part = (Buffer, DType, Vec<usize>);
 
+/// Words of the place for faults.
+const FAULTS: usize = 3;
+
 impl<R: Runtime> Memory<R> {
-    /// All zeros. An error where the device does not give so much at once.
-    pub(super) fn new(client: &ComputeClient<R>, arena: Arena) -> Result<Memory<R>, Diag> {
-        let mut bytes = 0;
-        let starts = [arena.persistent, arena.values, arena.scratch].map(|region| {
-            let start = bytes;
-            bytes += region.next_multiple_of(ALIGNMENT);
-            start
+    /// All zeros. An error where the device does not give so much.
+    pub(super) fn new(client: &ComputeClient<R>, arena: Arena, gives: Gives) -> Result<Memory<R>, Diag> {
+        let sizes = [arena.persistent, arena.values, arena.scratch].map(|bytes| bytes.next_multiple_of(ALIGNMENT));
+        let each = arena.allocation.unwrap_or(usize::MAX);
+        let lens = sizes.map(|bytes| {
+            let starts = (0..bytes).step_by(each);
+            starts.map(|start| (bytes - start).min(each)).collect::<Vec<usize>>()
         });
-        let most = client.properties().memory.max_page_size;
-        let total = bytes + ALIGNMENT;
-        if total as u64 > most {
-            let message = format!("{total} bytes of memory are needed, and the device gives {most} at once");
-            let help = "a smaller `micro_batch_size` or `max_length` needs less; `dsgc compile` says what takes it";
+        let total = sizes.iter().sum::<usize>() as u64;
+        let largest = lens.iter().flatten().max().map_or(0, |&bytes| bytes as u64);
+        let help = "a smaller `micro_batch_size` or `max_length` needs less; `dsgc compile` says what takes it";
+        if let Some(in_all) = gives.in_all
+            && total + TRANSFERS > in_all
+        {
+            let message = format!(
+                "{total} bytes of memory are needed and {TRANSFERS} more for transfers, and the device has {in_all} left"
+            );
             return Err(Diag::error(message).help(help));
         }
-        // The last region has a neighbour: the place for faults.
-        let faults = Buffer { region: Region::Scratch, offset: bytes - starts[2], bytes: ALIGNMENT };
-        let memory = Memory { all: client.empty(total), starts, faults, runtime: PhantomData };
-        let persistent = Buffer { region: Region::Persistent, offset: 0, bytes: arena.persistent };
-        memory.clear(client, persistent);
+        if largest > gives.at_once {
+            let message =
+                format!("{largest} bytes of memory are needed at once, and the device gives {}", gives.at_once);
+            return Err(Diag::error(message).help(help));
+        }
+        // Allocations of exactly these sizes: a pool's would be those of its pages.
+        let allocate = |bytes: usize| {
+            let handle = client.memory_persistent_allocation(bytes, |bytes| client.empty(bytes));
+            handle.map_err(|why| Diag::error(format!("the device gives no {bytes} bytes of memory: {why}")).help(help))
+        };
+        let allocate_all = |lens: &Vec<usize>| lens.iter().map(|&bytes| allocate(bytes)).collect::<Result<Vec<_>, _>>();
+        let [persistent, values, scratch] = &lens;
+        let regions = [allocate_all(persistent)?, allocate_all(values)?, allocate_all(scratch)?];
+        let transfer = gives.at_once.min(TRANSFERS) as usize / ALIGNMENT * ALIGNMENT;
+        let faults = allocate(ALIGNMENT)?;
+        let memory = Memory { regions, each, transfer, faults, runtime: PhantomData };
+        for (i, &bytes) in lens[Region::Persistent as usize].iter().enumerate() {
+            memory.clear(client, Buffer { region: Region::Persistent, offset: i * each, bytes });
+        }
         memory.clear_faults(client);
         Ok(memory)
     }
 
     /// A part of the arena, to whole words.
     fn handle(&self, buffer: Buffer) -> Handle {
-        let start = self.starts[buffer.region as usize] + buffer.offset;
+        let (which, start) = (buffer.offset / self.each, buffer.offset % self.each);
+        let whole = self.regions[buffer.region as usize].get(which).unwrap_or(&self.faults);
         let end = start + buffer.bytes.next_multiple_of(4);
-        let rest = (self.all.size() as usize).checked_sub(end).expect("bug: a buffer leaves the arena");
-        self.all.clone().offset_start(start as u64).offset_end(rest as u64)
+        let rest = (whole.size() as usize).checked_sub(end).expect("bug: a buffer leaves its allocation");
+        whole.clone().offset_start(start as u64).offset_end(rest as u64)
     }
 
     /// A buffer, for a kernel.
@@ -79,12 +117,15 @@ impl<R: Runtime> Memory<R> {
 
     /// The place for faults, for a kernel.
     pub(super) fn faults(&self) -> ArrayArg<R> {
-        self.words(self.faults)
+        // SAFETY: the handle has so many words and more.
+        unsafe { ArrayArg::from_raw_parts(self.faults.clone(), FAULTS) }
     }
 
     /// Makes the place for faults empty.
     pub(super) fn clear_faults(&self, client: &ComputeClient<R>) {
-        self.clear(client, self.faults);
+        let (cubes, cube) = units(FAULTS);
+        // SAFETY: units beyond the last word do nothing.
+        unsafe { clear::launch_unchecked::<R>(client, cubes, cube, self.faults(), FAULTS as u32) }
     }
 
     /// Makes a buffer zeros.
@@ -111,35 +152,43 @@ impl<R: Runtime> Memory<R> {
         unsafe { copy::launch_unchecked::<R>(client, cubes, cube, self.words(from), self.words(to), len as u32) }
     }
 
-    /// Writes tensors into buffers, in one transfer.
+    /// Writes tensors into buffers, in one transfer or in as few as the device takes.
     pub(super) fn write(&self, client: &ComputeClient<R>, parts: &[(Buffer, DType, &Tensor)]) {
         let mut staged = Vec::new();
-        let mut starts = Vec::new();
-        for (buffer, dtype, tensor) in parts {
-            starts.push(staged.len());
-            pack(tensor, *dtype, &mut staged);
-            let bytes = staged.len() - starts[starts.len() - 1];
+        let mut places: Vec<(Buffer, usize)> = Vec::new();
+        for &(buffer, dtype, tensor) in parts {
+            let bytes = bytes_of(dtype, &tensor.shape);
             assert!(bytes <= buffer.bytes, "bug: a tensor is larger than its buffer");
-            staged.resize(staged.len().next_multiple_of(ALIGNMENT), 0);
-        }
-        if staged.is_empty() {
-            return;
-        }
-        let total = staged.len();
-        let handle = client.create_from_slice(&staged);
-        for ((buffer, dtype, tensor), start) in parts.iter().zip(starts) {
-            let len = bytes_of(*dtype, &tensor.shape).div_ceil(4);
-            if len == 0 {
+            if bytes == 0 {
                 continue;
             }
+            if !staged.is_empty() && staged.len() + bytes > self.transfer {
+                self.transfer(client, &mut staged, &mut places);
+            }
+            places.push((Buffer { bytes, ..buffer }, staged.len()));
+            pack(tensor, dtype, &mut staged);
+            staged.resize(staged.len().next_multiple_of(ALIGNMENT), 0);
+        }
+        if !staged.is_empty() {
+            self.transfer(client, &mut staged, &mut places);
+        }
+    }
+
+    /// Takes bytes to the device, and from there to their buffers, each by where its bytes begin.
+    fn transfer(&self, client: &ComputeClient<R>, staged: &mut Vec<u8>, places: &mut Vec<(Buffer, usize)>) {
+        let total = staged.len();
+        let handle = client.create_from_slice(staged);
+        for (buffer, start) in places.drain(..) {
+            let len = buffer.bytes.div_ceil(4);
             let (cubes, cube) = units(len);
             let from = handle.clone().offset_start(start as u64).offset_end((total - start - 4 * len) as u64);
             // SAFETY: both places hold so many words; units beyond the last do nothing.
             unsafe {
                 let from = ArrayArg::from_raw_parts(from, len);
-                copy::launch_unchecked::<R>(client, cubes, cube, from, self.words(*buffer), len as u32);
+                copy::launch_unchecked::<R>(client, cubes, cube, from, self.words(buffer), len as u32);
             }
         }
+        staged.clear();
     }
 
     /// Reads tensors and the place for faults, in one transfer.
@@ -149,9 +198,9 @@ impl<R: Runtime> Memory<R> {
             let bytes = bytes_of(*dtype, shape);
             self.handle(Buffer { bytes, ..*buffer })
         });
-        let faults = self.handle(Buffer { bytes: 12, ..self.faults });
+        let faults = self.faults.clone().offset_end((ALIGNMENT - 4 * FAULTS) as u64);
         let handles: Vec<Handle> = handles.chain([faults]).collect();
-        let read = cubecl::future::block_on(client.read_async(handles)).map_err(|error| format!("{error:?}"))?;
+        let read = cubecl::future::block_on(client.read_async(handles)).map_err(explained)?;
         let (faults, read) = read.split_last().ok_or("it gives nothing back")?;
         let mut read = read.iter();
         let tensors = parts.iter().map(|(_, dtype, shape)| {
@@ -162,6 +211,20 @@ impl<R: Runtime> Memory<R> {
         let mut words = words(faults);
         Ok((tensors, [(); 3].map(|()| words.next().unwrap_or(0))))
     }
+}
+
+/// What went wrong, without where in CubeCL it did: its first line.
+pub(super) fn explained(error: ServerError) -> String {
+    let first = match error {
+        ServerError::ServerUnhealthy { errors, .. } => errors.into_iter().next().map(|error| error.to_string()),
+        error => Some(error.to_string()),
+    };
+    let text = first.unwrap_or_else(|| "it does not say why".into());
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && *line != "Caused by:");
+    lines
+        .take_while(|line| !line.starts_with("Backtrace") && !line.starts_with("[Source]"))
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = u32> {

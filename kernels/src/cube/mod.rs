@@ -1,19 +1,23 @@
 //! GPUs: planned graphs as kernel launches over one arena, through CubeCL.
 //!
 //! Everything that knows CubeCL lives in this folder. One code serves every runtime: [`Cube`] is generic over it, and
-//! kernels are written once. The arena is one allocation; kernels are given parts of it by offset, in the order of the
-//! plan, and nothing waits for the device until values are read. What goes wrong in a kernel (a token outside of the
-//! vocabulary) is written to a place of its own, which is read together with the next values.
+//! kernels are written once. Kernels are given parts of the arena by offset, in the order of the plan, and nothing waits for
+//! the device until values are read. What goes wrong in a kernel (a token outside of the vocabulary) is written to a place of
+//! its own, which is read together with the next values.
 //!
 //! Memory is seen as 32-bit words. Four truth values share one, and two narrow floats, so a unit of a kernel makes all that
 //! share a word. Kernels that know f32 only find narrow floats widened in the workspace.
 //! Reductions have fixed orders and there are no atomics: results depend on the sizes alone.
+//!
+//! An operand whose place a result may take ([`Op::in_place`]) is a mutable array of its kernel, though nothing is written
+//! through it: of the others CUDA's compiler is told that nobody writes to them, and may read them as late as it likes.
 
 mod attention;
 mod contract;
 mod head;
 mod index;
 mod kept;
+mod lowering;
 mod math;
 mod memory;
 mod movement;
@@ -39,8 +43,8 @@ use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, 
 use crate::profile::Profile;
 use crate::{Device, Launches, bind};
 use attention::Look;
-use memory::Memory;
-pub use platform::{Description, built, describe, has_hardware, open, present};
+use memory::{Gives, Memory};
+pub use platform::{Description, built, describe, has_hardware, open, present, target};
 pub use target::{CubeTarget, Platform};
 
 /// Units of a cube of kernels in which every unit works alone.
@@ -60,9 +64,9 @@ pub struct Cube<R: Runtime> {
 
 impl<R: Runtime> Cube<R> {
     /// Takes a program that was planned for [`CubeTarget`]. All states are zero. An error where the device does not give
-    /// so much memory at once.
-    pub fn new(program: Planned, platform: Platform, client: ComputeClient<R>) -> Result<Cube<R>, Diag> {
-        let memory = Memory::new(&client, program.arena)?;
+    /// so much memory.
+    fn new(program: Planned, platform: Platform, client: ComputeClient<R>, gives: Gives) -> Result<Cube<R>, Diag> {
+        let memory = Memory::new(&client, program.arena, gives)?;
         Ok(Cube { platform, program: Arc::new(program), client, memory, profile: None })
     }
 
@@ -190,7 +194,7 @@ impl<R: Runtime> Cube<R> {
         if self.profile.is_none() {
             return Ok(None);
         }
-        cubecl::future::block_on(self.client.sync()).map_err(|why| self.failed(&format!("{why:?}")))?;
+        cubecl::future::block_on(self.client.sync()).map_err(|why| self.failed(&memory::explained(why)))?;
         Ok(Some(Instant::now()))
     }
 

@@ -3,7 +3,9 @@
 use dsgc_ir::Planned;
 use dsgc_ir::diag::Diag;
 
-use super::{Cube, Platform};
+use super::memory::Gives;
+use super::target::ALIGNMENT;
+use super::{Cube, CubeTarget, Platform};
 use crate::Device;
 
 /// A device that programs can run on.
@@ -11,8 +13,12 @@ use crate::Device;
 pub struct Description {
     /// The runtime.
     pub platform: Platform,
+    /// What its maker calls it.
+    pub name: String,
     /// The most bytes that it gives at once.
-    pub memory: u64,
+    pub at_once: u64,
+    /// The bytes that it has left, where it says so.
+    pub left: Option<u64>,
     /// What kernels could use beyond what every GPU has.
     pub features: Vec<&'static str>,
 }
@@ -23,9 +29,17 @@ pub fn open(platform: Platform, program: Planned) -> Result<Box<dyn Device>, Dia
     present(platform)?;
     match platform {
         #[cfg(feature = "wgpu")]
-        Platform::Wgpu => Ok(Box::new(Cube::new(program, platform, wgpu::client())?)),
+        Platform::Wgpu => {
+            let client = wgpu::client();
+            let gives = wgpu::gives(&client);
+            Ok(Box::new(Cube::new(program, platform, client, gives)?))
+        }
         #[cfg(feature = "cuda")]
-        Platform::Cuda => Ok(Box::new(Cube::new(program, platform, cuda::client())?)),
+        Platform::Cuda => {
+            let client = cuda::client();
+            let gives = cuda::gives(&client);
+            Ok(Box::new(Cube::new(program, platform, client, gives)?))
+        }
         #[allow(unreachable_patterns)] // Where both are there.
         _ => Err(not_built(platform)),
     }
@@ -36,12 +50,28 @@ pub fn describe(platform: Platform) -> Result<Description, Diag> {
     present(platform)?;
     match platform {
         #[cfg(feature = "wgpu")]
-        Platform::Wgpu => Ok(description(platform, &wgpu::client())),
+        Platform::Wgpu => {
+            let client = wgpu::client();
+            Ok(description(platform, wgpu::name(), &client, wgpu::gives(&client)))
+        }
         #[cfg(feature = "cuda")]
-        Platform::Cuda => Ok(description(platform, &cuda::client())),
+        Platform::Cuda => {
+            let client = cuda::client();
+            Ok(description(platform, cuda::name(), &client, cuda::gives(&client)))
+        }
         #[allow(unreachable_patterns)]
         _ => Err(not_built(platform)),
     }
+}
+
+/// A platform as passes must know it to make programs for this machine's device, or for any where there is none.
+pub fn target(platform: Platform) -> CubeTarget {
+    let allocation = match platform {
+        #[cfg(feature = "wgpu")]
+        Platform::Wgpu => wgpu::at_once(),
+        _ => None,
+    };
+    CubeTarget { platform, allocation: allocation.map(|bytes| bytes as usize / ALIGNMENT * ALIGNMENT) }
 }
 
 /// An error where this binary was built without the platform.
@@ -83,7 +113,19 @@ fn not_built(platform: Platform) -> Diag {
         .help(format!("build it with `cargo build --release --features {name}`, or write `--device cpu`"))
 }
 
-fn description<R: cubecl::Runtime>(platform: Platform, client: &cubecl::client::ComputeClient<R>) -> Description {
+/// Gives back what programs before this one had.
+fn clean<R: cubecl::Runtime>(client: &cubecl::client::ComputeClient<R>) {
+    client.memory_cleanup();
+    // What is wrong with the device is told when values are read.
+    cubecl::future::block_on(client.sync()).ok();
+}
+
+fn description<R: cubecl::Runtime>(
+    platform: Platform,
+    name: String,
+    client: &cubecl::client::ComputeClient<R>,
+    gives: Gives,
+) -> Description {
     use cubecl::ir::features::{Plane, TypeUsage};
     use cubecl::ir::{ElemType, FloatKind};
     let properties = client.properties();
@@ -95,7 +137,7 @@ fn description<R: cubecl::Runtime>(platform: Platform, client: &cubecl::client::
         ("tensor cores", !properties.features.matmul.cmma.is_empty()),
     ];
     let features = features.into_iter().filter(|feature| feature.1).map(|feature| feature.0).collect();
-    Description { platform, memory: properties.memory.max_page_size, features }
+    Description { platform, name, at_once: gives.at_once, left: gives.in_all, features }
 }
 
 #[cfg(feature = "wgpu")]
@@ -106,23 +148,37 @@ mod wgpu {
     use cubecl::client::ComputeClient;
     use cubecl::wgpu::{AutoGraphicsApi, GraphicsApi, WgpuDevice, WgpuRuntime};
     use dsgc_ir::diag::Diag;
-    use wgpu::{Backends, DeviceType, Instance, InstanceDescriptor};
+    use wgpu::{Backends, DeviceType, Instance, InstanceDescriptor, PowerPreference, RequestAdapterOptions};
 
-    /// What the adapters are of the one interface that programs run on; asked for once, and no other interface, since drivers
-    /// of those that are not there write to standard error.
-    fn devices() -> &'static [DeviceType] {
-        static ALL: OnceLock<Vec<DeviceType>> = OnceLock::new();
-        ALL.get_or_init(|| {
+    use crate::cube::memory::Gives;
+
+    /// The adapter that programs run on: its name, what it is, and the most bytes that a kernel can have of one allocation.
+    struct Adapter {
+        name: String,
+        kind: DeviceType,
+        at_once: u64,
+    }
+
+    /// The adapter that CubeCL takes, asked for as it does; once, and of one interface, since drivers of those that are not
+    /// there write to standard error.
+    fn adapter() -> Option<&'static Adapter> {
+        static ONE: OnceLock<Option<Adapter>> = OnceLock::new();
+        let find = || {
             let backends = Backends::from(AutoGraphicsApi::backend());
             let instance =
                 Instance::new(InstanceDescriptor { backends, ..InstanceDescriptor::new_without_display_handle() });
-            let adapters = cubecl::future::block_on(instance.enumerate_adapters(backends));
-            adapters.iter().map(|adapter| adapter.get_info().device_type).collect()
-        })
+            let power_preference = PowerPreference::HighPerformance;
+            let options = RequestAdapterOptions { power_preference, ..RequestAdapterOptions::default() };
+            let adapter = cubecl::future::block_on(instance.request_adapter(&options)).ok()?;
+            let (info, limits) = (adapter.get_info(), adapter.limits());
+            let at_once = limits.max_buffer_size.min(limits.max_storage_buffer_binding_size);
+            Some(Adapter { name: info.name, kind: info.device_type, at_once })
+        };
+        ONE.get_or_init(find).as_ref()
     }
 
     pub(super) fn present() -> Result<(), Diag> {
-        if devices().is_empty() {
+        if adapter().is_none() {
             let help = "install the GPU's Vulkan driver (or `mesa-vulkan-drivers`, which computes on the CPU), or write \
                         `--device cpu`";
             return Err(Diag::error("the device `wgpu` finds no Vulkan adapter on this machine").help(help));
@@ -130,9 +186,23 @@ mod wgpu {
         Ok(())
     }
 
-    /// Whether there is a GPU, with memory of its own or without.
+    /// Whether it is a GPU, with memory of its own or without.
     pub(super) fn has_hardware() -> bool {
-        devices().iter().any(|device| matches!(device, DeviceType::DiscreteGpu | DeviceType::IntegratedGpu))
+        adapter().is_some_and(|one| matches!(one.kind, DeviceType::DiscreteGpu | DeviceType::IntegratedGpu))
+    }
+
+    pub(super) fn at_once() -> Option<u64> {
+        adapter().map(|one| one.at_once)
+    }
+
+    pub(super) fn name() -> String {
+        adapter().map_or_else(String::new, |one| one.name.clone())
+    }
+
+    pub(super) fn gives(client: &ComputeClient<WgpuRuntime>) -> Gives {
+        super::clean(client);
+        let own = client.properties().memory.max_page_size;
+        Gives { at_once: at_once().map_or(own, |bytes| bytes.min(own)), in_all: None }
     }
 
     pub(super) fn client() -> ComputeClient<WgpuRuntime> {
@@ -144,8 +214,12 @@ mod wgpu {
 mod cuda {
     use cubecl::Runtime;
     use cubecl::client::ComputeClient;
+    use cubecl::cuda::install::cuda_path;
     use cubecl::cuda::{CudaDevice, CudaRuntime};
+    use cudarc::driver::CudaContext;
     use dsgc_ir::diag::Diag;
+
+    use crate::cube::memory::Gives;
 
     pub(super) fn present() -> Result<(), Diag> {
         let missing = |what: &str, help: &str| {
@@ -165,7 +239,23 @@ mod cuda {
         if !compiler {
             return missing("NVRTC", "install CUDA's runtime compiler (`libnvrtc`, of the CUDA toolkit 12 or later)");
         }
+        // Every kernel includes this one, and CubeCL ends the program where it finds no toolkit.
+        if !cuda_path().is_some_and(|path| path.join("include/cuda_runtime.h").is_file()) {
+            return missing("headers of CUDA", "install the CUDA toolkit, or let `CUDA_PATH` name its folder");
+        }
         Ok(())
+    }
+
+    /// What the driver calls the device that runs.
+    pub(super) fn name() -> String {
+        CudaContext::new(0).and_then(|context| context.name()).unwrap_or_else(|_| "a GPU".into())
+    }
+
+    /// What the driver has left: CubeCL knows a quarter of the memory only, which bounds its pools.
+    pub(super) fn gives(client: &ComputeClient<CudaRuntime>) -> Gives {
+        super::clean(client);
+        let left = CudaContext::new(0).and_then(|context| context.mem_get_info()).ok().map(|(free, _)| free as u64);
+        Gives { at_once: left.unwrap_or(client.properties().memory.max_page_size), in_all: left }
     }
 
     pub(super) fn client() -> ComputeClient<CudaRuntime> {

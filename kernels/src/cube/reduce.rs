@@ -226,6 +226,26 @@ pub(super) fn beginning(op: &Op, floats: bool) -> (With, u32) {
     }
 }
 
+/// How a reduction runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// As a region around it.
+    Region(Along),
+    /// A unit makes a result.
+    Alone,
+    /// A cube makes a result.
+    Cubes,
+}
+
+/// The way of a reduction over these dims of so many, to so many results of so many terms.
+pub(super) fn way(axes: &[usize], rank: usize, results: usize, terms: usize) -> Way {
+    match Along::of(axes, rank) {
+        Some(along) if terms > FEW => Way::Region(along),
+        _ if terms <= FEW || results >= BLOCK => Way::Alone,
+        _ => Way::Cubes,
+    }
+}
+
 /// A reduction over dims.
 pub(super) fn run<R: Runtime>(l: &Launch<R>, axes: &[usize]) {
     let arg = l.op.args[0];
@@ -244,7 +264,8 @@ pub(super) fn run<R: Runtime>(l: &Launch<R>, axes: &[usize]) {
     if results == 0 {
         return;
     }
-    if terms > FEW && Along::of(axes, shape.len()).is_some() {
+    let way = way(axes, shape.len(), results, terms);
+    if let Way::Region(_) = way {
         region::reduction(l);
         return;
     }
@@ -253,7 +274,7 @@ pub(super) fn run<R: Runtime>(l: &Launch<R>, axes: &[usize]) {
     let (from, to, results_, terms_) = (l.arg(0), l.out(0), results as u32, terms as u32);
     // SAFETY: what is read lies in the operand, whose shape the strides come from; nothing is written behind the results.
     unsafe {
-        if terms <= FEW || results >= BLOCK {
+        if way == Way::Alone {
             let (cubes, cube) = l.units(results);
             alone::launch_unchecked::<R>(l.client, cubes, cube, from, to, given, results_, terms_, start, plan);
         } else {

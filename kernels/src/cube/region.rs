@@ -15,10 +15,10 @@ use super::steps::{Item, Made, each, evaluate, lower, pack, places, steps, write
 use super::{Launch, MOST_CUBES, cubes, numbers};
 
 /// Rows whose elements of a column a unit reduces.
-const ROWS: usize = 64;
+pub(super) const ROWS: usize = 64;
 
 /// Elements that a cube reduces.
-const BLOCK: usize = 1 << 13;
+pub(super) const BLOCK: usize = 1 << 13;
 
 /// All that a kernel without a reduction depends on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -31,7 +31,7 @@ struct Plan {
 
 #[cube(launch_unchecked)]
 fn region(
-    operands: &Sequence<Array<u32>>,
+    operands: &mut Sequence<Array<u32>>,
     results: &mut Sequence<Array<u32>>,
     faults: &mut Array<u32>,
     numbers: &Sequence<u32>,
@@ -90,7 +90,7 @@ struct RowPlan {
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn by_rows(
-    operands: &Sequence<Array<u32>>,
+    operands: &mut Sequence<Array<u32>>,
     results: &mut Sequence<Array<u32>>,
     faults: &mut Array<u32>,
     numbers: &Sequence<u32>,
@@ -189,7 +189,7 @@ struct BlockPlan {
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn by_columns(
-    operands: &Sequence<Array<u32>>,
+    operands: &mut Sequence<Array<u32>>,
     results: &mut Sequence<Array<u32>>,
     parts: &mut Array<u32>,
     faults: &mut Array<u32>,
@@ -236,7 +236,7 @@ fn by_columns(
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn by_blocks(
-    operands: &Sequence<Array<u32>>,
+    operands: &mut Sequence<Array<u32>>,
     results: &mut Sequence<Array<u32>>,
     parts: &mut Array<u32>,
     faults: &mut Array<u32>,

@@ -37,6 +37,8 @@ impl Platform {
 pub struct CubeTarget {
     /// The runtime.
     pub platform: Platform,
+    /// Bytes of the largest allocation, a multiple of the alignment, if that has a bound.
+    pub allocation: Option<usize>,
 }
 
 impl Target for CubeTarget {
@@ -77,8 +79,21 @@ impl Target for CubeTarget {
         wide.fold(own, |all, bytes| all.next_multiple_of(ALIGNMENT) + bytes.next_multiple_of(ALIGNMENT))
     }
 
+    fn lowering(&self, op: &Op, args: &[Type], bounds: &Bindings) -> Option<String> {
+        let results = infer(op, args, None).unwrap_or_default();
+        super::lowering::lowering(op, args, &results, bounds)
+    }
+
     fn memory(&self) -> Option<usize> {
         None
+    }
+
+    fn allocation(&self) -> Option<usize> {
+        self.allocation
+    }
+
+    fn most_elements(&self) -> Option<usize> {
+        Some(u32::MAX as usize)
     }
 }
 

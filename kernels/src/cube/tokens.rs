@@ -158,7 +158,7 @@ fn logp(
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn logp_grad(
-    logits: &Array<f32>,
+    logits: &mut Array<f32>,
     tokens: &Array<u32>,
     grad: &Array<f32>,
     out: &mut Array<f32>,

@@ -10,7 +10,7 @@ use super::{Launch, math, numbers};
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn turn(
-    x: &Array<f32>,
+    x: &mut Array<f32>,
     positions: &Array<u32>,
     frequencies: &Array<f32>,
     out: &mut Array<f32>,

@@ -6,7 +6,7 @@ use dsgc_ir::{Arena, Bindings, DType, Data, Program, Target, Tensor, Type, parse
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::CpuTarget;
 #[cfg(feature = "wgpu")]
-use dsgc_kernels::cube::{CubeTarget, Platform, open};
+use dsgc_kernels::cube::{CubeTarget, Platform, open, target};
 use dsgc_kernels::interp::apart::plan_apart;
 use dsgc_kernels::interp::{Interp, Precision};
 
@@ -149,7 +149,7 @@ pub fn is_near(found: &Tensor, expected: &Tensor, dtype: DType, slack: f64) -> R
 #[cfg(feature = "wgpu")]
 pub fn gpu_target() -> CubeTarget {
     let cuda = std::env::var("DSGC_GPU").is_ok_and(|name| name == Platform::Cuda.name());
-    CubeTarget { platform: if cuda { Platform::Cuda } else { Platform::Wgpu } }
+    target(if cuda { Platform::Cuda } else { Platform::Wgpu })
 }
 
 /// The GPU with the program, where it has all its kernels.
