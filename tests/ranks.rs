@@ -368,6 +368,17 @@ fn ranks_that_share_layers_are_near_on_the_cpu() {
     shared_layers(SFT, &["stages.sft.max_steps=3", "stages.sft.bf16=true"], &[(1, 2, 0), (2, 2, 1)], On::Cpu, 2e-2);
 }
 
+/// What GPUs send to each other goes by way of the host.
+#[cfg(feature = "wgpu")]
+#[test]
+fn gpus_are_near() {
+    let sets = ["stages.sft.max_steps=3", "stages.sft.learning_rate=1e-3"];
+    every_layout(SFT, &sets, &[(2, 1), (2, 3)], On::Gpu, 1e-5);
+    shared_layers(SFT, &sets, &[(1, 2, 0)], On::Gpu, 1e-5);
+    let sets = ["stages.sft.max_steps=2", "stages.sft.bf16=true"];
+    every_layout(SFT, &sets, &[(2, 3)], On::Gpu, 1e-3);
+}
+
 /// The bytes that ranks send are those of the formula: a sum of gradients, twice its bytes but for one part; with ZeRO 3 parameters
 /// twice and gradients once for every part of a batch.
 #[test]

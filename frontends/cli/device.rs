@@ -54,16 +54,11 @@ impl DeviceName {
         best
     }
 
-    /// What passes must know of it, where these ranks run on this machine; an error where this program was built without it, or
-    /// it cannot be one of several ranks.
+    /// What passes must know of it, where these ranks run on this machine; an error where this program was built without it.
     pub fn target(self, mesh: &Mesh) -> Result<Box<dyn Target>, Diag> {
         Ok(match self {
             DeviceName::Cpu | DeviceName::Auto => Box::new(CpuTarget { threads: threads_of_rank(mesh) }),
             DeviceName::Interp | DeviceName::InterpF64 => Box::new(InterpTarget),
-            DeviceName::Wgpu | DeviceName::Cuda if !mesh.is_single() => {
-                let message = format!("found {} ranks, and GPUs run one in this version", mesh.ranks());
-                return Err(Diag::error(message).help("write `data: 1`, or `--device cpu`"));
-            }
             DeviceName::Wgpu | DeviceName::Cuda => return gpu::target(self),
         })
     }
@@ -71,7 +66,7 @@ impl DeviceName {
     /// The device as a rank, with a planned program in it; an error where this machine does not give it the memory.
     pub fn open(self, planned: Planned, member: Member) -> Result<Box<dyn Device>, Diag> {
         if let DeviceName::Wgpu | DeviceName::Cuda = self {
-            return gpu::open(self, planned);
+            return gpu::open(self, planned, member);
         }
         let ranks = ranks_here(&member.mesh);
         let bytes = planned.arena.total().saturating_mul(ranks);
@@ -116,6 +111,8 @@ pub mod gpu {
     use dsgc_ir::{Planned, Target};
     use dsgc_kernels::Device;
     use dsgc_kernels::cube::{self, Platform};
+    use dsgc_kernels::ranks::Member;
+    use dsgc_runtime::mpi;
 
     use super::DeviceName;
 
@@ -137,8 +134,8 @@ pub mod gpu {
         Ok(Box::new(cube::target(platform)))
     }
 
-    pub(super) fn open(name: DeviceName, planned: Planned) -> Result<Box<dyn Device>, Diag> {
-        cube::open(platform(name), planned)
+    pub(super) fn open(name: DeviceName, planned: Planned, member: Member) -> Result<Box<dyn Device>, Diag> {
+        cube::open(platform(name), planned, member, mpi::rank_here())
     }
 
     /// A line for each platform: what is there, or why nothing is.
@@ -163,6 +160,7 @@ pub mod gpu {
     use dsgc_ir::diag::Diag;
     use dsgc_ir::{Planned, Target};
     use dsgc_kernels::Device;
+    use dsgc_kernels::ranks::Member;
 
     use super::DeviceName;
 
@@ -174,7 +172,7 @@ pub mod gpu {
         Err(missing(name))
     }
 
-    pub(super) fn open(name: DeviceName, _: Planned) -> Result<Box<dyn Device>, Diag> {
+    pub(super) fn open(name: DeviceName, _: Planned, _: Member) -> Result<Box<dyn Device>, Diag> {
         Err(missing(name))
     }
 

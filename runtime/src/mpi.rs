@@ -22,7 +22,7 @@ use dsgc_kernels::ranks::{Transport, Watch, wait_limit};
 use launcher::Launcher;
 use library::{Library, Status};
 
-pub use launcher::ranks_here;
+pub use launcher::{rank_here, ranks_here};
 pub use library::found;
 
 /// The exit code of a job that one rank has ended.

@@ -7,6 +7,8 @@ use dsgc_ir::diag::Diag;
 use dsgc_ir::{Mesh, Planned, Program, StateId, StateKind, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
+#[cfg(feature = "wgpu")]
+use dsgc_kernels::cube::{self, Platform};
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_kernels::ranks::Member;
 use dsgc_passes::PassContext;
@@ -19,6 +21,8 @@ use crate::stages;
 pub enum On {
     Doubles,
     Cpu,
+    #[cfg(feature = "wgpu")]
+    Gpu,
 }
 
 /// The program as the ranks of a mesh run it.
@@ -33,6 +37,8 @@ pub fn planned(program: &Program, on: On) -> Planned {
     match on {
         On::Doubles => stages::compile(program, &PassContext::new(&InterpTarget), None),
         On::Cpu => stages::compile(program, &PassContext::new(&CpuTarget { threads: 1 }), None),
+        #[cfg(feature = "wgpu")]
+        On::Gpu => stages::compile(program, &PassContext::new(&cube::target(Platform::Wgpu)), None),
     }
 }
 
@@ -40,6 +46,8 @@ pub fn device(planned: &Planned, on: On, member: &Member) -> Box<dyn Device> {
     match on {
         On::Doubles => Box::new(Interp::planned(planned.clone(), Precision::F64).as_member(member.clone())),
         On::Cpu => Box::new(Cpu::poisoned(planned.clone(), 1).as_member(member.clone())),
+        #[cfg(feature = "wgpu")]
+        On::Gpu => cube::open(Platform::Wgpu, planned.clone(), member.clone(), None).expect("Vulkan is there"),
     }
 }
 

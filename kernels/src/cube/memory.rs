@@ -101,7 +101,7 @@ impl<R: Runtime> Memory<R> {
     }
 
     /// A part of the arena, to whole words.
-    fn handle(&self, buffer: Buffer) -> Handle {
+    pub(super) fn handle(&self, buffer: Buffer) -> Handle {
         let (which, start) = (buffer.offset / self.each, buffer.offset % self.each);
         let whole = self.regions[buffer.region as usize].get(which).unwrap_or(&self.faults);
         let end = start + buffer.bytes.next_multiple_of(4);
@@ -189,6 +189,28 @@ impl<R: Runtime> Memory<R> {
             }
         }
         staged.clear();
+    }
+
+    /// The first bytes of a buffer, whole words.
+    pub(super) fn bytes(&self, client: &ComputeClient<R>, buffer: Buffer) -> Result<Vec<u8>, String> {
+        let mut all = Vec::with_capacity(buffer.bytes);
+        for start in (0..buffer.bytes).step_by(self.transfer) {
+            let bytes = (buffer.bytes - start).min(self.transfer);
+            let part = self.handle(Buffer { offset: buffer.offset + start, bytes, ..buffer });
+            let read = cubecl::future::block_on(client.read_async(vec![part])).map_err(explained)?;
+            all.extend_from_slice(read.first().ok_or("it gives nothing back")?);
+        }
+        Ok(all)
+    }
+
+    /// Writes bytes to where a buffer begins.
+    pub(super) fn set_bytes(&self, client: &ComputeClient<R>, buffer: Buffer, bytes: &[u8]) {
+        for (i, part) in bytes.chunks(self.transfer).enumerate() {
+            let offset = buffer.offset + i * self.transfer;
+            let mut staged = part.to_vec();
+            staged.resize(part.len().next_multiple_of(4), 0);
+            self.transfer(client, &mut staged, &mut vec![(Buffer { offset, bytes: part.len(), ..buffer }, 0)]);
+        }
     }
 
     /// Reads tensors and the place for faults, in one transfer.

@@ -13,6 +13,7 @@
 //! through it: of the others CUDA's compiler is told that nobody writes to them, and may read them as late as it likes.
 
 mod attention;
+mod collective;
 mod contract;
 mod head;
 mod index;
@@ -21,6 +22,8 @@ mod lowering;
 mod math;
 mod memory;
 mod movement;
+#[cfg(feature = "cuda")]
+mod nccl;
 mod norm;
 mod platform;
 mod reduce;
@@ -30,6 +33,7 @@ mod target;
 mod tokens;
 mod update;
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -41,8 +45,10 @@ use dsgc_ir::stage::Sampling;
 use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, StateId, Tensor, Value};
 
 use crate::profile::Profile;
+use crate::ranks::Member;
 use crate::{Device, Launches, bind};
 use attention::Look;
+use collective::Direct;
 use memory::{Gives, Memory};
 pub use platform::{Description, built, describe, has_hardware, open, present, target};
 pub use target::{CubeTarget, Platform};
@@ -59,15 +65,27 @@ pub struct Cube<R: Runtime> {
     program: Arc<Planned>,
     client: ComputeClient<R>,
     memory: Memory<R>,
+    member: Member,
+    direct: Option<Box<dyn Direct<R>>>,
+    /// Bytes that collectives have sent.
+    sent: Cell<u64>,
     profile: Option<Profile>,
 }
 
 impl<R: Runtime> Cube<R> {
     /// Takes a program that was planned for [`CubeTarget`]. All states are zero. An error where the device does not give
     /// so much memory.
-    fn new(program: Planned, platform: Platform, client: ComputeClient<R>, gives: Gives) -> Result<Cube<R>, Diag> {
+    fn new(
+        program: Planned,
+        platform: Platform,
+        client: ComputeClient<R>,
+        gives: Gives,
+        member: Member,
+        direct: Option<Box<dyn Direct<R>>>,
+    ) -> Result<Cube<R>, Diag> {
         let memory = Memory::new(&client, program.arena, gives)?;
-        Ok(Cube { platform, program: Arc::new(program), client, memory, profile: None })
+        let program = Arc::new(program);
+        Ok(Cube { platform, program, client, memory, member, direct, sent: Cell::new(0), profile: None })
     }
 
     /// What a code of [`Launch::code`] names.
@@ -139,6 +157,9 @@ impl<R: Runtime> Cube<R> {
             let launch = Launch {
                 client: &self.client,
                 memory: &self.memory,
+                member: &self.member,
+                direct: self.direct.as_deref(),
+                sent: &self.sent,
                 graph,
                 op,
                 scratch: graph.scratch[id.0 as usize],
@@ -226,6 +247,10 @@ impl<R: Runtime> Device for Cube<R> {
         tensors.remove(0)
     }
 
+    fn sent(&self) -> u64 {
+        self.sent.get()
+    }
+
     /// The host waits for each launch from now on.
     fn measure(&mut self) -> bool {
         self.profile = Some(Profile::default());
@@ -254,6 +279,9 @@ impl<R: Runtime> Device for Cube<R> {
 struct Launch<'a, R: Runtime> {
     client: &'a ComputeClient<R>,
     memory: &'a Memory<R>,
+    member: &'a Member,
+    direct: Option<&'a dyn Direct<R>>,
+    sent: &'a Cell<u64>,
     graph: &'a Graph,
     op: &'a OpData,
     /// Bytes of workspace.
@@ -314,6 +342,8 @@ impl<R: Runtime> Launch<'_, R> {
                 }
             }
             op if op.class() == Class::View => {}
+            op if op.class() == Class::Collective => collective::run(self)?,
+            Op::Shard { .. } => collective::run(self)?,
             Op::Cast { dtype } if dtype.is_quantized() || self.dtype(self.op.args[0]).is_quantized() => {
                 kept::cast(self)
             }

@@ -3,10 +3,15 @@
 use dsgc_ir::Planned;
 use dsgc_ir::diag::Diag;
 
+#[cfg(feature = "cuda")]
+use super::collective::Direct;
 use super::memory::Gives;
+#[cfg(feature = "cuda")]
+use super::nccl::Nccl;
 use super::target::ALIGNMENT;
 use super::{Cube, CubeTarget, Platform};
 use crate::Device;
+use crate::ranks::Member;
 
 /// A device that programs can run on.
 #[derive(Clone, Debug)]
@@ -23,22 +28,26 @@ pub struct Description {
     pub features: Vec<&'static str>,
 }
 
-/// Puts a planned program into a platform's best device. An error where this binary was built without the platform or this
+/// Puts a planned program into a platform's best device, as a rank; of several CUDA devices, ranks take one each in turn. A
+/// rank that is a process by itself is the so manieth of its machine. All ranks do this together. An error where this binary was built without the platform or this
 /// machine has no such device.
-pub fn open(platform: Platform, program: Planned) -> Result<Box<dyn Device>, Diag> {
+pub fn open(platform: Platform, program: Planned, member: Member, at: Option<usize>) -> Result<Box<dyn Device>, Diag> {
     present(platform)?;
     match platform {
         #[cfg(feature = "wgpu")]
         Platform::Wgpu => {
             let client = wgpu::client();
             let gives = wgpu::gives(&client);
-            Ok(Box::new(Cube::new(program, platform, client, gives)?))
+            Ok(Box::new(Cube::new(program, platform, client, gives, member, None)?))
         }
         #[cfg(feature = "cuda")]
         Platform::Cuda => {
-            let client = cuda::client();
-            let gives = cuda::gives(&client);
-            Ok(Box::new(Cube::new(program, platform, client, gives)?))
+            let device = at.unwrap_or_else(|| member.rank()) % cuda::devices().max(1);
+            let client = cuda::client(device);
+            let gives = cuda::gives(&client, device);
+            let direct = if at.is_some() && !member.mesh.is_single() { Nccl::new(&member, device)? } else { None };
+            let direct = direct.map(|nccl| Box::new(nccl) as Box<dyn Direct<_>>);
+            Ok(Box::new(Cube::new(program, platform, client, gives, member, direct)?))
         }
         #[allow(unreachable_patterns)] // Where both are there.
         _ => Err(not_built(platform)),
@@ -56,8 +65,8 @@ pub fn describe(platform: Platform) -> Result<Description, Diag> {
         }
         #[cfg(feature = "cuda")]
         Platform::Cuda => {
-            let client = cuda::client();
-            Ok(description(platform, cuda::name(), &client, cuda::gives(&client)))
+            let client = cuda::client(0);
+            Ok(description(platform, cuda::name(), &client, cuda::gives(&client, 0)))
         }
         #[allow(unreachable_patterns)]
         _ => Err(not_built(platform)),
@@ -232,8 +241,7 @@ mod cuda {
         if !driver {
             return missing("libcuda", "install NVIDIA's driver");
         }
-        let count = cudarc::driver::result::init().and_then(|()| cudarc::driver::result::device::get_count());
-        if count.unwrap_or(0) == 0 {
+        if devices() == 0 {
             return missing("GPU", "look whether `nvidia-smi` lists one");
         }
         if !compiler {
@@ -246,19 +254,25 @@ mod cuda {
         Ok(())
     }
 
+    /// How many devices there are.
+    pub(super) fn devices() -> usize {
+        let count = cudarc::driver::result::init().and_then(|()| cudarc::driver::result::device::get_count());
+        count.ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(0)
+    }
+
     /// What the driver calls the device that runs.
     pub(super) fn name() -> String {
         CudaContext::new(0).and_then(|context| context.name()).unwrap_or_else(|_| "a GPU".into())
     }
 
     /// What the driver has left: CubeCL knows a quarter of the memory only, which bounds its pools.
-    pub(super) fn gives(client: &ComputeClient<CudaRuntime>) -> Gives {
+    pub(super) fn gives(client: &ComputeClient<CudaRuntime>, at: usize) -> Gives {
         super::clean(client);
-        let left = CudaContext::new(0).and_then(|context| context.mem_get_info()).ok().map(|(free, _)| free as u64);
+        let left = CudaContext::new(at).and_then(|context| context.mem_get_info()).ok().map(|(free, _)| free as u64);
         Gives { at_once: left.unwrap_or(client.properties().memory.max_page_size), in_all: left }
     }
 
-    pub(super) fn client() -> ComputeClient<CudaRuntime> {
-        CudaRuntime::client(&CudaDevice::default())
+    pub(super) fn client(at: usize) -> ComputeClient<CudaRuntime> {
+        CudaRuntime::client(&CudaDevice::new(at))
     }
 }

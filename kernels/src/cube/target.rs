@@ -64,8 +64,9 @@ impl Target for CubeTarget {
                 (2 + part.operands.len() + part.results.len() > MOST_TENSORS)
                     .then(|| format!("a region of more than {MOST_TENSORS} operands and results behind a product"))
             }),
-            op if op.class() == Class::Collective => Some("several GPUs".into()),
-            Op::Shard { .. } => Some("several GPUs".into()),
+            Op::AllGather { axis, .. } | Op::ReduceScatter { axis, .. } if *axis > 0 => {
+                Some("parts along other dims than the first".into())
+            }
             _ => None,
         }
     }
@@ -113,6 +114,8 @@ pub(super) fn knows_narrow(op: &Op) -> (bool, bool) {
             | Op::Concat { .. }
             | Op::WriteAt { .. }
             | Op::Embed {}
+            | Op::AllGather { .. }
+            | Op::Shard { .. }
     );
     let both = moves
         || matches!(op.class(), Class::View | Class::State | Class::Elementwise | Class::Fused)

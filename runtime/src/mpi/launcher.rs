@@ -48,8 +48,16 @@ impl Launcher {
 
 /// How many of the job's ranks share this machine, where the launcher says so.
 pub fn ranks_here() -> Option<usize> {
-    let number = |name: &str| std::env::var(name).ok()?.parse().ok().filter(|&n: &usize| n > 0);
-    ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"].into_iter().find_map(number)
+    ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"].into_iter().find_map(number).filter(|&n| n > 0)
+}
+
+/// Which of those this one is, from 0.
+pub fn rank_here() -> Option<usize> {
+    ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"].into_iter().find_map(number)
+}
+
+fn number(variable: &str) -> Option<usize> {
+    std::env::var(variable).ok()?.parse().ok()
 }
 
 #[cfg(test)]
