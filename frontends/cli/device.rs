@@ -135,7 +135,8 @@ pub mod gpu {
     }
 
     pub(super) fn open(name: DeviceName, planned: Planned, member: Member) -> Result<Box<dyn Device>, Diag> {
-        cube::open(platform(name), planned, member, mpi::rank_here())
+        let at = mpi::connect()?.and_then(|_| mpi::rank_here());
+        cube::open(platform(name), planned, member, at)
     }
 
     /// A line for each platform: what is there, or why nothing is.
