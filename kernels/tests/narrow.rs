@@ -77,12 +77,20 @@ fn composites_of_narrow_floats() {
         );
         compare(&q, "%y = cached_attention %q, %k, %v, %segment, %p scale=0.5 window=0", 6, 1e-5);
     }
-    let rows = "%x: NARROW[3, 5, 333], %t: i32[3, 5]";
-    compare(rows, "%y = token_logp %x, %t", 333, 1e-5);
-    compare(&format!("{rows}, %g: f32[3, 5]"), "%y = token_logp_grad %x, %t, %g", 333, 1e-6);
+    // Rows that end within words, and rows that do not.
+    for width in [333, 334] {
+        let rows = format!("%x: NARROW[3, 5, {width}], %t: i32[3, 5]");
+        compare(&rows, "%y = token_logp %x, %t", 333, 1e-5);
+        compare(&format!("{rows}, %g: f32[3, 5]"), "%y = token_logp_grad %x, %t, %g", 333, 1e-6);
+    }
     compare("%x: NARROW[20, 33], %t: i32[3, 5]", "%y = embed %x, %t", 20, 0.0);
     compare("%g: NARROW[3, 5, 33], %t: i32[3, 5]", "%y = embed_grad %t, %g rows=20", 20, 1e-6);
-    compare("%x: NARROW[2, 5, 3, 8], %p: i32[2, 5], %f: f32[4]", "%y = rope %x, %p, %f inverse=false", 5, 1e-6);
+    let added = "%x: f32[20, 33], %t: i32[3, 5], %g: NARROW[3, 5, 33]";
+    compare(added, "%y = add_rows %x, %t, %g", 20, 1e-6);
+    for half in [3, 4] {
+        let params = format!("%x: NARROW[2, 5, 3, {}], %p: i32[2, 5], %f: f32[{half}]", 2 * half);
+        compare(&params, "%y = rope %x, %p, %f inverse=false", 5, 1e-6);
+    }
     for axes in ["[0, 1]", "[2]", "[0, 1, 2]"] {
         compare("%x: NARROW[7, 9, 33]", &format!("%y = reduce_sum %x axes={axes}"), 1, 1e-4);
         compare("%x: NARROW[7, 9, 33]", &format!("%y = reduce_max %x axes={axes}"), 1, 0.0);

@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 use dsgc_ir::{Buffer, Op};
 
+use super::index::Store;
 use super::target::ALIGNMENT;
 use super::{Launch, contract, tokens};
 
@@ -44,9 +45,9 @@ pub(super) fn run<R: Runtime>(l: &Launch<R>) {
         let product = [matrix(x, depth), table.clone(), matrix(logits, width)];
         contract::multiply(l, "nd,vd->nv", product, false);
         let chosen = part(operands[2], 1);
-        tokens::token_logp(l, [logits, chosen, part(results[0], 1)], (count, width));
+        tokens::token_logp(l, [logits, chosen, part(results[0], 1)], (count, width), Store::Word);
         if let Op::HeadLogpGrad { .. } = l.op.op {
-            tokens::token_logp_grad(l, [logits, chosen, part(operands[3], 1), logits], (count, width));
+            tokens::token_logp_grad(l, [logits, chosen, part(operands[3], 1), logits], (count, width), Store::Word);
             let of_x = matrix(part(results[1], depth), depth);
             contract::multiply(l, "nv,vd->nd", [matrix(logits, width), table, of_x], false);
             if let Some(of_head) = of_head {

@@ -88,6 +88,18 @@ pub(super) fn element(from: &Array<u32>, at: u32, #[comptime] store: Store) -> u
     }
 }
 
+/// An element that is a float.
+#[cube]
+pub(super) fn float(from: &Array<u32>, at: u32, #[comptime] store: Store) -> f32 {
+    f32::reinterpret(element(from, at, store))
+}
+
+/// Puts a float into a word as its element `j`, whose bits are 0 yet.
+#[cube]
+pub(super) fn put(word: u32, x: f32, #[comptime] j: u32, #[comptime] store: Store) -> u32 {
+    word | (stored(u32::reinterpret(x), store) << comptime!(j * (32 / store.each()) % 32))
+}
+
 /// A word as the bits of an element: floats are rounded to the nearest, of two to the even one.
 #[cube]
 pub(super) fn stored(word: u32, #[comptime] store: Store) -> u32 {

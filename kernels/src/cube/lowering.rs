@@ -61,9 +61,11 @@ pub(super) fn lowering(op: &Op, args: &[Type], results: &[Type], bounds: &Bindin
             "random numbers, a unit an element".into()
         }
         Op::Concat { .. } | Op::WriteAt { .. } => "scatter, a unit an element or a word".into(),
+        Op::Const { .. } | Op::Size { .. } => "scalar, a unit".into(),
+        Op::Iota { .. } => "sequence, a unit an element".into(),
         _ => "gather, a unit a word".into(),
     };
-    let (reads, writes) = knows_narrow(op);
+    let (reads, writes) = knows_narrow(op, args);
     let has = |types: &[Type]| types.iter().any(|ty| ty.dtype.is_narrow());
     let copied = (has(args) && !reads) || (has(results) && !writes);
     let narrow = match (has(args) || has(results), copied) {

@@ -24,6 +24,12 @@ pub(super) fn smaller(a: f32, b: f32) -> f32 {
     select(is_nan(a) || a < b, a, b)
 }
 
+/// A number with more bits set: infinity or NaN, which WGSL has no constants for, and CUDA cannot reinterpret any.
+#[cube]
+fn with_bits(x: f32, bits: u32) -> f32 {
+    f32::reinterpret(u32::reinterpret(x) | bits)
+}
+
 /// `2^n` for `-126 <= n <= 127`.
 #[cube]
 fn power_of_two(n: i32) -> f32 {
@@ -73,8 +79,8 @@ pub(super) fn log(x: f32) -> f32 {
     let y = fma(square, -0.5f32, y);
     let y = fma(e, 0.693_359_4f32, m + y);
     // Of 0, of negative numbers, of infinity and of NaN.
-    let y = select((u32::reinterpret(x) & 0x7fff_ffffu32) == 0u32, f32::reinterpret(0xff80_0000u32.runtime()), y);
-    let y = select(x < 0.0f32, f32::reinterpret(0x7fc0_0000u32.runtime()), y);
+    let y = select((u32::reinterpret(x) & 0x7fff_ffffu32) == 0u32, with_bits(x, 0xff80_0000u32), y);
+    let y = select(x < 0.0f32, with_bits(x, 0x7fc0_0000u32), y);
     let y = select(u32::reinterpret(x) == 0x7f80_0000u32, x, y);
     select(is_nan(x), x, y)
 }
@@ -164,8 +170,7 @@ pub(super) fn pow(x: f32, y: f32) -> f32 {
         select(y == 0.0f32, 1.0f32, select(y == 2.0f32, x * x, select(y == 1.0f32, size, exp(y * log(size)))));
     let whole = y.floor() == y;
     let odd = whole && (y * 0.5f32).floor() * 2.0f32 != y;
-    let negative =
-        select(whole || y == 0.0f32, select(odd, -magnitude, magnitude), f32::reinterpret(0x7fc0_0000u32.runtime()));
+    let negative = select(whole || y == 0.0f32, select(odd, -magnitude, magnitude), with_bits(x, 0x7fc0_0000u32));
     select(x < 0.0f32, negative, magnitude)
 }
 

@@ -100,12 +100,18 @@ impl<R: Runtime> Memory<R> {
         Ok(memory)
     }
 
-    /// A part of the arena, to whole words.
+    /// A part of the arena, to whole words. No kernel can be given nothing, so a buffer without bytes is any place, of which
+    /// nothing is read and nothing written.
     pub(super) fn handle(&self, buffer: Buffer) -> Handle {
+        if buffer.bytes == 0 {
+            return self.faults.clone();
+        }
         let (which, start) = (buffer.offset / self.each, buffer.offset % self.each);
-        let whole = self.regions[buffer.region as usize].get(which).unwrap_or(&self.faults);
+        let whole = self.regions[buffer.region as usize].get(which);
         let end = start + buffer.bytes.next_multiple_of(4);
-        let rest = (whole.size() as usize).checked_sub(end).expect("bug: a buffer leaves its allocation");
+        let (whole, rest) = whole
+            .and_then(|whole| Some((whole, (whole.size() as usize).checked_sub(end)?)))
+            .expect("bug: a buffer leaves its allocation");
         whole.clone().offset_start(start as u64).offset_end(rest as u64)
     }
 

@@ -42,7 +42,7 @@ use cubecl::prelude::*;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::op::Class;
 use dsgc_ir::stage::Sampling;
-use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, StateId, Tensor, Value};
+use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, StateId, Tensor, Type, Value};
 
 use crate::profile::Profile;
 use crate::ranks::Member;
@@ -298,7 +298,8 @@ impl<R: Runtime> Launch<'_, R> {
     fn run_wide(mut self, program: &Planned) -> Result<(), String> {
         // Behind the kernel's own workspace, as `workspace` says.
         let mut end = self.scratch;
-        let (reads, writes) = target::knows_narrow(&self.op.op);
+        let types: Vec<Type> = self.op.args.iter().map(|&arg| self.graph.ty(arg).clone()).collect();
+        let (reads, writes) = target::knows_narrow(&self.op.op, &types);
         let operands = self.op.args.iter().copied().filter(|_| !reads);
         let values: Vec<Value> = operands.chain(self.op.results().filter(|_| !writes)).collect();
         for value in values {

@@ -73,7 +73,7 @@ impl Target for CubeTarget {
 
     fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize {
         let own = workspace(op, args, bounds);
-        let (reads, writes) = knows_narrow(op);
+        let (reads, writes) = knows_narrow(op, args);
         let results = if writes { Vec::new() } else { infer(op, args, None).unwrap_or_default() };
         let narrow = args.iter().filter(|_| !reads).chain(&results).filter(|ty| ty.dtype.is_narrow());
         let wide = narrow.map(|ty| 4 * ty.shape(bounds).unwrap_or_default().iter().product::<usize>());
@@ -100,7 +100,17 @@ impl Target for CubeTarget {
 
 /// Whether an op's kernels read narrow floats as they lie, and whether they write them; else they find them in single
 /// precision in the workspace.
-pub(super) fn knows_narrow(op: &Op) -> (bool, bool) {
+pub(super) fn knows_narrow(op: &Op, args: &[Type]) -> (bool, bool) {
+    // Whether runs of the last dim's elements, a whole one or its halves, are whole words.
+    let whole = |parts: i64| {
+        let last = args[0].dims.last().and_then(|dim| dim.constant());
+        last.is_some_and(|n| n % (2 * parts) == 0)
+    };
+    match op {
+        Op::Rope { .. } => return (whole(2), whole(2)),
+        Op::TokenLogpGrad {} => return (whole(1), whole(1)),
+        _ => {}
+    }
     let moves = matches!(
         op,
         Op::Const { .. }
@@ -120,7 +130,8 @@ pub(super) fn knows_narrow(op: &Op) -> (bool, bool) {
     let both = moves
         || matches!(op.class(), Class::View | Class::State | Class::Elementwise | Class::Fused)
         || matches!(op, Op::Contract { .. } | Op::ContractEach { .. } | Op::ContractFused { .. });
-    let reads = matches!(op, Op::Attention { .. } | Op::CachedAttention { .. } | Op::AttentionGrad { .. })
+    let reads = matches!(op, Op::TokenLogp {} | Op::EmbedGrad { .. } | Op::AddRows {})
+        || matches!(op, Op::Attention { .. } | Op::CachedAttention { .. } | Op::AttentionGrad { .. })
         || matches!(op, Op::ReduceSum { .. } | Op::ReduceMax { .. } | Op::ReduceMin { .. });
     (both || reads, both)
 }

@@ -5,7 +5,7 @@ use dsgc_ir::segment::BRANCH;
 use dsgc_ir::stage::Sampling;
 use dsgc_ir::{Buffer, Op};
 
-use super::index::{Store, part};
+use super::index::{Store, float, part, put};
 use super::reduce::{TOGETHER, With, together, words_together};
 use super::update::{threefry2x32, unit as unit_number};
 use super::{Launch, MOST_CUBES, cubes, math};
@@ -47,6 +47,9 @@ fn rows(
 /// No place.
 const NONE: u32 = 0x7fff_ffff;
 
+/// No logit is less, unless it is infinite.
+const LOWEST: f32 = f32::MIN;
+
 /// Marks a place whose index is at no earlier one.
 const FIRST: u32 = 0x8000_0000;
 
@@ -76,7 +79,7 @@ fn link(indices: &Array<u32>, links: &mut Array<u32>, places: u32) {
 #[allow(clippy::too_many_arguments)]
 fn add_rows(
     indices: &Array<u32>,
-    grad: &Array<f32>,
+    grad: &Array<u32>,
     links: &Array<u32>,
     table: &mut Array<f32>,
     faults: &mut Array<u32>,
@@ -84,6 +87,7 @@ fn add_rows(
     height: u32,
     width: u32,
     code: u32,
+    #[comptime] store: Store,
 ) {
     let own = CUBE_POS as u32;
     if own < places {
@@ -99,7 +103,7 @@ fn add_rows(
                 let mut sum = 0.0f32;
                 let mut place = own;
                 while place != NONE {
-                    sum += grad[(place * width + i) as usize];
+                    sum += float(grad, place * width + i, store);
                     place = links[place as usize] & NONE;
                 }
                 table[(index * width + i) as usize] += sum;
@@ -111,18 +115,18 @@ fn add_rows(
 
 /// The log of the softmax's divisor of a row that the units of a cube share.
 #[cube]
-fn log_divisor(logits: &Array<f32>, start: u32, width: u32) -> f32 {
-    let mut own = f32::reinterpret(0xff80_0000u32.runtime());
+fn log_divisor(logits: &Array<u32>, start: u32, width: u32, #[comptime] store: Store) -> f32 {
+    let mut own = LOWEST.runtime();
     let mut i = UNIT_POS;
     while i < width {
-        own = math::larger(own, logits[(start + i) as usize]);
+        own = math::larger(own, float(logits, start + i, store));
         i += TOGETHER;
     }
     let most = together(own, With::Max);
     let mut own = 0.0f32;
     let mut i = UNIT_POS;
     while i < width {
-        own += math::exp(logits[(start + i) as usize] - most);
+        own += math::exp(float(logits, start + i, store) - most);
         i += TOGETHER;
     }
     most + math::log(together(own, With::Sum))
@@ -131,22 +135,23 @@ fn log_divisor(logits: &Array<f32>, start: u32, width: u32) -> f32 {
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn logp(
-    logits: &Array<f32>,
+    logits: &Array<u32>,
     tokens: &Array<u32>,
     out: &mut Array<f32>,
     faults: &mut Array<u32>,
     places: u32,
     width: u32,
     code: u32,
+    #[comptime] store: Store,
 ) {
     // Cubes beyond the last place do it again, so that all units of a cube come to the same places.
     let place = min(CUBE_POS as u32, places - 1u32);
     let start = place * width;
-    let divisor = log_divisor(logits, start, width);
+    let divisor = log_divisor(logits, start, width, store);
     if UNIT_POS == 0u32 {
         let token = tokens[place as usize];
         if token < width {
-            out[place as usize] = logits[(start + token) as usize] - divisor;
+            out[place as usize] = float(logits, start + token, store) - divisor;
         } else {
             faults[0] = code;
             faults[1] = token;
@@ -158,30 +163,38 @@ fn logp(
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn logp_grad(
-    logits: &mut Array<f32>,
+    logits: &mut Array<u32>,
     tokens: &Array<u32>,
     grad: &Array<f32>,
-    out: &mut Array<f32>,
+    out: &mut Array<u32>,
     faults: &mut Array<u32>,
     width: u32,
     first: u32,
     code: u32,
+    #[comptime] store: Store,
 ) {
     let place = CUBE_POS as u32 + first;
     let start = place * width;
-    let divisor = log_divisor(logits, start, width);
+    let divisor = log_divisor(logits, start, width, store);
     let token = tokens[place as usize];
     let factor = grad[place as usize];
     if token >= width && UNIT_POS == 0u32 {
         faults[0] = code;
         faults[1] = token;
     }
-    let mut i = UNIT_POS;
+    // Where a word has several elements, a row consists of whole words.
+    let each = comptime!(store.each());
+    let mut i = UNIT_POS * each;
     while i < width {
-        let at = (start + i) as usize;
-        let one = select(i == token, 1.0f32, 0.0f32);
-        out[at] = factor * (one - math::exp(logits[at] - divisor));
-        i += TOGETHER;
+        let mut word = 0u32;
+        #[unroll]
+        for j in 0..each {
+            let one = select(i + j == token, 1.0f32, 0.0f32);
+            let p = math::exp(float(logits, start + i + j, store) - divisor);
+            word = put(word, factor * (one - p), j, store);
+        }
+        out[((start + i) / each) as usize] = word;
+        i += TOGETHER * each;
     }
 }
 
@@ -333,7 +346,7 @@ fn choose(
     let run = width.div_ceil(TOGETHER);
     let from = UNIT_POS * run;
     let to = min(width, from + run);
-    let mut most = f32::reinterpret(0xff80_0000u32.runtime());
+    let mut most = LOWEST.runtime();
     let mut best = 0u32;
     for i in from..to {
         let x = logits[(start + i) as usize];
@@ -541,6 +554,7 @@ pub(super) fn embed_grad<R: Runtime>(l: &Launch<R>) {
             sizes[1],
             sizes[2],
             l.code,
+            Store::of(l.dtype(l.op.args[indices + 1])),
         );
     }
 }
@@ -550,14 +564,20 @@ pub(super) fn log_probabilities<R: Runtime>(l: &Launch<R>) {
     let sizes = (l.len(l.op.args[1]), l.shape(l.op.args[0]).last().copied().unwrap_or(0));
     let [logits, tokens] = [0, 1].map(|i| l.buffer(l.op.args[i]));
     let out = l.buffer(l.op.result());
+    let store = Store::of(l.dtype(l.op.args[0]));
     match l.op.op {
-        Op::TokenLogp {} => token_logp(l, [logits, tokens, out], sizes),
-        _ => token_logp_grad(l, [logits, tokens, l.buffer(l.op.args[2]), out], sizes),
+        Op::TokenLogp {} => token_logp(l, [logits, tokens, out], sizes, store),
+        _ => token_logp_grad(l, [logits, tokens, l.buffer(l.op.args[2]), out], sizes, store),
     }
 }
 
-/// From logits and tokens: so many places, each with so many logits.
-pub(super) fn token_logp<R: Runtime>(l: &Launch<R>, buffers: [Buffer; 3], (places, width): (usize, usize)) {
+/// From logits, which are stored so, and tokens: so many places, each with so many logits.
+pub(super) fn token_logp<R: Runtime>(
+    l: &Launch<R>,
+    buffers: [Buffer; 3],
+    (places, width): (usize, usize),
+    store: Store,
+) {
     if places == 0 {
         return;
     }
@@ -565,11 +585,16 @@ pub(super) fn token_logp<R: Runtime>(l: &Launch<R>, buffers: [Buffer; 3], (place
     let (cubes, cube) = (cubes(places), CubeDim::new_1d(TOGETHER));
     let (n, w) = (places as u32, width as u32);
     // SAFETY: places and columns are those of the operands.
-    unsafe { logp::launch_unchecked::<R>(l.client, cubes, cube, logits, tokens, out, l.faults(), n, w, l.code) }
+    unsafe { logp::launch_unchecked::<R>(l.client, cubes, cube, logits, tokens, out, l.faults(), n, w, l.code, store) }
 }
 
-/// From logits, tokens and gradient; the result may take the place of the logits.
-pub(super) fn token_logp_grad<R: Runtime>(l: &Launch<R>, buffers: [Buffer; 4], (places, width): (usize, usize)) {
+/// From logits, tokens and gradient; the result is stored as the logits are, and may take their place.
+pub(super) fn token_logp_grad<R: Runtime>(
+    l: &Launch<R>,
+    buffers: [Buffer; 4],
+    (places, width): (usize, usize),
+    store: Store,
+) {
     let cube = CubeDim::new_1d(TOGETHER);
     // No cube may come to a place of another, so there are exactly as many as places.
     for first in (0..places).step_by(MOST_CUBES) {
@@ -589,6 +614,7 @@ pub(super) fn token_logp_grad<R: Runtime>(l: &Launch<R>, buffers: [Buffer; 4], (
                 width as u32,
                 first as u32,
                 l.code,
+                store,
             );
         }
     }

@@ -3,32 +3,43 @@
 use cubecl::prelude::*;
 use dsgc_ir::{Op, Value};
 
+use super::index::{Store, float, put};
 use super::target::MOST_TENSORS;
 use super::{Launch, math, numbers};
 
-/// Pairs turned by their angles; a unit has both of a pair, so the result may take the operand's place.
+/// Pairs turned by their angles. A unit has both of a pair, or of the neighbouring pairs that share words, so the result may
+/// take the operand's place.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn turn(
-    x: &mut Array<f32>,
+    x: &mut Array<u32>,
     positions: &Array<u32>,
     frequencies: &Array<f32>,
-    out: &mut Array<f32>,
+    out: &mut Array<u32>,
     pairs: u32,
     heads: u32,
     half: u32,
     #[comptime] inverse: bool,
+    #[comptime] store: Store,
 ) {
-    let i = ABSOLUTE_POS as u32;
-    if i < pairs {
-        let row = i / half;
-        let pair = i % half;
-        let (sin, cos) = math::turned(positions[(row / heads) as usize], frequencies[pair as usize]);
-        let sin = if comptime!(inverse) { -sin } else { sin };
-        let at = row * half * 2u32 + pair;
-        let (a, b) = (x[at as usize], x[(at + half) as usize]);
-        out[at as usize] = a * cos - b * sin;
-        out[(at + half) as usize] = b * cos + a * sin;
+    let each = comptime!(store.each());
+    let first = ABSOLUTE_POS as u32 * each;
+    if first < pairs {
+        let row = first / half;
+        let at = row * half * 2u32 + first % half;
+        let mut left = 0u32;
+        let mut right = 0u32;
+        #[unroll]
+        for j in 0..each {
+            let pair = first % half + j;
+            let (sin, cos) = math::turned(positions[(row / heads) as usize], frequencies[pair as usize]);
+            let sin = if comptime!(inverse) { -sin } else { sin };
+            let (a, b) = (float(x, at + j, store), float(x, at + j + half, store));
+            left = put(left, a * cos - b * sin, j, store);
+            right = put(right, b * cos + a * sin, j, store);
+        }
+        out[(at / each) as usize] = left;
+        out[((at + half) / each) as usize] = right;
     }
 }
 
@@ -188,7 +199,8 @@ pub(super) fn rope<R: Runtime>(l: &Launch<R>, inverse: bool) {
     if pairs == 0 {
         return;
     }
-    let (cubes, cube) = l.units(pairs);
+    let store = Store::of(l.dtype(l.op.args[0]));
+    let (cubes, cube) = l.units(pairs.div_ceil(store.each() as usize));
     // SAFETY: units beyond the last pair do nothing.
     unsafe {
         turn::launch_unchecked::<R>(
@@ -203,6 +215,7 @@ pub(super) fn rope<R: Runtime>(l: &Launch<R>, inverse: bool) {
             heads as u32,
             half as u32,
             inverse,
+            store,
         );
     }
 }
