@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::diag::Span;
+use crate::schedule::PipelineOrder;
 use crate::types::DType;
 
 pub use plan::*;
@@ -58,6 +59,12 @@ pub struct Stage {
     /// What rows of sequences have in common, for graphs that compute it once; filled in by the pass `share_prefix`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub prefixes: Vec<Prefix>,
+    /// The order in which ranks with different layers work on the parts of a batch.
+    #[serde(skip_serializing_if = "PipelineOrder::is_default")]
+    pub pipeline_order: PipelineOrder,
+    /// Graphs that ranks with different layers run piece by piece, by their names; filled in by the pass `split_stages`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub pieces: BTreeMap<String, Vec<Piece>>,
     /// What may be computed twice to need less memory.
     #[serde(skip_serializing_if = "Memory::is_default")]
     pub memory: Memory,

@@ -8,13 +8,14 @@ use std::time::Instant;
 use dsgc_hf::Tokenizer;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Rows, Source, Statement, Update};
-use dsgc_ir::{Planned, StateId, Tensor};
+use dsgc_ir::{Axis, Planned, StateId, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::ranks::Member;
 
 use crate::calls::{self, Named, graph_named};
 use crate::checkpoint::Keeper;
 use crate::data::{DataReport, Dataset};
+use crate::pieces::InPieces;
 use crate::plan::{Cache, Counters, Place, Told};
 use crate::rank::Rank;
 use crate::roles;
@@ -157,6 +158,12 @@ impl Session {
         observer: Observer,
     ) -> Result<Session, Vec<Diag>> {
         assert_eq!(program.mesh, member.mesh, "bug: a rank of another mesh than the program's");
+        assert_eq!(
+            program.place,
+            member.mesh.place(Axis::Pipeline, member.rank()),
+            "bug: a rank of another place than the program's"
+        );
+        let device = InPieces::wrap(device, &program, &member);
         let mut rank = Rank { device, member };
         outermost(&program.stage.plan).map_err(|e| vec![e])?;
         let mut errors = Vec::new();

@@ -33,7 +33,7 @@ pub(super) fn run(program: Program, context: &PassContext) -> Result<Program, Ve
         let whole = state.ty.shape(&Bindings::new()).expect("states have constant dims");
         let cuts = vec![Cut { over: Axis::Tensor, dim }];
         state.ty.dims[dim] = Dim::from((whole[dim] / ranks) as i64);
-        state.placement = Some(Placement { whole, cuts, partial: None });
+        state.placement = Some(Placement { cuts, ..Placement::of_whole(whole) });
     }
     let share = |(at, graph): (usize, &Graph)| Share::of(graph, at, &cuts, &local, context);
     local.graphs = program.graphs.iter().enumerate().map(share).collect();
