@@ -1,13 +1,17 @@
 //! Ranks that MPI starts and connects, under every launcher that the tests install: Open MPI's and MPICH's, with one
 //! program. Each test starts this file's own program, or `dsgc`, on several ranks.
 
+#[path = "common/place.rs"]
+#[allow(dead_code)] // Other tests use the rest.
+mod place;
 #[path = "../kernels/tests/ranks/suite.rs"]
 mod suite;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,6 +19,8 @@ use std::time::{Duration, Instant};
 use dsgc_kernels::ranks::{Group, threads};
 use dsgc_runtime::mpi;
 use serde_json::Value;
+
+use place::Place;
 
 const DSGC: &str = env!("CARGO_BIN_EXE_dsgc");
 
@@ -56,7 +62,7 @@ impl Mpi {
     /// Ranks of this file's program in one of its scenes.
     fn scene(&self, n: usize, scene: &str) -> Command {
         let mut command = self.ranks(n, std::env::current_exe().expect("this program has a path"));
-        command.args(["a_rank", "--exact", "--ignored", "--nocapture", "--test-threads=1"]).env(SCENE, scene);
+        command.args(["a_rank", "--exact", "--nocapture", "--test-threads=1"]).env(SCENE, scene);
         command
     }
 }
@@ -78,9 +84,8 @@ fn run(command: &mut Command) -> Ended {
     Ended { code: output.status.code(), text, took: started.elapsed() }
 }
 
-/// What a rank does that a test has started. `cargo test -- --ignored` finds nothing to do here.
+/// What a rank does that another test has started; nothing where none has.
 #[test]
-#[ignore = "the other tests start it on several ranks"]
 fn a_rank() {
     let Ok(scene) = std::env::var(SCENE) else { return };
     let hook = std::panic::take_hook();
@@ -220,12 +225,18 @@ fn a_job_ends_when_a_rank_is_killed() {
         let took = since.elapsed();
         assert!(!code.success(), "{}: {text}", mpi.name);
         assert!(took < Duration::from_secs(5), "{} took {took:?}", mpi.name);
-        assert!(text.to_lowercase().contains("signal 9"), "{}: {text}", mpi.name);
+        assert!(says_that_one_was_killed(&text), "{}: {text}", mpi.name);
         while !ranks_of(&mark).is_empty() {
             assert!(since.elapsed() < Duration::from_secs(5), "a rank lives on after its job");
             thread::yield_now();
         }
     }
+}
+
+/// MPICH's launcher says the latter where another rank was reading the killed one's memory and ended by that.
+fn says_that_one_was_killed(text: &str) -> bool {
+    let text = text.to_lowercase();
+    text.contains("signal 9") || text.contains("bad termination")
 }
 
 /// Processes of `dsgc` with a variable in their environment.
@@ -237,4 +248,238 @@ fn ranks_of(mark: &str) -> Vec<u32> {
         program == Path::new(DSGC) && environment.split(|&b| b == 0).any(|variable| variable == mark.as_bytes())
     };
     folders.filter(|f| is_rank(&f.path())).filter_map(|f| f.file_name().to_str()?.parse().ok()).collect()
+}
+
+const PIPELINE: &str = "
+dsgc: 1
+output_dir: runs
+seed: 5
+save_steps: 2
+models:
+  base: {model: opt, tokenizer: TOKENIZER, config: {hidden: 16, layers: 2, heads: 2, ffn: 32, max_positions: 32}}
+data:
+  texts: {path: rows.jsonl, eval: 0.25, fields: {text: chosen}}
+stages:
+  sft: {model: base, data: texts, batch_size: 4, max_length: 24, max_steps: 4, eval_steps: 2, logging_steps: 1}
+";
+
+const ZERO: &str = "compile.parallel={data: 2, zero_stage: 3}";
+const TENSOR: &str = "compile.parallel={tensor: 2}";
+const ONE: &str = "compile.parallel={data: 1}";
+
+/// The lines of the metrics without times.
+fn metrics(place: &Place) -> Vec<Value> {
+    let text = fs::read_to_string(place.path("runs/sft/metrics.jsonl")).expect("metrics");
+    let mut lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("an object")).collect();
+    for line in &mut lines {
+        let line = line.as_object_mut().expect("an object");
+        line.retain(|key, _| key != "seconds" && key != "tokens_per_second");
+    }
+    lines
+}
+
+fn assert_equal(found: &Place, expected: &Place, what: &str) {
+    assert_eq!(metrics(found), metrics(expected), "{what}");
+    let weights = |place: &Place| fs::read(place.path("runs/sft/model.safetensors")).expect("weights");
+    assert!(weights(found) == weights(expected), "{what}: weights differ");
+}
+
+fn assert_near(found: &Place, expected: &Place, what: &str) {
+    let (found, expected) = (metrics(found), metrics(expected));
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (found, expected) in found.iter().zip(&expected) {
+        for (name, number) in expected.as_object().expect("an object") {
+            let (a, b) = (found[name].as_f64(), number.as_f64());
+            let near = a.zip(b).is_some_and(|(a, b)| (a - b).abs() <= 1e-5 * b.abs().max(1.0));
+            assert!(near || found[name] == *number, "{what}: `{name}` is {a:?}, expected {b:?}");
+        }
+    }
+}
+
+#[test]
+fn a_pipeline_has_the_numbers_of_threads() {
+    let _alone = alone();
+    let one = Place::with(PIPELINE);
+    one.out(&["run", "pipeline.yaml"], &[]);
+    for layout in [ZERO, TENSOR] {
+        let as_threads = Place::with(PIPELINE);
+        as_threads.out(&["run", "pipeline.yaml"], &[layout]);
+        assert_near(&as_threads, &one, layout);
+        for mpi in BOTH {
+            let place = Place::with(PIPELINE);
+            let mut command = mpi.ranks(2, DSGC);
+            let ended = run(command.current_dir(place.path(".")).args(["run", "pipeline.yaml", "--set", layout]));
+            assert_eq!(ended.code, Some(0), "{}: {}", mpi.name, ended.text);
+            // One speaks for all.
+            assert_eq!(ended.text.matches("sft wrote `model` to runs/sft").count(), 1, "{}", ended.text);
+            assert_equal(&place, &as_threads, &format!("{layout} under {}", mpi.name));
+        }
+    }
+}
+
+/// So many steps, with a checkpoint after each, take some seconds.
+const LONG: [&str; 6] = ["--set", "stages.sft.max_steps=80", "--set", "save_steps=1", "--set", "save_total_limit=3"];
+
+/// A run on two ranks that goes on while the test looks at it.
+struct Job {
+    launcher: Child,
+    mark: String,
+}
+
+impl Job {
+    fn start(mpi: &Mpi, place: &Place, more: &[&str]) -> Job {
+        static JOBS: Mutex<u32> = Mutex::new(0);
+        let mut jobs = JOBS.lock().unwrap_or_else(PoisonError::into_inner);
+        *jobs += 1;
+        let mark = format!("DSGC_TEST_JOB=run-{}-{jobs}", std::process::id());
+        let (name, value) = mark.split_once('=').expect("a variable");
+        let mut command = mpi.ranks(2, DSGC);
+        command.current_dir(place.path(".")).env(name, value).args(["run", "pipeline.yaml", "--set", ZERO]);
+        command.args(LONG).args(more).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Job { launcher: command.spawn().expect("the launcher starts"), mark }
+    }
+
+    /// Its ranks, once it has written so many lines of metrics.
+    fn ranks_after(&mut self, place: &Place, lines: usize) -> Vec<u32> {
+        let began = Instant::now();
+        let written = || fs::read_to_string(place.path("runs/sft/metrics.jsonl")).unwrap_or_default().lines().count();
+        while written() < lines {
+            assert!(self.launcher.try_wait().expect("a child").is_none(), "the job has ended by itself");
+            assert!(began.elapsed() < Duration::from_secs(60), "the job takes no step");
+            thread::sleep(Duration::from_millis(5));
+        }
+        let mut ranks = ranks_of(&self.mark);
+        ranks.sort_unstable();
+        assert_eq!(ranks.len(), 2, "{ranks:?}");
+        ranks
+    }
+
+    /// Its end, and that of its ranks.
+    fn ended(self) -> Ended {
+        let since = Instant::now();
+        let output = self.launcher.wait_with_output().expect("it ends");
+        while !ranks_of(&self.mark).is_empty() {
+            assert!(since.elapsed() < Duration::from_secs(10), "a rank lives on after its job");
+            thread::sleep(Duration::from_millis(5));
+        }
+        let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        Ended { code: output.status.code(), text, took: since.elapsed() }
+    }
+}
+
+fn signal(name: &str, process: u32) {
+    let sent = Command::new("kill").args([name, &process.to_string()]).status().expect("`kill` starts");
+    assert!(sent.success());
+}
+
+/// What runs without a disturbance leave: on two ranks, and on one.
+fn undisturbed() -> BTreeMap<&'static str, Place> {
+    let run = |layout| {
+        let place = Place::with(PIPELINE);
+        let command = [&["run", "pipeline.yaml", "--set", layout], &LONG[..], &["--set", "save_steps=none"]].concat();
+        let ended = place.command(&command);
+        assert!(ended.status.success(), "{ended:?}");
+        (layout, place)
+    };
+    [ZERO, ONE].map(run).into()
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).expect("a new folder");
+    for entry in fs::read_dir(from).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        let to = to.join(path.file_name().expect("a name"));
+        if path.is_dir() { copy(&path, &to) } else { fs::copy(&path, &to).map(drop).expect("a copy") }
+    }
+}
+
+/// Each rank once under each MPI; `scripts/kill-rank` does it more often.
+#[test]
+fn a_run_goes_on_after_a_rank_was_killed() {
+    let _alone = alone();
+    let whole = undisturbed();
+    for mpi in BOTH {
+        let place = Place::with(PIPELINE);
+        for (victim, lines, more) in [(1, 4, &[][..]), (0, 40, &["--resume", "auto"])] {
+            let mut job = Job::start(mpi, &place, more);
+            signal("-9", job.ranks_after(&place, lines)[victim]);
+            let ended = job.ended();
+            assert!(ended.code.is_none_or(|code| code != 0), "{}: {}", mpi.name, ended.text);
+            assert!(says_that_one_was_killed(&ended.text), "{}: {}", mpi.name, ended.text);
+            assert!(ended.took < Duration::from_secs(5), "{} took {:?}", mpi.name, ended.took);
+        }
+        let other = Place::with(PIPELINE);
+        copy(&place.path("runs"), &other.path("runs"));
+        let ended = Job::start(mpi, &place, &["--resume", "auto"]).ended();
+        assert_eq!(ended.code, Some(0), "{}: {}", mpi.name, ended.text);
+        assert_equal(&place, &whole[ZERO], mpi.name);
+        let resumed = [&["run", "pipeline.yaml", "--resume", "auto", "--set", ONE], &LONG[..]].concat();
+        let ended = other.command(&resumed);
+        assert!(ended.status.success(), "{ended:?}");
+        assert_near(&other, &whole[ONE], mpi.name);
+    }
+}
+
+/// Whichever process is told to stop: one rank, all of them, or the launcher, which tells the ranks.
+#[test]
+fn a_run_stops_after_one_step_on_all_ranks() {
+    let _alone = alone();
+    let whole = undisturbed();
+    for mpi in BOTH {
+        let place = Place::with(PIPELINE);
+        for (told, lines) in [("one", 4), ("all", 30), ("launcher", 55)] {
+            let mut job = Job::start(mpi, &place, if told == "one" { &[] } else { &["--resume", "auto"] });
+            let ranks = job.ranks_after(&place, lines);
+            match told {
+                "one" => signal("-TERM", ranks[1]),
+                "all" => ranks.iter().for_each(|&rank| signal("-TERM", rank)),
+                _ => signal("-TERM", job.launcher.id()),
+            }
+            let ended = job.ended();
+            // A launcher that is told to end has a code of its own.
+            if told != "launcher" {
+                assert_eq!(ended.code, Some(143), "{} {told}: {}", mpi.name, ended.text);
+                assert_eq!(ended.text.matches("`--resume auto` goes on").count(), 1, "{}: {}", mpi.name, ended.text);
+            }
+            let taken = place.steps("sft").len();
+            let is_written = |step: usize| place.path(&format!("runs/sft/checkpoints/step-{step:08}")).exists();
+            // It may leave the ranks no time for a whole step.
+            let written = is_written(taken) || told == "launcher" && is_written(taken - 1);
+            // And ranks may be done before it has passed the signal on.
+            assert!(
+                written && (taken < 80 || told == "launcher"),
+                "{} {told}: {taken} steps: {}",
+                mpi.name,
+                ended.text
+            );
+        }
+        let ended = Job::start(mpi, &place, &["--resume", "auto"]).ended();
+        // 3 where nothing is left to do.
+        assert!(matches!(ended.code, Some(0 | 3)), "{}: {}", mpi.name, ended.text);
+        assert_equal(&place, &whole[ZERO], mpi.name);
+    }
+}
+
+/// Ranks in two folders, in one of which the rows are others.
+#[test]
+fn ranks_with_other_rows_do_not_begin() {
+    let _alone = alone();
+    for mpi in BOTH {
+        let [one, other] = [(); 2].map(|()| Place::with(PIPELINE));
+        let rows = fs::read_to_string(other.path("rows.jsonl")).expect("rows");
+        fs::write(other.path("rows.jsonl"), rows.replacen("Yes", "No", 1)).expect("a file");
+        let args = ["run", "pipeline.yaml", "--set", ZERO];
+        let mut command = Command::new(mpi.mpirun);
+        command.envs(["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"].map(|name| (name, "1")));
+        if mpi.name == "Open MPI" {
+            command.arg("--oversubscribe");
+        }
+        command.args(["-n", "1", "-wdir"]).arg(one.path(".")).arg(DSGC).args(args);
+        command.args([":", "-n", "1", "-wdir"]).arg(other.path(".")).arg(DSGC).args(args);
+        let ended = run(&mut command);
+        assert_ne!(ended.code, Some(0), "{}", ended.text);
+        let sentence = "error: ranks differ in the rows of `text`: 6 for training and 2 held out, whose SHA-256 is ";
+        assert_eq!(ended.text.matches(sentence).count(), 1, "{}: {}", mpi.name, ended.text);
+        assert!(!one.path("runs/sft/metrics.jsonl").exists());
+    }
 }

@@ -1,20 +1,17 @@
 //! Ranks with different layers beside one: the same numbers in every schedule.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
-use dsgc_ir::diag::Diag;
 use dsgc_ir::schedule::{PipelineOrder, Work};
-use dsgc_ir::{Axis, Mesh, Planned, Program, StateId, StateKind, Tensor};
-use dsgc_kernels::Device;
-use dsgc_kernels::cpu::{Cpu, CpuTarget};
-use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
-use dsgc_kernels::ranks::Member;
-use dsgc_passes::PassContext;
-use dsgc_runtime::{Event, Metrics, Session, on_threads};
+use dsgc_ir::{Mesh, Program};
 
+#[path = "common/on_ranks.rs"]
+#[allow(dead_code)] // Other tests use the rest.
+mod on_ranks;
 #[allow(dead_code)] // Other tests use the rest.
 mod stages;
+
+use on_ranks::{On, Ran, assert_near, laid_out, planned_at_all, ran};
 
 const SFT: &str = "
 dsgc: 1
@@ -86,200 +83,138 @@ fn program(folder: &Path, pipeline: &str, sets: &[&str]) -> Program {
     stages::program(folder, pipeline, &rows, sets)
 }
 
-/// The plans of all places.
-fn planned(program: &Program, context: &PassContext) -> Vec<Planned> {
-    let at = |place| stages::compile(&Program { place, ..program.clone() }, context, None);
-    (0..program.mesh.pipeline).map(at).collect()
+/// Ranks in a mesh with a schedule, what those with different rows share out, and runs of layers of a rank.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    mesh: Mesh,
+    order: PipelineOrder,
+    zero_stage: u8,
+    chunks: usize,
 }
 
-/// What is left of a stage, the same on all ranks.
-#[derive(Clone, Debug, PartialEq)]
-struct Ran {
-    steps: Vec<Metrics>,
-    evaluations: Vec<Metrics>,
-    /// Parameters and states, whole.
-    states: BTreeMap<String, Tensor>,
+/// Ranks along `pipeline` alone.
+fn in_line(pipeline: usize, order: PipelineOrder) -> Layout {
+    let chunks = if order == PipelineOrder::Interleaved { 2 } else { 1 };
+    Layout { mesh: Mesh { pipeline, ..Mesh::default() }, order, zero_stage: 0, chunks }
 }
 
-fn run_on(planned: &[Planned], open: &(dyn Fn(&Planned, &Member) -> Box<dyn Device> + Sync)) -> Ran {
-    let mesh = planned[0].mesh;
-    let rank = |member: Member| -> Result<Ran, Vec<Diag>> {
-        let planned = &planned[mesh.place(Axis::Pipeline, member.rank())];
-        let device = open(planned, &member);
-        let mut session = Session::open_as(planned.clone(), device, member, &mut |_| Ok(()))?;
-        let (mut steps, mut evaluations) = (Vec::new(), Vec::new());
-        let ended = session.run(&mut |event| {
-            match event {
-                Event::Step { metrics, .. } => steps.push(metrics.clone()),
-                Event::Evaluated { metrics, .. } => evaluations.push(metrics.clone()),
-                _ => {}
-            }
-            Ok(())
-        });
-        ended.map_err(|e| vec![e])?;
-        let lasts = |kind| matches!(kind, StateKind::Param { .. } | StateKind::State);
-        let ids: Vec<(StateId, String)> =
-            planned.state_ids().filter(|(_, s)| lasts(s.kind)).map(|(id, s)| (id, s.name.clone())).collect();
-        let states = ids.into_iter().map(|(id, name)| Ok((name, session.state(id)?)));
-        let states = states.collect::<Result<_, Diag>>().map_err(|e| vec![e])?;
-        Ok(Ran { steps, evaluations, states })
-    };
-    let mut all =
-        on_threads(mesh, rank, |errors: &Vec<Diag>| errors[0].message.clone()).unwrap_or_else(|e| panic!("{e:?}"));
-    for (rank, other) in all.iter().enumerate() {
-        assert!(*other == all[0], "rank {rank} has other numbers than the first one");
-    }
-    all.swap_remove(0)
-}
-
-fn in_doubles(program: &Program) -> Ran {
-    run_on(&planned(program, &PassContext::new(&InterpTarget)), &|planned, member| {
-        Box::new(Interp::planned(planned.clone(), Precision::F64).as_member(member.clone()))
-    })
-}
-
-/// The program on so many ranks.
-fn on(program: &Program, mesh: Mesh, order: PipelineOrder) -> Program {
-    let mut program = Program { mesh, ..program.clone() };
-    program.stage.pipeline_order = order;
+fn on(program: &Program, layout: Layout) -> Program {
+    let mut program = laid_out(program, layout.mesh, layout.zero_stage);
+    program.stage.parallel.order = layout.order;
+    program.stage.parallel.virtual_stages = layout.chunks;
     program
 }
 
-fn in_line(pipeline: usize) -> Mesh {
-    Mesh { pipeline, ..Mesh::default() }
-}
-
-/// The largest difference of the metrics, each relative to itself, and of the states, relative to their largest elements.
-fn difference(a: &Ran, b: &Ran) -> (f64, f64) {
-    let of_metrics = |a: &[Metrics], b: &[Metrics]| {
-        assert_eq!(a.len(), b.len());
-        let metric = |(a, b): (&Metrics, &Metrics)| {
-            assert!(a.keys().eq(b.keys()), "{a:?} and {b:?}");
-            let apart = |(x, y): (&f64, &f64)| (x - y).abs() / x.abs().max(y.abs()).max(1e-3);
-            a.values().zip(b.values()).map(apart).fold(0.0, f64::max)
-        };
-        a.iter().zip(b).map(metric).fold(0.0, f64::max)
-    };
-    let metrics = of_metrics(&a.steps, &b.steps).max(of_metrics(&a.evaluations, &b.evaluations));
-    assert!(a.states.keys().eq(b.states.keys()));
-    // The gradient of this bias is zero in exact arithmetic: its steps follow rounding errors.
-    let meant = a.states.iter().filter(|(name, _)| !name.contains("k_proj.bias"));
-    let of_state = |(name, a): (&String, &Tensor)| {
-        let b = &b.states[name];
-        assert_eq!(a.shape, b.shape, "{name}");
-        let (a, b) = (a.to_f64(), b.to_f64());
-        let largest = a.iter().fold(f64::MIN_POSITIVE, |m, x| m.max(x.abs()));
-        a.iter().zip(&b).map(|(x, y)| (x - y).abs() / largest).fold(0.0, f64::max)
-    };
-    (metrics, meant.map(of_state).fold(0.0, f64::max))
-}
-
-fn assert_near(found: &Ran, expected: &Ran, bound: f64, what: &str) {
-    let (metrics, states) = difference(found, expected);
-    assert!(metrics <= bound && states <= bound, "{what}: metrics differ by {metrics:e}, states by {states:e}");
-}
-
-/// Every mesh and schedule beside one rank.
-fn every_layout(pipeline: &str, sets: &[&str], layouts: &[(Mesh, PipelineOrder)]) {
+/// Every layout beside one rank, whose run this gives.
+fn every_layout(pipeline: &str, sets: &[&str], layouts: &[Layout]) -> Ran {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = program(folder.path(), pipeline, sets);
-    let one = in_doubles(&program);
-    for &(mesh, order) in layouts {
-        let found = in_doubles(&on(&program, mesh, order));
-        assert_near(&found, &one, 1e-9, &format!("{mesh}, {}", order.name()));
+    let one = ran(&program, On::Doubles, false, None);
+    for &layout in layouts {
+        let found = ran(&on(&program, layout), On::Doubles, false, None);
+        assert_near(&found, &one, 1e-9, &format!("{layout:?}"));
     }
+    one
 }
 
-fn all_orders(places: &[usize]) -> Vec<(Mesh, PipelineOrder)> {
-    places.iter().flat_map(|&places| PipelineOrder::ALL.map(|order| (in_line(places), order))).collect()
+/// Every schedule that is possible on so many ranks with so many layers.
+fn all_orders(places: usize, layers: usize) -> Vec<Layout> {
+    let all = PipelineOrder::ALL.map(|order| in_line(places, order));
+    all.into_iter().filter(|layout| layout.mesh.pipeline * layout.chunks <= layers).collect()
 }
 
 #[test]
 fn gpipe_on_two_ranks_has_one_ranks_numbers() {
-    every_layout(SFT, &[], &[(in_line(2), PipelineOrder::Gpipe)]);
+    every_layout(SFT, &[], &[in_line(2, PipelineOrder::Gpipe)]);
 }
 
 /// The table of tokens is at the first place, where it is read, and at the last one, whose head it is.
 #[test]
 fn sft_of_opt_has_one_ranks_numbers() {
-    every_layout(SFT, &[], &all_orders(&[2, 4]));
+    every_layout(SFT, &[], &[all_orders(2, 4), all_orders(4, 4)].concat());
 }
 
 /// Heads of their own; five rows in parts of two, and three places for four layers.
 #[test]
 fn sft_of_llama_has_one_ranks_numbers() {
-    every_layout(SFT, &["stages.sft.model=llama", "stages.sft.batch_size=5"], &all_orders(&[3]));
+    every_layout(SFT, &["stages.sft.model=llama", "stages.sft.batch_size=5"], &all_orders(3, 4));
 }
 
 #[test]
 fn lora_and_dropout_have_one_ranks_numbers() {
     let sets = ["stages.sft.lora_r=16", "stages.sft.lora_dropout=0.5"];
-    every_layout(SFT, &sets, &[(in_line(2), PipelineOrder::OneForwardOneBackward)]);
+    every_layout(SFT, &sets, &[in_line(2, PipelineOrder::OneForwardOneBackward)]);
 }
 
 #[test]
 fn recomputed_layers_have_one_ranks_numbers() {
     let sets = ["compile.gradient_checkpointing=true"];
-    every_layout(SFT, &sets, &[(in_line(2), PipelineOrder::ZeroBubble)]);
+    every_layout(SFT, &sets, &[in_line(2, PipelineOrder::ZeroBubble), in_line(2, PipelineOrder::Interleaved)]);
 }
 
 #[test]
 fn ppo_has_one_ranks_numbers() {
-    every_layout(PPO, &[], &[(in_line(2), PipelineOrder::OneForwardOneBackward)]);
+    every_layout(PPO, &[], &all_orders(2, 2));
 }
 
 #[test]
 fn dpo_has_one_ranks_numbers() {
-    every_layout(DPO, &[], &[(in_line(2), PipelineOrder::OneForwardOneBackward)]);
+    every_layout(DPO, &[], &[in_line(2, PipelineOrder::OneForwardOneBackward)]);
 }
 
 /// Ranks with other rows and other layers, and what they share out.
 #[test]
 fn rows_and_layers_are_shared_out_together() {
-    let mesh = Mesh { data: 2, ..in_line(2) };
-    every_layout(SFT, &[], &[(mesh, PipelineOrder::OneForwardOneBackward)]);
-    every_layout(SFT, &["compile.zero_stage=3"], &[(mesh, PipelineOrder::ZeroBubble)]);
-    let mesh = Mesh { tensor: 2, ..in_line(2) };
-    every_layout(SFT, &[], &[(mesh, PipelineOrder::OneForwardOneBackward)]);
+    let of = |data, tensor, order, zero_stage| {
+        let layout = in_line(2, order);
+        Layout { mesh: Mesh { data, tensor, ..layout.mesh }, zero_stage, ..layout }
+    };
+    let layouts = [
+        of(2, 1, PipelineOrder::OneForwardOneBackward, 0),
+        of(2, 1, PipelineOrder::ZeroBubble, 3),
+        of(1, 2, PipelineOrder::Interleaved, 0),
+    ];
+    every_layout(SFT, &[], &layouts);
 }
 
 #[test]
 fn the_cpu_has_the_doubles_numbers() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = program(folder.path(), SFT, &[]);
-    let one = in_doubles(&program);
-    let target = CpuTarget { threads: 1 };
-    let plans = planned(&on(&program, in_line(2), PipelineOrder::OneForwardOneBackward), &PassContext::new(&target));
-    let found =
-        run_on(&plans, &|planned, member| Box::new(Cpu::poisoned(planned.clone(), 1).as_member(member.clone())));
+    let one = ran(&program, On::Doubles, false, None);
+    let found = ran(&on(&program, in_line(2, PipelineOrder::OneForwardOneBackward)), On::Cpu, false, None);
     let metrics = |ran: &Ran| ran.steps.iter().map(|step| step["loss"]).collect::<Vec<f64>>();
     for (a, b) in metrics(&found).iter().zip(metrics(&one)) {
         assert!((a - b).abs() <= 1e-4 * b.abs(), "{a} and {b}");
     }
 }
 
-/// Each place has its own layers' states and no others, and one piece for each kind of work on a part.
+/// Each place has its own layers' states and no others, and one piece for each kind of work on a part and each run of layers.
 #[test]
 fn places_have_their_own_layers() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = program(folder.path(), SFT, &[]);
     for order in PipelineOrder::ALL {
-        let plans = planned(&on(&program, in_line(2), order), &PassContext::new(&InterpTarget));
+        let plans = planned_at_all(&on(&program, in_line(2, order)), On::Doubles);
         let has = |place: usize, name: &str| {
             let (_, state) = plans[place].state_ids().find(|(_, s)| s.name.ends_with(name)).expect("it is a state");
             state.bytes() > 0
         };
         let at = |name: &str| [has(0, name), has(1, name)];
-        assert_eq!(at("layers.1.fc1.weight"), [true, false]);
-        assert_eq!(at("layers.2.fc1.weight.m"), [false, true]);
+        let interleaved = order == PipelineOrder::Interleaved;
+        assert_eq!(at("layers.0.fc1.weight"), [true, false]);
+        assert_eq!(at("layers.1.fc1.weight"), [!interleaved, interleaved]);
+        assert_eq!(at("layers.2.fc1.weight.m"), [interleaved, !interleaved]);
         assert_eq!(at("embed_positions.weight"), [true, false]);
         assert_eq!(at("final_layer_norm.weight.v"), [false, true]);
         assert_eq!(at("embed_tokens.weight"), [true, true]);
         let grad = plans[0].stage.pieces.iter().find(|(name, _)| name.ends_with(".grad")).expect("it is in pieces").1;
         let found: Vec<(usize, Work)> = grad.iter().map(|piece| (piece.place, piece.work)).collect();
-        let mut expected = vec![(0, Work::Forward), (1, Work::Forward), (1, Work::Backward), (0, Work::Backward)];
+        let places = if interleaved { vec![0, 1, 0, 1] } else { vec![0, 1] };
+        let mut expected: Vec<(usize, Work)> = places.iter().map(|&place| (place, Work::Forward)).collect();
+        expected.extend(places.iter().rev().map(|&place| (place, Work::Backward)));
         if order.splits_backward() {
-            expected.extend([(1, Work::Weight), (0, Work::Weight)]);
+            expected.extend(places.iter().rev().map(|&place| (place, Work::Weight)));
         }
         assert_eq!(found, expected, "{}", order.name());
     }

@@ -3,25 +3,26 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use dsgc_ir::cost::graph_sent;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::Statement;
-use dsgc_ir::{Mesh, Planned, Program, StateId, StateKind, Tensor};
-use dsgc_kernels::Device;
-use dsgc_kernels::cpu::{Cpu, CpuTarget};
-use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
+use dsgc_ir::{Mesh, Program, Tensor};
 use dsgc_kernels::ranks::Member;
-use dsgc_passes::PassContext;
-use dsgc_runtime::{Ended, Event, Keeper, Metrics, Session, on_threads};
+use dsgc_kernels::{Device, bind};
+use dsgc_runtime::{Session, on_threads};
 
+#[path = "common/on_ranks.rs"]
+mod on_ranks;
 #[path = "common/place.rs"]
 #[allow(dead_code)] // Other tests use the rest.
 mod place;
 #[allow(dead_code)] // Other tests use the rest.
 mod stages;
 
+use on_ranks::{On, Outputs, Ran, Watched, assert_near, device, first_message, laid_out, planned, ran};
 use place::Place;
 
 const SFT: &str = "
@@ -76,47 +77,7 @@ stages:
 ";
 
 /// Four answers to a prompt, whose beginning is computed once for them.
-const GROUPS: &str = "
-recipe: groups
-models:
-  policy: {type: causal_lm, trained: true}
-  ref: {snapshot: policy}
-data:
-  prompts: {fields: {prompt: text}, sequences: {prompt: [prompt]}, pad: left, width: max_length, longer: drop}
-options:
-  max_length: 20
-graphs:
-  score:
-    in: {seq: 'sequence[B, L]', answer: 'bool[B, A]'}
-    let:
-      - old: next_logp(policy(seq), seq.tokens)[:, L - A - 1:]
-      - gap: old - next_logp(ref(seq), seq.tokens)[:, L - A - 1:]
-      - low: f32(seq.tokens[:, L - A:] < 200)
-    out:
-      rows: {old_logp: old, reward: 'sum(low - 0.1 * gap, axis=1, where=answer)'}
-      kl: mean(gap, where=answer)
-  compare:
-    in: {reward: 'f32[N * 4]'}
-    let:
-      - r: reshape(reward, [N, 4])
-    out: {advantage: 'reshape(r - mean(r, axis=1, keep=true), [N * 4])', mean_reward: mean(r)}
-  surrogate:
-    in: {seq: 'sequence[B, L]', answer: 'bool[B, A]', old_logp: 'f32[B, A]', advantage: 'f32[B]'}
-    let:
-      - ratio: exp(where(answer, next_logp(policy(seq), seq.tokens)[:, L - A - 1:] - old_logp, 0))
-    out: {loss: 'mean(-ratio * advantage[:, None], where=answer)', ratio: 'mean(ratio, where=answer)'}
-plan:
-  - for: batch
-    in: batches(prompts, 8)
-    do:
-      - rollout: generate(policy, batch.prompt, samples=4, max_new_tokens=6)
-      - old: score(rollout)
-      - compared: compare(old.rows.reward)
-      - for: mini
-        in: minibatches(join(rollout, old.rows, compared.advantage), 8)
-        do:
-          - update(policy, surrogate(mini))
-";
+const GROUPS: &str = include_str!("common/groups.yaml");
 
 const GROUPED: &str = "
 dsgc: 1
@@ -130,6 +91,7 @@ stages:
     recipe: ./groups.yaml
     policy: base
     data: prompts
+    max_length: 20
     learning_rate: 1e-2
     max_steps: 2
     batch_size: 8
@@ -197,125 +159,13 @@ fn program(folder: &Path, pipeline: &str, sets: &[&str]) -> Program {
     stages::program(folder, pipeline, &rows, sets)
 }
 
-/// What runs a rank.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum On {
-    Doubles,
-    Cpu,
-}
-
-/// The program as `data` ranks run it.
-fn laid_out(program: &Program, data: usize, zero_stage: u8) -> Program {
-    let mut program = program.clone();
-    program.mesh = Mesh { data, ..Mesh::default() };
-    program.stage.roles.iter_mut().for_each(|role| role.zero_stage = zero_stage);
-    program
-}
-
-fn planned(program: &Program, on: On) -> Planned {
-    match on {
-        On::Doubles => stages::compile(program, &PassContext::new(&InterpTarget), None),
-        On::Cpu => stages::compile(program, &PassContext::new(&CpuTarget { threads: 1 }), None),
-    }
-}
-
-fn device(planned: &Planned, on: On, member: &Member) -> Box<dyn Device> {
-    match on {
-        On::Doubles => Box::new(Interp::planned(planned.clone(), Precision::F64).as_member(member.clone())),
-        On::Cpu => Box::new(Cpu::poisoned(planned.clone(), 1).as_member(member.clone())),
-    }
-}
-
-/// What is left of a stage, the same on all ranks.
-#[derive(Clone, Debug, PartialEq)]
-struct Ran {
-    steps: Vec<Metrics>,
-    evaluations: Vec<Metrics>,
-    /// Parameters and states, whole.
-    states: BTreeMap<String, Tensor>,
-}
-
-/// Runs a stage on all ranks, from a checkpoint if there is one; `stops` says after which step somebody wants it to stop, and on
-/// which rank.
-fn run_kept(program: &Program, on: On, resume: bool, stops: Option<(usize, u64)>) -> Ran {
-    let planned = planned(program, on);
-    let cut = planned.states.iter().any(|state| state.placement.as_ref().is_some_and(|p| !p.cuts.is_empty()));
-    assert_eq!(cut, program.mesh.data > 1 && program.stage.roles[0].zero_stage > 0, "what is cut");
-    let stop: Vec<AtomicBool> = (0..program.mesh.ranks()).map(|_| AtomicBool::new(false)).collect();
-    let rank = |member: Member| -> Result<Ran, Vec<Diag>> {
-        let at = member.rank();
-        let keeper = Keeper::new(program, &stop[at]);
-        let ignore: &mut dyn FnMut(&Event) -> Result<(), Diag> = &mut |_| Ok(());
-        let device = device(&planned, on, &member);
-        let mut session = Session::open_as(planned.clone(), device, member, ignore)?;
-        if resume {
-            let newest = keeper.newest().map_err(|e| vec![e])?.expect("there is a checkpoint");
-            session.resume(&newest).map_err(|e| vec![e])?;
-        }
-        let (mut steps, mut evaluations) = (Vec::new(), Vec::new());
-        let ended = session.run_kept(&keeper, &mut |event| {
-            match event {
-                Event::Step { step, metrics, .. } => {
-                    steps.push(metrics.clone());
-                    if stops == Some((at, *step)) {
-                        stop[at].store(true, Ordering::Relaxed);
-                    }
-                }
-                Event::Evaluated { metrics, .. } => evaluations.push(metrics.clone()),
-                _ => {}
-            }
-            Ok(())
-        });
-        let expected = stops.map_or(Ended::Finished, |(_, step)| Ended::Stopped(step));
-        assert_eq!(ended.map_err(|e| vec![e])?, expected);
-        let lasts = |kind| matches!(kind, StateKind::Param { .. } | StateKind::State);
-        let ids: Vec<(StateId, String)> =
-            planned.state_ids().filter(|(_, s)| lasts(s.kind)).map(|(id, s)| (id, s.name.clone())).collect();
-        let states = ids.into_iter().map(|(id, name)| Ok((name, session.state(id)?)));
-        let states = states.collect::<Result<_, Diag>>().map_err(|e| vec![e])?;
-        Ok(Ran { steps, evaluations, states })
-    };
-    let mut all = on_threads(program.mesh, rank, |errors: &Vec<Diag>| errors[0].message.clone())
-        .unwrap_or_else(|e| panic!("{e:?}"));
-    for (rank, other) in all.iter().enumerate() {
-        assert!(*other == all[0], "rank {rank} has other numbers than the first one");
-    }
-    all.swap_remove(0)
+/// Ranks with different rows.
+fn of_data(data: usize) -> Mesh {
+    Mesh { data, ..Mesh::default() }
 }
 
 fn run(program: &Program, data: usize, zero_stage: u8, on: On) -> Ran {
-    run_kept(&laid_out(program, data, zero_stage), on, false, None)
-}
-
-/// The largest difference of the metrics, each relative to itself, and of the states, relative to their largest elements.
-fn difference(a: &Ran, b: &Ran) -> (f64, f64) {
-    let of_metrics = |a: &[Metrics], b: &[Metrics]| {
-        assert_eq!(a.len(), b.len());
-        let metric = |(a, b): (&Metrics, &Metrics)| {
-            assert!(a.keys().eq(b.keys()), "{a:?} and {b:?}");
-            // Some are differences of numbers of the size of one.
-            let apart = |(x, y): (&f64, &f64)| (x - y).abs() / x.abs().max(y.abs()).max(1e-3);
-            a.values().zip(b.values()).map(apart).fold(0.0, f64::max)
-        };
-        a.iter().zip(b).map(metric).fold(0.0, f64::max)
-    };
-    let metrics = of_metrics(&a.steps, &b.steps).max(of_metrics(&a.evaluations, &b.evaluations));
-    assert!(a.states.keys().eq(b.states.keys()));
-    // The gradient of this bias is zero in exact arithmetic: its steps follow rounding errors.
-    let meant = a.states.iter().filter(|(name, _)| !name.contains("k_proj.bias"));
-    let of_state = |(name, a): (&String, &Tensor)| {
-        let b = &b.states[name];
-        assert_eq!(a.shape, b.shape, "{name}");
-        let (a, b) = (a.to_f64(), b.to_f64());
-        let largest = a.iter().fold(f64::MIN_POSITIVE, |m, x| m.max(x.abs()));
-        a.iter().zip(&b).map(|(x, y)| (x - y).abs() / largest).fold(0.0, f64::max)
-    };
-    (metrics, meant.map(of_state).fold(0.0, f64::max))
-}
-
-fn assert_near(found: &Ran, expected: &Ran, bound: f64, what: &str) {
-    let (metrics, states) = difference(found, expected);
-    assert!(metrics <= bound && states <= bound, "{what}: metrics differ by {metrics:e}, states by {states:e}");
+    ran(&laid_out(program, of_data(data), zero_stage), on, false, None)
 }
 
 /// Every layout beside one rank, whose run this gives.
@@ -430,10 +280,10 @@ fn resumed_on_another_layout_it_goes_on_to_the_same_numbers() {
     let program = program(folder.path(), SFT, &[]);
     let (one, whole) = (run(&program, 1, 0, On::Doubles), run(&program, 2, 3, On::Doubles));
     // Only the last rank is told to stop.
-    let begun = run_kept(&laid_out(&program, 2, 3), On::Doubles, false, Some((1, 3)));
+    let begun = ran(&laid_out(&program, of_data(2), 3), On::Doubles, false, Some((1, 3)));
     assert_eq!(begun.steps, whole.steps[..3]);
     for (data, zero_stage) in [(2, 3), (1, 0), (4, 1)] {
-        let after = run_kept(&laid_out(&program, data, zero_stage), On::Doubles, true, None);
+        let after = ran(&laid_out(&program, of_data(data), zero_stage), On::Doubles, true, None);
         let mut both = begun.clone();
         both.steps.extend(after.steps);
         both.evaluations.extend(after.evaluations);
@@ -445,52 +295,144 @@ fn resumed_on_another_layout_it_goes_on_to_the_same_numbers() {
     }
 }
 
-/// A device that fails at its third run.
-struct Failing {
-    device: Box<dyn Device>,
-    runs: usize,
+/// What is computed again needs parameters that are gathered again: none is kept from the forward pass for it.
+#[test]
+fn recomputation_has_one_ranks_numbers() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let wide = SFT.replace("hidden: 16, layers: 2, heads: 2, ffn: 32", "hidden: 64, layers: 4, heads: 4, ffn: 256");
+    let program = program(folder.path(), &wide, &["stages.sft.max_steps=2", "stages.sft.eval_steps=100"]);
+    let mut again = program.clone();
+    again.stage.memory.gradient_checkpointing = true;
+    let one = run(&program, 1, 0, On::Doubles);
+    for mesh in [of_data(2), Mesh { data: 2, tensor: 2, ..Mesh::default() }] {
+        let (kept, again) = (laid_out(&program, mesh, 3), laid_out(&again, mesh, 3));
+        assert_near(&ran(&again, On::Doubles, false, None), &one, 1e-9, &format!("{mesh}"));
+        let values = |program: &Program| planned(program, On::Cpu).arena.values;
+        assert!(values(&again) < values(&kept), "{mesh}: {} and {}", values(&again), values(&kept));
+    }
 }
 
-impl Device for Failing {
-    fn name(&self) -> &str {
-        self.device.name()
-    }
+/// Models of one stage with layouts of their own: of the actor everything is shared out, of the critic no parameters.
+#[test]
+fn every_role_has_a_layout_of_its_own() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let own = ["stages.ppo.actor.zero_stage=3", "stages.ppo.critic.zero_stage=2"];
+    let mut mixed = program(folder.path(), PPO, &own);
+    let stages: Vec<u8> = mixed.stage.roles.iter().map(|role| role.zero_stage).collect();
+    assert_eq!(stages.iter().filter(|&&stage| stage == 0).count(), stages.len() - 2, "{stages:?}");
+    let one = run(&program(folder.path(), PPO, &[]), 1, 0, On::Doubles);
+    mixed.mesh = of_data(2);
+    assert_near(&ran(&mixed, On::Doubles, false, None), &one, 1e-9, "actor 3, critic 2");
+}
 
-    fn set_state(&mut self, id: StateId, value: &Tensor) {
-        self.device.set_state(id, value);
+/// Ranks that share layers, alone and beside others with other rows: data, tensor, stage of ZeRO.
+fn shared_layers(pipeline: &str, sets: &[&str], layouts: &[(usize, usize, u8)], on: On, bound: f64) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = program(folder.path(), pipeline, sets);
+    let one = run(&program, 1, 0, on);
+    for &(data, tensor, zero_stage) in layouts {
+        let mesh = Mesh { data, tensor, ..Mesh::default() };
+        let found = ran(&laid_out(&program, mesh, zero_stage), on, false, None);
+        assert_near(&found, &one, bound, &format!("{mesh}, zero {zero_stage}"));
     }
+}
 
-    fn set_part(&mut self, id: StateId, value: &Tensor) {
-        self.device.set_part(id, value);
-    }
+#[test]
+fn ranks_that_share_layers_have_one_ranks_numbers() {
+    shared_layers(SFT, &[], &[(1, 2, 0), (2, 2, 0), (2, 2, 3)], On::Doubles, 1e-9);
+    shared_layers(SFT, &["stages.sft.model=llama"], &[(1, 2, 0), (4, 2, 1)], On::Doubles, 1e-9);
+    let lora = ["stages.sft.lora_r=16", "stages.sft.lora_dropout=0.5"];
+    shared_layers(SFT, &lora, &[(1, 2, 0), (2, 2, 3)], On::Doubles, 1e-9);
+}
 
-    fn state(&self, id: StateId) -> Tensor {
-        self.device.state(id)
-    }
+#[test]
+fn rlhf_on_ranks_that_share_layers_has_one_ranks_numbers() {
+    shared_layers(PPO, &[], &[(1, 2, 0), (2, 2, 3)], On::Doubles, 1e-9);
+    shared_layers(DPO, &[], &[(1, 2, 0)], On::Doubles, 1e-9);
+    shared_layers(GROUPED, &[], &[(2, 2, 2)], On::Doubles, 1e-9);
+}
 
-    fn run(&mut self, graph: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag> {
-        self.runs += 1;
-        match self.runs {
-            3 => Err(Diag::error("the device is gone")),
-            _ => self.device.run(graph, inputs),
-        }
+#[test]
+fn ranks_that_share_layers_are_near_on_the_cpu() {
+    shared_layers(SFT, &["stages.sft.max_steps=3"], &[(1, 2, 0), (2, 2, 3)], On::Cpu, 1e-5);
+    shared_layers(SFT, &["stages.sft.max_steps=3", "stages.sft.bf16=true"], &[(1, 2, 0), (2, 2, 1)], On::Cpu, 2e-2);
+}
+
+/// The bytes that ranks send are those of the formula: a sum of gradients, twice its bytes but for one part; with ZeRO 3 parameters
+/// twice and gradients once for every part of a batch.
+#[test]
+fn ranks_send_what_the_formulas_say() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let sets = ["stages.sft.max_steps=2", "stages.sft.eval_steps=100", "data.texts.eval=none"];
+    let wide = SFT.replace("hidden: 16, layers: 2, heads: 2, ffn: 32", "hidden: 64, layers: 1, heads: 4, ffn: 128");
+    let program = program(folder.path(), &wide, &sets);
+    let (ranks, parts, steps) = (2, 2, 2);
+    for zero_stage in 0..=3 {
+        let planned = planned(&laid_out(&program, of_data(ranks), zero_stage), On::Cpu);
+        let counted: Vec<Arc<Mutex<BTreeMap<String, u64>>>> = (0..ranks).map(|_| Arc::default()).collect();
+        let rank = |member: Member| {
+            let (planned_too, counted) = (planned.clone(), counted[member.rank()].clone());
+            let run = move |device: &mut dyn Device, name: &str, inputs: &[(&str, &Tensor)]| -> Outputs {
+                let graph = planned_too.graph(name).expect("the plan names it");
+                let expected = graph_sent(graph, &bind(graph, inputs)?, &planned_too.mesh).expect("all dims are bound");
+                let before = device.sent();
+                let outputs = device.run(name, inputs)?;
+                assert_eq!(device.sent() - before, expected, "@{name}");
+                *counted.lock().expect("no rank panics").entry(name.into()).or_default() += expected;
+                Ok(outputs)
+            };
+            let device = Watched { device: device(&planned, On::Cpu, &member), run };
+            let mut session = Session::open_as(planned.clone(), Box::new(device), member, &mut |_| Ok(()))?;
+            session.run(&mut |_| Ok(())).map_err(|e| vec![e])
+        };
+        on_threads(planned.mesh, rank, first_message).unwrap_or_else(|e| panic!("{e:?}"));
+        let of = |graph: &str| counted[0].lock().expect("no rank panics").get(graph).map_or(0, |n| n / steps);
+        let (grad, apply) = (of("model.loss.grad"), of("model.apply"));
+        let bytes: usize = planned
+            .params_of("model")
+            .map(|(id, _)| {
+                4 * planned
+                    .state(id)
+                    .whole_dims()
+                    .iter()
+                    .map(|d| d.constant().expect("a number") as usize)
+                    .product::<usize>()
+            })
+            .sum();
+        let half = bytes as f64 / ranks as f64;
+        let times = |sent: u64| sent as f64 / half;
+        // In each part of a batch, and at the step.
+        let expected = match zero_stage {
+            0 | 1 => (0.0, 2.0),
+            2 => (1.0, 1.0),
+            _ => (3.0, 0.0),
+        };
+        let found = (times(grad) / f64::from(parts), times(apply));
+        // Biases and norms are too small to be shared out; their sums are taken once.
+        let near = |a: f64, b: f64| (a - b).abs() <= 0.025 * b.max(1.0);
+        assert!(near(found.0, expected.0) && near(found.1, expected.1), "zero {zero_stage}: {found:?}");
     }
 }
 
 #[test]
 fn a_rank_that_fails_ends_all() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let planned = planned(&laid_out(&program(folder.path(), SFT, &[]), 3, 3), On::Doubles);
+    let planned = planned(&laid_out(&program(folder.path(), SFT, &[]), of_data(3), 3), On::Doubles);
     let began = Instant::now();
     let rank = |member: Member| {
         let mut device = device(&planned, On::Doubles, &member);
         if member.rank() == 1 {
-            device = Box::new(Failing { device, runs: 0 });
+            let mut runs = 0;
+            let run = move |device: &mut dyn Device, name: &str, inputs: &[(&str, &Tensor)]| {
+                runs += 1;
+                if runs == 3 { Err(Diag::error("the device is gone")) } else { device.run(name, inputs) }
+            };
+            device = Box::new(Watched { device, run });
         }
         let mut session = Session::open_as(planned.clone(), device, member, &mut |_| Ok(()))?;
         session.run(&mut |_| Ok(())).map_err(|e| vec![e])
     };
-    let failed = on_threads(planned.mesh, rank, |errors: &Vec<Diag>| errors[0].message.clone());
+    let failed = on_threads(planned.mesh, rank, first_message);
     assert_eq!(failed.expect_err("rank 1 fails")[0].message, "the device is gone");
     assert!(began.elapsed() < Duration::from_secs(30));
 }

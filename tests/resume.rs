@@ -286,3 +286,38 @@ fn what_is_broken_or_of_another_run_is_named() {
     let error = fails(&["--resume", &checkpoint(4)]);
     assert!(error.contains("a run goes on with the rows that it began with"), "{error}");
 }
+
+/// A rate at which the loss goes up and down.
+#[test]
+fn the_best_checkpoint_stays_beside_the_newest() {
+    for greater in [false, true] {
+        let place = Place::with(&PIPELINE.replace(", lora_r: 2, lora_dropout: 0.5", ""));
+        let sets = [
+            "save_steps=1",
+            "save_total_limit=2",
+            "metric_for_best_model=loss",
+            "stages.sft.eval_steps=1",
+            "stages.sft.max_steps=9",
+            "stages.sft.learning_rate=0.3",
+        ];
+        let more = format!("greater_is_better={greater}");
+        let sets: Vec<&str> = sets.into_iter().chain(greater.then_some(more.as_str())).collect();
+        fs::write(place.path("replay.yaml"), REPLAY).expect("a new file");
+        place.out(&["run", "pipeline.yaml", "--stage", "sft"], &sets);
+        let evaluations: Vec<(u64, f64)> = metrics(&place, "sft")
+            .iter()
+            .filter_map(|line| Some((line["step"].as_u64()?, line["eval/loss"].as_f64()?)))
+            .filter(|(step, _)| *step > 0)
+            .collect();
+        assert_eq!(evaluations.len(), 9);
+        let better = |a: f64, b: f64| if greater { a > b } else { a < b };
+        let best = evaluations.iter().copied().reduce(|a, b| if better(b.1, a.1) { b } else { a }).expect("some").0;
+        assert!((2..8).contains(&best), "this test says nothing: {evaluations:?}");
+        let mut found: Vec<String> = fs::read_dir(place.path("runs/sft/checkpoints"))
+            .expect("checkpoints")
+            .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+            .collect();
+        found.sort();
+        assert_eq!(found, [best, 8, 9].map(|step| format!("step-{step:08}")), "{evaluations:?}");
+    }
+}

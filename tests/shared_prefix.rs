@@ -121,47 +121,7 @@ fn dropout_keeps_rows_apart() {
 }
 
 /// Several answers to each prompt, compared with each other: the scoring graph gets them as rows that stand together.
-const GROUPS: &str = "
-recipe: groups
-models:
-  policy: {type: causal_lm, trained: true}
-  ref: {snapshot: policy}
-data:
-  prompts: {fields: {prompt: text}, sequences: {prompt: [prompt]}, pad: left, width: max_length, longer: drop}
-options:
-  max_length: 48
-graphs:
-  score:
-    in: {seq: 'sequence[B, L]', answer: 'bool[B, A]'}
-    let:
-      - old: next_logp(policy(seq), seq.tokens)[:, L - A - 1:]
-      - gap: old - next_logp(ref(seq), seq.tokens)[:, L - A - 1:]
-      - low: f32(seq.tokens[:, L - A:] < 200)
-    out:
-      rows: {old_logp: old, reward: 'sum(low - 0.1 * gap, axis=1, where=answer)'}
-      kl: mean(gap, where=answer)
-  compare:
-    in: {reward: 'f32[N * 4]'}
-    let:
-      - r: reshape(reward, [N, 4])
-    out: {advantage: 'reshape(r - mean(r, axis=1, keep=true), [N * 4])', mean_reward: mean(r)}
-  surrogate:
-    in: {seq: 'sequence[B, L]', answer: 'bool[B, A]', old_logp: 'f32[B, A]', advantage: 'f32[B]'}
-    let:
-      - ratio: exp(where(answer, next_logp(policy(seq), seq.tokens)[:, L - A - 1:] - old_logp, 0))
-    out: {loss: 'mean(-ratio * advantage[:, None], where=answer)', ratio: 'mean(ratio, where=answer)'}
-plan:
-  - for: batch
-    in: batches(prompts, 8)
-    do:
-      - rollout: generate(policy, batch.prompt, samples=4, max_new_tokens=6)
-      - old: score(rollout)
-      - compared: compare(old.rows.reward)
-      - for: mini
-        in: minibatches(join(rollout, old.rows, compared.advantage), 8)
-        do:
-          - update(policy, surrogate(mini))
-";
+const GROUPS: &str = include_str!("common/groups.yaml");
 
 fn in_groups(folder: &Path, model: &str, sets: &[&str]) -> Program {
     fs::write(folder.join("groups.yaml"), GROUPS).expect("a new file");

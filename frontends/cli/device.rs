@@ -73,13 +73,15 @@ impl DeviceName {
         if let DeviceName::Wgpu | DeviceName::Cuda = self {
             return gpu::open(self, planned);
         }
-        let bytes = planned.arena.total();
+        let ranks = ranks_here(&member.mesh);
+        let bytes = planned.arena.total().saturating_mul(ranks);
         // An allocation that fails within the device would end the program; the box keeps this trial from being
         // optimised away.
         let mut trial = Vec::<u8>::new();
         if black_box(&mut trial).try_reserve_exact(bytes).is_err() {
             let stage = &planned.stage.name;
-            let message = format!("stage `{stage}` needs {} of memory, more than this machine gives", size(bytes));
+            let on = if ranks > 1 { format!(" on {ranks} ranks together") } else { String::new() };
+            let message = format!("stage `{stage}` needs {} of memory{on}, more than this machine gives", size(bytes));
             let help = "a smaller `micro_batch_size` or `max_length` needs less; `dsgc compile` says what takes it";
             return Err(Diag::error(message).help(help));
         }
@@ -99,7 +101,12 @@ pub fn threads() -> usize {
 
 /// Threads of each of these ranks: those of one machine share its cores.
 pub fn threads_of_rank(mesh: &Mesh) -> usize {
-    (threads() / mpi::ranks_here().unwrap_or_else(|| mesh.ranks())).max(1)
+    (threads() / ranks_here(mesh)).max(1)
+}
+
+/// Ranks on this machine: all of them, where no launcher says otherwise.
+fn ranks_here(mesh: &Mesh) -> usize {
+    mpi::ranks_here().unwrap_or_else(|| mesh.ranks())
 }
 
 /// GPUs, where this program was built with them.

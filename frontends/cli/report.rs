@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::iter::Sum;
+use std::ops::Add;
 
-use dsgc_ir::cost::graph_cost;
+use dsgc_ir::cost::{graph_cost, graph_sent};
 use dsgc_ir::stage::{CallSteps, Role, Rows, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::verify::last_uses;
-use dsgc_ir::{Class, DType, Graph, Planned, Program, Region, State, StateId, StateKind, Target};
+use dsgc_ir::{Class, DType, Dim, Graph, Mesh, Planned, Program, Region, State, StateId, StateKind, Target};
 use dsgc_passes::{Step, live_bytes};
 use serde_json::{Value, json};
 
@@ -14,6 +16,7 @@ use serde_json::{Value, json};
 pub struct StageReport {
     name: String,
     recipe: String,
+    mesh: Mesh,
     /// Numbers in parameters: all, and those that are trained.
     parameters: (u64, u64),
     roles: Vec<RoleSize>,
@@ -68,7 +71,7 @@ impl RoleSize {
                 StateKind::Param { trained: true } => &mut size.trained,
                 _ => &mut size.frozen,
             };
-            *part += state.ty.len().constant().unwrap_or(0) as u64;
+            *part += numbers(state);
             let kept = |id: StateId| Some(program.state(id).ty.dtype) == role.weights;
             size.kept[0] |= kept(id);
             size.kept[1] |= program.copies_of(id).any(kept);
@@ -107,6 +110,11 @@ impl fmt::Display for RoleSize {
         }
         Ok(())
     }
+}
+
+/// Numbers in a state, those of all ranks together.
+fn numbers(state: &State) -> u64 {
+    Dim::product(&state.whole_dims()).constant().unwrap_or(0) as u64
 }
 
 /// What a pass made of a stage.
@@ -162,7 +170,7 @@ impl StageReport {
                 StateKind::Param { trained } => trained || !trained_only,
                 StateKind::Copy { .. } | StateKind::State | StateKind::Scratch => false,
             });
-            params.map(|s| s.ty.len().constant().unwrap_or(0) as u64).sum()
+            params.map(numbers).sum()
         };
         let mut work = Work::default();
         work.collect(program, &program.stage.plan, 1, 1);
@@ -178,6 +186,7 @@ impl StageReport {
         StageReport {
             name: program.stage.name.clone(),
             recipe: program.stage.recipe.clone(),
+            mesh: program.mesh,
             parameters: (count(false), count(true)),
             roles: program.stage.roles.iter().map(|role| RoleSize::new(program, role)).collect(),
             work,
@@ -193,10 +202,16 @@ impl StageReport {
             .work
             .updates
             .iter()
-            .map(|(role, graph, flops)| json!({"role": role, "graph": graph, "flops_per_step": flops}))
+            .map(|(role, graph, done)| {
+                json!({"role": role, "graph": graph, "flops_per_step": done.flops, "sent_bytes_per_step": done.sent})
+            })
             .collect();
-        let calls: Vec<Value> =
-            self.work.calls.iter().map(|(what, flops)| json!({"what": what, "flops_per_batch": flops})).collect();
+        let calls: Vec<Value> = self
+            .work
+            .calls
+            .iter()
+            .map(|(what, done)| json!({"what": what, "flops_per_batch": done.flops, "sent_bytes_per_batch": done.sent}))
+            .collect();
         let passes: Vec<Value> = self
             .passes
             .iter()
@@ -236,6 +251,7 @@ impl StageReport {
         json!({
             "stage": self.name,
             "recipe": self.recipe,
+            "mesh": self.mesh,
             "parameters": self.parameters.0,
             "trained_parameters": self.parameters.1,
             "roles": roles,
@@ -258,15 +274,14 @@ impl fmt::Display for StageReport {
         for role in &self.roles {
             writeln!(f, "    {role}")?;
         }
-        for (what, flops) in &self.work.calls {
-            writeln!(f, "  {what:<15} {:.3} GFLOP per full batch", *flops as f64 / 1e9)?;
+        if !self.mesh.is_single() {
+            writeln!(f, "  ranks           {}: {}; what follows is of one of them", self.mesh.ranks(), self.mesh)?;
         }
-        for (role, graph, flops) in &self.work.updates {
-            writeln!(
-                f,
-                "  update          {role} on {graph}: {:.3} GFLOP per step of a full batch",
-                *flops as f64 / 1e9
-            )?;
+        for (what, done) in &self.work.calls {
+            writeln!(f, "  {what:<15} {done} per full batch")?;
+        }
+        for (role, graph, done) in &self.work.updates {
+            writeln!(f, "  update          {role} on {graph}: {done} per step of a full batch")?;
         }
         writeln!(f, "  passes          ops before -> after, kernels, bytes moved, most bytes live at once")?;
         for PassReport { name, before, after, matched } in &self.passes {
@@ -295,24 +310,63 @@ impl fmt::Display for StageReport {
     }
 }
 
-/// Work of a plan by statement, by the formulas of `dsgc_ir::cost` at the upper bounds of all dims.
+/// What one rank does.
+#[derive(Clone, Copy, Default)]
+struct Amount {
+    /// Floating-point operations.
+    flops: u64,
+    /// Bytes that graphs send to other ranks.
+    sent: u64,
+}
+
+impl Amount {
+    fn times(self, n: u64) -> Amount {
+        Amount { flops: self.flops.saturating_mul(n), sent: self.sent.saturating_mul(n) }
+    }
+}
+
+impl Add for Amount {
+    type Output = Amount;
+    fn add(self, other: Amount) -> Amount {
+        Amount { flops: self.flops.saturating_add(other.flops), sent: self.sent.saturating_add(other.sent) }
+    }
+}
+
+impl Sum for Amount {
+    fn sum<I: Iterator<Item = Amount>>(all: I) -> Amount {
+        all.fold(Amount::default(), Add::add)
+    }
+}
+
+impl fmt::Display for Amount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.3} GFLOP", self.flops as f64 / 1e9)?;
+        if self.sent > 0 { write!(f, " and {} sent", size(self.sent as usize)) } else { Ok(()) }
+    }
+}
+
+/// Work of a plan by statement, by the formulas of `dsgc_ir::cost` at the upper bounds of all dims, of one rank.
 #[derive(Default)]
 struct Work {
-    /// Role, loss graphs, operations of one optimizer step at the largest batch.
-    updates: Vec<(String, String, u64)>,
-    /// Graphs that train nothing, and models that generate: what it is, operations for the largest batch.
-    calls: Vec<(String, u64)>,
+    /// Role, loss graphs, one optimizer step at the largest batch.
+    updates: Vec<(String, String, Amount)>,
+    /// Graphs that train nothing, and models that generate: what it is, for the largest batch.
+    calls: Vec<(String, Amount)>,
 }
 
 impl Work {
     /// Adds statements whose batch has this many rows, in calls of `micro`.
     fn collect(&mut self, program: &Program, plan: &[Statement], rows: usize, micro: usize) {
-        let flops = |name: &String| {
+        let of = |name: &String| {
             let graph = program.graph(name).expect("the passes made it");
-            graph_cost(graph, &graph.upper_bounds()).map_or(0, |c| c.flops)
+            let bounds = graph.upper_bounds();
+            let flops = graph_cost(graph, &bounds).map_or(0, |c| c.flops);
+            Amount { flops, sent: graph_sent(graph, &bounds, &program.mesh).unwrap_or(0) }
         };
-        let all = |names: &[String]| names.iter().map(flops).sum::<u64>();
-        let parts = rows.div_ceil(micro.max(1)) as u64;
+        let all = |names: &[String]| names.iter().map(of).sum::<Amount>();
+        // Ranks with different rows have equal shares of them.
+        let rows_of_rank = rows.div_ceil(program.mesh.data);
+        let parts = rows_of_rank.div_ceil(micro.max(1)) as u64;
         for statement in plan {
             match statement {
                 Statement::For { rows: Rows::Source(source), body, .. } => {
@@ -327,27 +381,24 @@ impl Work {
                 Statement::Update(update) => {
                     let graphs: Vec<&str> = update.terms.iter().map(|t| t.graph.as_str()).collect();
                     let total = match update.steps.as_ref().expect("the passes filled it in") {
-                        UpdateSteps::Whole { step } => flops(step),
+                        UpdateSteps::Whole { step } => of(step),
                         UpdateSteps::Split { terms, squares, apply } => {
-                            let term = |t: &TermSteps| {
-                                parts.saturating_mul(all(&t.count) + flops(&t.grad)).saturating_add(flops(&t.finish))
-                            };
-                            let last = flops(apply) + squares.as_ref().map_or(0, flops);
-                            terms.iter().map(term).sum::<u64>().saturating_add(last)
+                            let term = |t: &TermSteps| (all(&t.count) + of(&t.grad)).times(parts) + of(&t.finish);
+                            let last = of(apply) + squares.as_ref().map(of).unwrap_or_default();
+                            terms.iter().map(term).sum::<Amount>() + last
                         }
                     };
                     self.updates.push((update.role.clone(), graphs.join(" + "), total));
                 }
                 Statement::Call(call) => {
                     let total = match call.steps.as_ref().expect("the passes filled it in") {
-                        CallSteps::Whole => flops(&call.graph),
+                        CallSteps::Whole => of(&call.graph),
                         CallSteps::Joined(joined) => {
-                            self.calls.push((format!("{} with updates", call.graph), flops(&joined.graph)));
-                            flops(&call.graph)
+                            self.calls.push((format!("{} with updates", call.graph), of(&joined.graph)));
+                            of(&call.graph)
                         }
                         CallSteps::Split { count, rows, finish } => {
-                            let last = finish.as_ref().map_or(0, flops);
-                            parts.saturating_mul(all(count) + flops(rows)).saturating_add(last)
+                            (all(count) + of(rows)).times(parts) + finish.as_ref().map(of).unwrap_or_default()
                         }
                     };
                     self.calls.push((format!("call {}", call.graph), total));
@@ -356,9 +407,9 @@ impl Work {
                     let steps = generate.steps.as_ref().expect("the passes filled it in");
                     let tokens = generate.max_new_tokens as u64;
                     let after = if generate.samples > 1 { generate.samples as u64 * tokens } else { tokens - 1 };
-                    let one = flops(&steps.prefill).saturating_add(after.saturating_mul(flops(&steps.step)));
-                    let calls = rows.div_ceil(generate.rows.max(1)) as u64;
-                    self.calls.push((format!("generate {}", generate.role), calls.saturating_mul(one)));
+                    let one = of(&steps.prefill) + of(&steps.step).times(after);
+                    let calls = rows_of_rank.div_ceil(generate.rows.max(1)) as u64;
+                    self.calls.push((format!("generate {}", generate.role), one.times(calls)));
                 }
                 Statement::Next { .. } | Statement::Join { .. } | Statement::Recent { .. } => {}
             }

@@ -10,6 +10,7 @@ use crate::body::product_parts;
 use crate::dim::{Bindings, Symbol};
 use crate::graph::{Graph, OpData};
 use crate::infer::Contraction;
+use crate::mesh::Mesh;
 use crate::op::{Class, Op};
 use crate::types::Type;
 
@@ -165,6 +166,43 @@ pub fn time(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
         Class::View | Class::State => 1,
         _ => bytes.max(flops / FLOPS_PER_BYTE).saturating_add(BYTES_PER_LAUNCH),
     })
+}
+
+/// Bytes that the first rank of a group sends for an op, by rings: of a sum `2 (n - 1) / n` of its bytes, of a part of a sum or
+/// of all parts `(n - 1) / n`, as far as parts are equally long. An unbound symbol otherwise.
+pub fn sent(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings, mesh: &Mesh) -> Result<u64, Symbol> {
+    let bytes = |ty: &Type| ty.bytes(bindings).map(|bytes| bytes as u64);
+    // The part of the place `at` of so many elements in parts of equal length, of which the last ones may be shorter.
+    let part = |all: u64, len: u64, at: u64| (at * len).min(all).abs_diff(((at + 1) * len).min(all));
+    match *op {
+        Op::AllReduce { over } => {
+            let (ranks, width) = (mesh.size(over) as u64, args[0].dtype.bytes() as u64);
+            let all = bytes(args[0])? / width;
+            let len = all.div_ceil(ranks);
+            // Every part but its own, then every part but the next one's.
+            let sent = 2 * all - part(all, len, 0) - part(all, len, 1 % ranks);
+            // Sums of narrow floats are sent as f32.
+            Ok(if ranks == 1 { 0 } else { sent * if args[0].dtype.is_narrow() { 4 } else { width } })
+        }
+        Op::AllGather { over, .. } => {
+            let (ranks, all, len) = (mesh.size(over) as u64, bytes(results[0])?, bytes(args[0])?);
+            Ok(if ranks == 1 { 0 } else { all - part(all, len, 1) })
+        }
+        Op::ReduceScatter { over, .. } => {
+            let (ranks, all, len) = (mesh.size(over) as u64, bytes(args[0])?, bytes(results[0])?);
+            Ok(if ranks == 1 { 0 } else { all - part(all, len, 0) })
+        }
+        _ => Ok(0),
+    }
+}
+
+/// [`sent`] of all ops of a graph.
+pub fn graph_sent(graph: &Graph, bindings: &Bindings, mesh: &Mesh) -> Result<u64, Symbol> {
+    let one = |op: &OpData| {
+        let (args, results) = types(graph, op);
+        sent(&op.op, &args, &results, bindings, mesh)
+    };
+    graph.ops().map(|(_, op)| one(op)).try_fold(0, |sum, sent| Ok(sum + sent?))
 }
 
 /// The types of an op's operands and results.

@@ -4,6 +4,7 @@
 //! that differ along one axis only, collectives put parts in this order.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
@@ -160,6 +161,19 @@ impl Placement {
         shape
     }
 
+    /// The places of each dim that a rank holds, without what lies beyond the end.
+    pub fn region(&self, mesh: &Mesh, rank: usize) -> Vec<Range<usize>> {
+        let mut region: Vec<Range<usize>> = self.whole.iter().map(|&extent| 0..extent).collect();
+        let mut local = self.whole.clone();
+        for cut in &self.cuts {
+            let (held, len) = (&mut region[cut.dim], local[cut.dim].div_ceil(mesh.size(cut.over)));
+            let first = (held.start + mesh.place(cut.over, rank) * len).min(held.end);
+            *held = first..(first + len).min(held.end);
+            local[cut.dim] = len;
+        }
+        region
+    }
+
     /// Places of the first dim that ranks with different rows share, where they do.
     pub fn cut_of_data(&self, mesh: &Mesh) -> Option<usize> {
         let at = self.cuts.iter().position(|cut| *cut == Cut { over: Axis::Data, dim: 0 })?;
@@ -211,6 +225,44 @@ impl Placement {
 }
 
 impl Tensor {
+    /// The first places of all dims.
+    pub fn beginning(&self, extents: &[usize]) -> Tensor {
+        extents.iter().enumerate().fold(self.clone(), |t, (dim, &extent)| Tensor::unshard(dim, &[&t], extent))
+    }
+
+    /// Writes another tensor into this one, where `first` is the place of its first element.
+    ///
+    /// # Panics
+    /// If it is of another kind, or does not fit there.
+    pub fn put(&mut self, first: &[usize], part: &Tensor) {
+        fn of<T: Copy>(whole: &mut [T], shape: &[usize], first: &[usize], part: &[T], extents: &[usize]) {
+            let ([first, inner_first @ ..], [extent, inner @ ..]) = (first, extents) else {
+                return whole.copy_from_slice(part);
+            };
+            let row: usize = shape[1..].iter().product();
+            let places = &mut whole[first * row..(first + extent) * row];
+            if shape[1..] == *inner {
+                return places.copy_from_slice(part);
+            }
+            let own: usize = inner.iter().product();
+            for (place, part) in places.chunks_mut(row).zip(part.chunks(own)) {
+                of(place, &shape[1..], inner_first, part, inner);
+            }
+        }
+        if part.is_empty() {
+            return;
+        }
+        let Tensor { shape, data } = self;
+        match (data, &part.data) {
+            (Data::F32(v), Data::F32(part_v)) => of(v, shape, first, part_v, &part.shape),
+            (Data::F64(v), Data::F64(part_v)) => of(v, shape, first, part_v, &part.shape),
+            (Data::I32(v), Data::I32(part_v)) => of(v, shape, first, part_v, &part.shape),
+            (Data::Bool(v), Data::Bool(part_v)) => of(v, shape, first, part_v, &part.shape),
+            (Data::Key(v), Data::Key(part_v)) => of(v, shape, first, part_v, &part.shape),
+            _ => panic!("a part of another kind of elements"),
+        }
+    }
+
     /// Part `at` of as many equally long ones along a dim as there are ranks; what lies beyond the end is 0.
     pub fn shard(&self, dim: usize, ranks: usize, at: usize) -> Tensor {
         fn of<T: Copy + Default>(v: &[T], inner: usize, extent: usize, from: usize, len: usize) -> Vec<T> {
@@ -323,6 +375,14 @@ mod tests {
             let parts: Vec<Tensor> = (0..6).map(|rank| placement.part(&mesh, rank, &tensor)).collect();
             assert!(parts.iter().all(|part| part.shape == placement.local(&mesh)));
             assert_eq!(placement.whole(&mesh, &parts), tensor, "{placement:?}");
+            let mut whole = Tensor::i32(&shape, vec![0; tensor.len()]);
+            for (rank, part) in parts.iter().enumerate() {
+                let region = placement.region(&mesh, rank);
+                let extents: Vec<usize> = region.iter().map(|places| places.len()).collect();
+                let first: Vec<usize> = region.iter().map(|places| places.start).collect();
+                whole.put(&first, &part.beginning(&extents));
+            }
+            assert_eq!(whole, tensor, "{placement:?}");
         }
     }
 }

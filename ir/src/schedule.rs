@@ -3,9 +3,20 @@
 //! A schedule is a list of [`Action`]s for each place along `pipeline`, which reads `F0 F1 B0 F2 B1 ...`; it says nothing of
 //! messages, which follow from what the pieces take from each other. One function makes each [`PipelineOrder`];
 //! [`timeline`] finds out whether it ends, and how long it takes.
+//!
+//! With `p` places, `m` parts, `v` runs of layers at each place, and equal times for work of every kind, places wait for
+//! this share of what they work:
+//!
+//! | order | waiting | parts that a place has under way |
+//! |---|---|---|
+//! | `gpipe` | `(p - 1) / m` | `m` |
+//! | `1f1b` | `(p - 1) / m` | `p` less the places before it |
+//! | `interleaved_1f1b` | `(p - 1) / (v m)` | about `p` and `(p - 1) / v` more |
+//! | `zero_bubble` | `(p - 1) / (3 m)` | `p` |
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 
 use petgraph::algo::toposort;
 use petgraph::graph::DiGraph;
@@ -24,21 +35,29 @@ pub enum PipelineOrder {
     /// 2019, PipeDream-Flush).
     #[serde(rename = "1f1b")]
     OneForwardOneBackward,
-    /// The same with the gradients of weights apart, which fill what would be waiting: ZB-H1 of Qi et al. 2023.
+    /// The same where every place has several runs of layers, each shorter, so that less is waited for (Narayanan et al. 2021).
+    #[serde(rename = "interleaved_1f1b")]
+    Interleaved,
+    /// [`PipelineOrder::OneForwardOneBackward`] with the gradients of weights apart, which fill what would be waiting: ZB-H1 of Qi et al. 2023.
     #[serde(rename = "zero_bubble")]
     ZeroBubble,
 }
 
 impl PipelineOrder {
     /// All of them.
-    pub const ALL: [PipelineOrder; 3] =
-        [PipelineOrder::Gpipe, PipelineOrder::OneForwardOneBackward, PipelineOrder::ZeroBubble];
+    pub const ALL: [PipelineOrder; 4] = [
+        PipelineOrder::Gpipe,
+        PipelineOrder::OneForwardOneBackward,
+        PipelineOrder::Interleaved,
+        PipelineOrder::ZeroBubble,
+    ];
 
     /// The name in YAML.
     pub fn name(self) -> &'static str {
         match self {
             PipelineOrder::Gpipe => "gpipe",
             PipelineOrder::OneForwardOneBackward => "1f1b",
+            PipelineOrder::Interleaved => "interleaved_1f1b",
             PipelineOrder::ZeroBubble => "zero_bubble",
         }
     }
@@ -73,6 +92,8 @@ pub struct Action {
     pub work: Work,
     /// The number of the part.
     pub part: usize,
+    /// Which of the rank's runs of layers does it.
+    pub chunk: usize,
 }
 
 impl fmt::Display for Action {
@@ -82,21 +103,25 @@ impl fmt::Display for Action {
             Work::Backward => 'B',
             Work::Weight => 'W',
         };
-        write!(f, "{letter}{}", self.part)
+        write!(f, "{letter}{}", self.part)?;
+        if self.chunk > 0 { write!(f, ".{}", self.chunk) } else { Ok(()) }
     }
 }
 
-/// The actions of each of so many places on so many parts.
-pub fn schedule(order: PipelineOrder, places: usize, parts: usize) -> Vec<Vec<Action>> {
-    match order {
-        PipelineOrder::Gpipe => (0..places).map(|_| gpipe(parts)).collect(),
-        PipelineOrder::OneForwardOneBackward => (0..places).map(|at| one_f_one_b(places - at, parts)).collect(),
-        PipelineOrder::ZeroBubble => (0..places).map(|at| zero_bubble(at, places - at, parts)).collect(),
-    }
+/// The actions of each of so many places on so many parts, where every place has so many runs of layers (one, but where they
+/// are interleaved).
+pub fn schedule(order: PipelineOrder, places: usize, chunks: usize, parts: usize) -> Vec<Vec<Action>> {
+    let of_place = |at: usize| match order {
+        PipelineOrder::Gpipe => gpipe(parts),
+        PipelineOrder::Interleaved if chunks > 1 => interleaved(at, places, chunks, parts),
+        PipelineOrder::OneForwardOneBackward | PipelineOrder::Interleaved => one_f_one_b(places - at, parts),
+        PipelineOrder::ZeroBubble => zero_bubble(at, places - at, parts),
+    };
+    (0..places).map(of_place).collect()
 }
 
 fn action(work: Work) -> impl Fn(usize) -> Action {
-    move |part| Action { work, part }
+    move |part| Action { work, part, chunk: 0 }
 }
 
 fn gpipe(parts: usize) -> Vec<Action> {
@@ -112,6 +137,27 @@ fn one_f_one_b(from_it_on: usize, parts: usize) -> Vec<Action> {
     }
     all.extend((parts - ahead..parts).map(action(Work::Backward)));
     all
+}
+
+/// Parts go through all runs of layers in rounds of at least as many as there are places, so that no place waits for the part
+/// that it has just handed on. Before its first gradient a place works as many parts ahead as come back to it meanwhile.
+fn interleaved(before_it: usize, places: usize, chunks: usize, parts: usize) -> Vec<Action> {
+    let rounds = (parts / places).max(1);
+    let rounds: Vec<Range<usize>> = (0..rounds).map(|at| parts * at / rounds..parts * (at + 1) / rounds).collect();
+    let all = |work: Work| {
+        let order = move |at: usize| if work == Work::Forward { at } else { chunks - 1 - at };
+        let of_round = move |round: Range<usize>| {
+            (0..chunks).flat_map(move |at| round.clone().map(move |part| Action { work, part, chunk: order(at) }))
+        };
+        rounds.iter().cloned().flat_map(of_round).collect::<Vec<Action>>()
+    };
+    let (forward, backward) = (all(Work::Forward), all(Work::Backward));
+    let longest = rounds.iter().map(Range::len).max().unwrap_or(0).max(places);
+    let ahead = (2 * (places - 1 - before_it) + (chunks - 1) * longest).min(forward.len());
+    let mut actions = forward[..ahead].to_vec();
+    actions.extend(forward[ahead..].iter().zip(&backward).flat_map(|(f, b)| [*f, *b]));
+    actions.extend(&backward[forward.len() - ahead..]);
+    actions
 }
 
 /// As [`one_f_one_b`], and the gradients of weights as many parts later as there are places before it: so every place has as
@@ -133,8 +179,8 @@ fn zero_bubble(before_it: usize, from_it_on: usize, parts: usize) -> Vec<Action>
 
 /// Which pieces each place runs on which part, in its order: `(part, piece)`.
 ///
-/// Where pieces do not follow each other as a schedule takes it, forward through all places and back, or only forward,
-/// each part goes through all pieces before the next.
+/// Where pieces do not follow each other as a schedule takes it, forward through all runs of layers and back, or only
+/// forward, each part goes through all pieces before the next.
 pub fn order_of_pieces(
     order: PipelineOrder,
     pieces: &[Piece],
@@ -142,17 +188,29 @@ pub fn order_of_pieces(
     parts: usize,
 ) -> Vec<Vec<(usize, usize)>> {
     let of = |place: usize, work: Work| {
-        pieces.iter().enumerate().filter(move |(_, p)| p.place == place && p.work == work).map(|(at, _)| at)
+        let is_so = move |(_, piece): &(usize, &Piece)| piece.place == place && piece.work == work;
+        pieces.iter().enumerate().filter(is_so).map(|(at, _)| at).collect::<Vec<usize>>()
     };
-    if pieces.iter().any(|piece| piece.work != Work::Forward) {
-        let scheduled = schedule(order, places, parts).into_iter().enumerate();
-        let run = |(place, actions): (usize, Vec<Action>)| {
-            actions.into_iter().flat_map(|a| of(place, a.work).map(move |piece| (a.part, piece))).collect()
+    let chunks = (0..places).map(|place| of(place, Work::Forward).len()).max().unwrap_or(0).max(1);
+    let scheduled = schedule(order, places, if order == PipelineOrder::Interleaved { chunks } else { 1 }, parts);
+    let run = |(place, actions): (usize, Vec<Action>)| {
+        let pieces_of = |action: Action| {
+            let all = of(place, action.work);
+            match (order, action.work) {
+                (PipelineOrder::Interleaved, Work::Forward) => all.get(action.chunk).copied().into_iter().collect(),
+                (PipelineOrder::Interleaved, _) => {
+                    let last_first = all.len().checked_sub(1 + action.chunk);
+                    last_first.map(|at| all[at]).into_iter().collect()
+                }
+                _ => all,
+            }
         };
-        let all: Vec<Vec<(usize, usize)>> = scheduled.map(run).collect();
-        if timeline(&all, |piece| pieces[piece].takes.iter().map(|t| t.piece).collect()).is_ok() {
-            return all;
-        }
+        actions.into_iter().flat_map(|a| pieces_of(a).into_iter().map(move |piece| (a.part, piece))).collect()
+    };
+    let all: Vec<Vec<(usize, usize)>> = scheduled.into_iter().enumerate().map(run).collect();
+    let is_complete = all.iter().map(Vec::len).sum::<usize>() == pieces.len() * parts;
+    if is_complete && timeline(&all, |piece| pieces[piece].takes.iter().map(|t| t.piece).collect()).is_ok() {
+        return all;
     }
     let own = |place: usize| (0..pieces.len()).filter(move |&at| pieces[at].place == place);
     (0..places).map(|place| (0..parts).flat_map(|part| own(place).map(move |piece| (part, piece))).collect()).collect()
@@ -209,30 +267,31 @@ mod tests {
     use super::*;
     use crate::stage::Taken;
 
-    /// The pieces of a model in so many places: forward, back, and the gradients of weights.
-    fn chain(places: usize, order: PipelineOrder) -> Vec<Piece> {
-        let piece = |place: usize, work, takes: &[usize]| Piece {
+    /// The pieces of a model in so many runs of layers, which places take in turn: forward, back, and the gradients of weights.
+    fn chain(places: usize, chunks: usize, order: PipelineOrder) -> Vec<Piece> {
+        let piece = |run: usize, work, takes: &[usize]| Piece {
             graph: String::new(),
-            place,
+            place: run % places,
             work,
             takes: takes.iter().map(|&piece| Taken { piece, values: vec![] }).collect(),
             gives: vec![],
         };
+        let runs = places * chunks;
         let mut pieces: Vec<Piece> = Vec::new();
-        for place in 0..places {
-            pieces.push(piece(place, Work::Forward, &Vec::from_iter(place.checked_sub(1))));
+        for run in 0..runs {
+            pieces.push(piece(run, Work::Forward, &Vec::from_iter(run.checked_sub(1))));
         }
-        for place in (0..places).rev() {
-            let next = if place + 1 == places { place } else { 2 * places - 2 - place };
-            pieces.push(piece(place, Work::Backward, &[place, next]));
+        for run in (0..runs).rev() {
+            let next = if run + 1 == runs { run } else { 2 * runs - 2 - run };
+            pieces.push(piece(run, Work::Backward, &[run, next]));
         }
         if order.splits_backward() {
-            pieces.extend((0..places).map(|place| piece(place, Work::Weight, &[2 * places - 1 - place])));
+            pieces.extend((0..runs).map(|run| piece(run, Work::Weight, &[2 * runs - 1 - run])));
         }
         pieces
     }
 
-    /// Most parts that a place has begun and not ended with.
+    /// Most parts that a run of layers at a place has begun and not ended with, added up.
     fn under_way(actions: &[Action]) -> usize {
         let last = if actions.iter().any(|a| a.work == Work::Weight) { Work::Weight } else { Work::Backward };
         let mut now = 0usize;
@@ -247,68 +306,73 @@ mod tests {
 
     #[test]
     fn schedules_are_complete_end_and_take_as_long_as_their_formulas_say() {
+        let mut all = Vec::new();
         for (order, places, parts) in
             PipelineOrder::ALL.into_iter().flat_map(|o| (1..6).flat_map(move |p| (1..13).map(move |m| (o, p, m))))
         {
-            let what = format!("{} of {places} places and {parts} parts", order.name());
-            let pieces = chain(places, order);
+            let chunks = if order == PipelineOrder::Interleaved { 1..4 } else { 1..2 };
+            all.extend(chunks.map(|chunks| (order, places, chunks, parts)));
+        }
+        for (order, places, chunks, parts) in all {
+            let what = format!("{} of {places} places, {chunks} runs and {parts} parts", order.name());
+            let pieces = chain(places, chunks, order);
             let ranks = order_of_pieces(order, &pieces, places, parts);
             let ends = timeline(&ranks, |piece| pieces[piece].takes.iter().map(|t| t.piece).collect());
             let ends = ends.unwrap_or_else(|why| panic!("{what}: {why}"));
             let count: usize = ranks.iter().map(Vec::len).sum();
             assert_eq!(count, pieces.len() * parts, "{what}");
-            let actions = schedule(order, places, parts);
+            let actions = schedule(order, places, chunks, parts);
             for (place, actions) in actions.iter().enumerate() {
                 let most = match order {
                     PipelineOrder::Gpipe => parts,
-                    PipelineOrder::OneForwardOneBackward => (places - place).min(parts),
+                    PipelineOrder::Interleaved if chunks > 1 => {
+                        // Rounds are as long as places are many, and longer by what does not fill another one.
+                        let round = parts.div_ceil((parts / places).max(1)).max(places);
+                        (2 * (places - 1 - place) + (chunks - 1) * round + 1).min(chunks * parts)
+                    }
+                    PipelineOrder::OneForwardOneBackward | PipelineOrder::Interleaved => (places - place).min(parts),
                     PipelineOrder::ZeroBubble => places.min(parts),
                 };
                 assert!(under_way(actions) <= most, "{what}: {} under way at {place}", under_way(actions));
             }
-            let span = ends.into_iter().flatten().max().expect("there are actions");
-            match order {
-                PipelineOrder::Gpipe | PipelineOrder::OneForwardOneBackward => {
-                    assert_eq!(span, 2 * (parts + places - 1), "{what}");
-                }
-                // The bubble is (p - 1)(F + B - W) where there are parts enough to fill it.
-                PipelineOrder::ZeroBubble => {
-                    assert_eq!(span, 3 * parts + places - 1 + places.saturating_sub(parts), "{what}");
-                }
-            }
+            // The bubble is what is left where there are parts enough to fill it.
+            let (p, m, v, lacking) = (places, parts, chunks, places.saturating_sub(parts));
+            let formula = match order {
+                PipelineOrder::Gpipe | PipelineOrder::OneForwardOneBackward => 2 * (m + p - 1),
+                PipelineOrder::Interleaved => 2 * (m * v + p - 1) + 2 * (v - 1) * lacking,
+                PipelineOrder::ZeroBubble => 3 * m + p - 1 + lacking,
+            };
+            assert_eq!(ends.into_iter().flatten().max(), Some(formula), "{what}");
         }
     }
 
     #[test]
     fn schedules_read_as_text() {
-        let text = |order, place: usize| {
-            let actions = &schedule(order, 3, 4)[place];
+        let text = |order, place: usize, chunks| {
+            let actions = &schedule(order, 3, chunks, 4)[place];
             actions.iter().map(Action::to_string).collect::<Vec<_>>().join(" ")
         };
-        assert_eq!(text(PipelineOrder::Gpipe, 1), "F0 F1 F2 F3 B0 B1 B2 B3");
-        assert_eq!(text(PipelineOrder::OneForwardOneBackward, 0), "F0 F1 F2 B0 F3 B1 B2 B3");
-        assert_eq!(text(PipelineOrder::OneForwardOneBackward, 2), "F0 B0 F1 B1 F2 B2 F3 B3");
-        assert_eq!(text(PipelineOrder::ZeroBubble, 2), "F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3");
+        assert_eq!(text(PipelineOrder::Gpipe, 1, 1), "F0 F1 F2 F3 B0 B1 B2 B3");
+        assert_eq!(text(PipelineOrder::OneForwardOneBackward, 0, 1), "F0 F1 F2 B0 F3 B1 B2 B3");
+        assert_eq!(text(PipelineOrder::OneForwardOneBackward, 2, 1), "F0 B0 F1 B1 F2 B2 F3 B3");
+        assert_eq!(text(PipelineOrder::ZeroBubble, 2, 1), "F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3");
+        assert_eq!(
+            text(PipelineOrder::Interleaved, 2, 2),
+            "F0 F1 F2 F3 F0.1 B0.1 F1.1 B1.1 F2.1 B2.1 F3.1 B3.1 B0 B1 B2 B3"
+        );
     }
 
-    /// Of a graph that goes through all places twice, a part ends before the next begins.
+    /// Where something forward needs gradients, a part ends before the next begins.
     #[test]
     fn what_no_schedule_fits_runs_part_by_part() {
-        let order = PipelineOrder::OneForwardOneBackward;
-        let mut pieces = chain(2, order);
-        pieces.insert(2, Piece { takes: vec![Taken { piece: 1, values: vec![] }], ..pieces[0].clone() });
-        pieces.insert(3, Piece { takes: vec![Taken { piece: 2, values: vec![] }], ..pieces[1].clone() });
-        for (at, piece) in pieces.iter_mut().enumerate().skip(4) {
-            piece.takes = vec![Taken { piece: at - 1, values: vec![] }];
+        let mut pieces = chain(2, 1, PipelineOrder::Gpipe);
+        pieces.push(Piece { takes: vec![Taken { piece: 3, values: vec![] }], ..pieces[0].clone() });
+        for order in [PipelineOrder::Gpipe, PipelineOrder::OneForwardOneBackward] {
+            let ranks = order_of_pieces(order, &pieces, 2, 2);
+            let expected =
+                [[(0, 0), (0, 3), (0, 4), (1, 0), (1, 3), (1, 4)].to_vec(), vec![(0, 1), (0, 2), (1, 1), (1, 2)]];
+            assert_eq!(ranks, expected);
         }
-        let ranks = order_of_pieces(order, &pieces, 2, 2);
-        assert_eq!(
-            ranks,
-            [
-                vec![(0, 0), (0, 2), (0, 5), (1, 0), (1, 2), (1, 5)],
-                vec![(0, 1), (0, 3), (0, 4), (1, 1), (1, 3), (1, 4)]
-            ]
-        );
     }
 
     #[test]

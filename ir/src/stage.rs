@@ -59,15 +59,15 @@ pub struct Stage {
     /// What rows of sequences have in common, for graphs that compute it once; filled in by the pass `share_prefix`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub prefixes: Vec<Prefix>,
-    /// The order in which ranks with different layers work on the parts of a batch.
-    #[serde(skip_serializing_if = "PipelineOrder::is_default")]
-    pub pipeline_order: PipelineOrder,
     /// Graphs that ranks with different layers run piece by piece, by their names; filled in by the pass `split_stages`.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub pieces: BTreeMap<String, Vec<Piece>>,
     /// What may be computed twice to need less memory.
     #[serde(skip_serializing_if = "Memory::is_default")]
     pub memory: Memory,
+    /// What the user says of the ranks that run the stage.
+    #[serde(skip_serializing_if = "Parallel::is_default")]
+    pub parallel: Parallel,
     /// When the stage writes down where it stands.
     #[serde(skip_serializing_if = "Checkpoints::is_default")]
     pub checkpoints: Checkpoints,
@@ -110,12 +110,54 @@ pub struct Checkpoints {
     pub every: Option<u64>,
     /// How many are kept, the newest ones; all where nothing is said.
     pub keep: Option<u64>,
+    /// By what one more is kept: the best one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub best: Option<Best>,
+}
+
+/// Which checkpoint is the best one: the first whose last evaluation has the best number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Best {
+    /// The metric.
+    pub metric: String,
+    /// Whether greater numbers are better.
+    pub greater: bool,
 }
 
 impl Checkpoints {
     /// Whether nothing is asked for.
     fn is_default(&self) -> bool {
         *self == Checkpoints::default()
+    }
+}
+
+/// What the user says of the ranks that run a stage, beside how many there are ([`crate::Mesh`]).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Parallel {
+    /// Where it stands how many share every layer.
+    pub tensor: Span,
+    /// Where it stands how many share the layers out.
+    pub pipeline: Span,
+    /// The order in which ranks with different layers work on the parts of a batch.
+    #[serde(skip_serializing_if = "PipelineOrder::is_default")]
+    pub order: PipelineOrder,
+    /// How many runs of layers each of those ranks has, at least 1.
+    #[serde(skip_serializing_if = "is_one")]
+    pub virtual_stages: usize,
+}
+
+impl Default for Parallel {
+    fn default() -> Parallel {
+        Parallel { tensor: Span::NONE, pipeline: Span::NONE, order: PipelineOrder::default(), virtual_stages: 1 }
+    }
+}
+
+impl Parallel {
+    /// Whether nothing is said.
+    fn is_default(&self) -> bool {
+        *self == Parallel::default()
     }
 }
 

@@ -90,7 +90,7 @@ graph @g(%x: f32[2, T]) { ; the graph
 #[rustfmt::skip]
 const ERRORS: &[(&str, &str, &str, &str)] = &[
     ("levl logical", "1:1", "no item of a program is called `levl`", "the nearest is `level`"),
-    ("level physical", "1:7", "no level is called `physical`", "there are logical, planned"),
+    ("level physical", "1:7", "no level is called `physical`", "there are logical, partitioned, planned"),
     ("level logical here", "1:15", "found `here`, expected the end of the line", ""),
     ("source 0 model.yaml", "1:10", "expected value", ""),
     ("arena persistent=64", "1:20", "expected `values`", ""),

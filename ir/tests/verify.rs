@@ -3,7 +3,7 @@
 //! Most are valid programs that are then changed by hand, since the text form and the builder refuse them.
 
 use dsgc_ir::verify::{Planned, verify};
-use dsgc_ir::{Buffer, DType, Dim, Graph, Op, Program, Region, Site, StateId, Type, Value, parse};
+use dsgc_ir::{Axis, Buffer, DType, Dim, Graph, Level, Op, Program, Region, Site, StateId, Type, Value, parse};
 
 /// Something that breaks a program.
 type Break = fn(&mut Program);
@@ -115,6 +115,51 @@ graph @h() {
                 push(p, Op::Read { state: StateId(0) }, &[], Some(StateId(0)));
             }),
             ("output `late` is not defined", |p| graph(p).outputs.push(("late".into(), Value(9)))),
+        ],
+    );
+}
+
+const PARTITIONED: &str = "\
+level partitioned
+mesh pipeline=1 data=2 tensor=1
+param @w : f32[3, 4] trained of [5, 4] cut data/0
+state @w.grad : f32[5, 4] scratch of [5, 4] partial data
+graph @g(%x: f32[5, 4]) {
+  %w = read @w : f32[3, 4]
+  %all = all_gather %w over=data axis=0 len=5 : f32[5, 4]
+  %sum = all_reduce %x over=data : f32[5, 4]
+  %part = reduce_scatter %x over=data axis=0 ranks=2 : f32[3, 4]
+  %own = shard %all over=data axis=0 ranks=2 : f32[3, 4]
+  %new = add %part, %own : f32[3, 4]
+  write @w %new
+  return sum=%sum
+}
+";
+
+#[test]
+fn partitioned_programs_must_fit_their_mesh() {
+    check(
+        PARTITIONED,
+        &[
+            ("`@w` is in parts, and nothing is yet", |p| p.level = Level::Logical),
+            ("`@w` is f32[3, 4], and a rank's part of it is [2, 4]", |p| p.mesh.data = 3),
+            ("a cut of `@w` is along no dim of it", |p| {
+                p.states[0].placement.as_mut().expect("it is in parts").cuts[0].dim = 2;
+            }),
+            ("`all_gather over=data axis=0 len=7` does not fit the mesh", |p| {
+                push(p, Op::AllGather { over: Axis::Data, axis: 0, len: 7 }, &[Value(1)], None);
+            }),
+            ("`shard over=tensor axis=0 ranks=2` does not fit the mesh", |p| {
+                push(p, Op::Shard { over: Axis::Tensor, axis: 0, ranks: 2 }, &[Value(2)], None);
+            }),
+            ("`all_reduce`, and nothing is in parts yet", |p| {
+                p.level = Level::Logical;
+                p.states.iter_mut().for_each(|state| state.placement = None);
+                replace(p, |g| {
+                    let x = g.input("x", vector(4));
+                    g.try_push(Op::AllReduce { over: Axis::Data }, &[x], None, Site::default()).expect("it fits");
+                });
+            }),
         ],
     );
 }

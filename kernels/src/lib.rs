@@ -60,6 +60,11 @@ pub trait Device {
         parts.iter().map(|inputs| self.run(graph, inputs)).collect()
     }
 
+    /// Bytes that it has sent to other ranks for ops of graphs.
+    fn sent(&self) -> u64 {
+        0
+    }
+
     /// Measures launches from now on; whether the device can. Until then it costs nothing.
     fn measure(&mut self) -> bool {
         false

@@ -16,7 +16,7 @@ use dsgc_ir::{Axis, Graph, Mesh, OpData};
 
 pub use collectives::{Group, Number};
 pub use messages::{pack, unpack};
-pub use threads::{threads, threads_within};
+pub use threads::{enough_threads, threads, threads_within};
 pub use watch::{Watch, wait_limit};
 
 /// The way of one rank to all others. Between two ranks, messages arrive in the order in which they were sent.
@@ -32,7 +32,11 @@ pub trait Transport: Send + Sync {
     /// Sends a message to one rank and receives one from another, at the same time: a ring of ranks that all do so does not
     /// wait for itself. The message that is received must be as long as its place. An empty message is not sent. It may return
     /// only when the other rank receives, so two ranks that send first and receive later may wait forever.
-    fn exchange(&self, to: usize, message: &[u8], from: usize, place: &mut [u8]) -> Result<(), Diag>;
+    fn exchange(&self, to: usize, message: &[u8], from: usize, place: &mut [u8]) -> Result<(), Diag> {
+        let bytes = place.len();
+        let copy = &mut |first: usize, part: &[u8]| place[first..first + part.len()].copy_from_slice(part);
+        self.exchange_with(to, message, from, bytes, copy)
+    }
 
     /// The same, but what is received, `bytes` long, is given to `take` part by part with the place where each begins, in
     /// order, while more is on its way. Parts are aligned as numbers of 8 bytes are, if the message is.
@@ -68,11 +72,6 @@ impl Transport for Alone {
 
     fn size(&self) -> usize {
         1
-    }
-
-    fn exchange(&self, _: usize, message: &[u8], _: usize, place: &mut [u8]) -> Result<(), Diag> {
-        place.copy_from_slice(message);
-        Ok(())
     }
 
     fn exchange_with(

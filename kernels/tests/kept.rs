@@ -1,5 +1,5 @@
 //! Products with weights that are kept in fewer bits, beside the interpreter and beside the same product of the same numbers
-//! in full.
+//! in full, and on a GPU.
 
 #[path = "check/mod.rs"]
 #[allow(dead_code)] // The tests of ops use the rest.
@@ -62,6 +62,11 @@ fn check(params: &str, lines: &str, widened: &str, terms: f64) {
                 assert!((a - b).abs() <= allowed, "{a}, expected {b} in {lines} with {params}");
             }
         }
+        // Kernels of a GPU depend on the types alone, and take long to make.
+        #[cfg(feature = "wgpu")]
+        if matches!(x, DType::F32 | DType::Bf16) {
+            check::gpu_is_near(&program, &named, &oracle, 1e-6 * terms.sqrt());
+        }
     }
 }
 
@@ -119,6 +124,8 @@ fn casts_round_and_widen() {
                     let found = Cpu::poisoned(plan(&program, threads), threads).run("g", &named).expect("it runs");
                     assert_eq!(found, expected, "{w} to {x}");
                 }
+                #[cfg(feature = "wgpu")]
+                check::gpu_is_near(&program, &named, &expected, 0.0);
             }
         }
     }

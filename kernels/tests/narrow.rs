@@ -1,4 +1,4 @@
-//! Narrow floats on the CPU beside the interpreter, which computes in f32 and rounds every result to its type.
+//! Narrow floats on the CPU, and on a GPU, beside the interpreter, which computes in f32 and rounds every result to its type.
 
 mod alone;
 #[path = "check/mod.rs"]
@@ -6,47 +6,14 @@ mod alone;
 mod check;
 
 use alone::{bits, by_name, same_bits};
-use check::{plan, program};
-use dsgc_ir::fuzz::Rng;
-use dsgc_ir::{Bindings, DType, Data, Program, Tensor, Type};
+use check::{inputs, is_near, plan, program};
+use dsgc_ir::{DType, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::Cpu;
 use dsgc_kernels::interp::{Interp, Precision};
 
-/// Random numbers for the inputs of `@g`; integers are below `range`, and ascend from 1 if they are called `segment`.
-fn inputs(program: &Program, range: i64) -> Vec<(String, Tensor)> {
-    let graph = program.graph("g").expect("it is called g");
-    let tensor = |(i, v)| {
-        let (ty, name): (&Type, &str) = (graph.ty(v), graph.name_of(v));
-        let shape = ty.shape(&Bindings::new()).expect("the dims are numbers");
-        let (n, mut rng) = (shape.iter().product(), Rng::new(91 + i as u64));
-        let data = match ty.dtype {
-            DType::I32 if name == "segment" => {
-                Data::I32((0..n).map(|at: usize| i32::from(!at.is_multiple_of(7))).collect())
-            }
-            DType::I32 => Data::I32((0..n).map(|_| rng.between(0, range - 1) as i32).collect()),
-            DType::Bool => Data::Bool((0..n).map(|_| rng.once_in(2)).collect()),
-            _ => Data::F32((0..n).map(|_| (2.0 * rng.unit() - 1.0) as f32).collect()),
-        };
-        (name.to_string(), Tensor::new(&shape, data))
-    };
-    graph.inputs().enumerate().map(tensor).collect()
-}
-
-/// The distance from a number to the next of a type.
-fn unit(dtype: DType, x: f64) -> f64 {
-    let digits = match dtype {
-        DType::Bf16 => 8,
-        DType::F16 => 11,
-        _ => 24,
-    };
-    let smallest = if dtype == DType::F16 { -14 } else { -126 };
-    let exponent = if x == 0.0 { smallest } else { (x.abs().log2().floor() as i32).max(smallest) };
-    2f64.powi(exponent + 1 - digits)
-}
-
-/// Runs lines that say `NARROW` for the type in both types, on three numbers of threads: bitwise equal, and off by one
-/// unit in the last place at most, as sums in another order round to the next number now and then. `slack` is how far
+/// Runs lines that say `NARROW` for the type in both types, on three numbers of threads, bitwise equal, and on a GPU: off by
+/// one unit in the last place at most, as sums in another order round to the next number now and then. `slack` is how far
 /// the f32 before rounding may be off, relative above 1, where units are smaller than that.
 fn compare(params: &str, lines: &str, range: i64, slack: f64) {
     for dtype in [DType::Bf16, DType::F16] {
@@ -64,13 +31,11 @@ fn compare(params: &str, lines: &str, range: i64, slack: f64) {
         );
         let graph = program.graph("g").expect("it is called g");
         for (((name, found), (_, expected)), (_, value)) in runs[0].iter().zip(&oracle).zip(&graph.outputs) {
-            let own = graph.ty(*value).dtype;
-            for (a, b) in found.to_f64().into_iter().zip(expected.to_f64()) {
-                let near = a == b
-                    || (a - b).abs() <= if own.is_narrow() { unit(own, b) } else { 0.0 } + slack * b.abs().max(1.0);
-                assert!(near, "%{name} is {a}, expected {b} of {own} in\n{lines}");
-            }
+            is_near(found, expected, graph.ty(*value).dtype, slack)
+                .unwrap_or_else(|why| panic!("%{name}: {why} in\n{lines}"));
         }
+        #[cfg(feature = "wgpu")]
+        check::gpu_is_near(&program, &named, &oracle, slack.max(1e-6));
     }
 }
 

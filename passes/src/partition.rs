@@ -8,10 +8,10 @@
 //! %y = contract %x, %w spec=bt,vt->bv             %y = contract %x, %w spec=bt,vt->bv
 //! ```
 //!
-//! Layers are shared out first (`tensor`), then rows. `assign` says what a rank holds of each state. One walk over each graph follows what ranks hold of every value
-//! ([`Has`]): a rank has other rows than the others, so what is summed over rows is partial; sums of partial values
-//! stay so; what is elementwise stays in parts. Where an op wants something else than it has, [`Partition::reshard`] is the only
-//! place that inserts a collective:
+//! Layers are shared out first (`tensor`), then rows. `assign` says what a rank holds of each state. One walk over each graph
+//! follows what ranks hold of every value (`Has`): a rank has other rows than the others, so what is summed over rows is
+//! partial; sums of partial values stay so; what is elementwise stays in parts. Where an op wants something else than it
+//! has, `Partition::reshard` is the only place that inserts a collective:
 //!
 //! | has \ wants | same | cut |
 //! |---|---|---|
@@ -40,7 +40,7 @@ use assign::Assigned;
 pub const PASS: Pass = Pass {
     name: "partition",
     requires: &[Fact::Typed, Fact::Differentiated],
-    provides: &[Fact::Partitioned],
+    provides: &[],
     // Sums over rows are taken of each rank's rows first.
     numerics: Numerics::Reassociating,
     run,
@@ -65,11 +65,7 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         let state = &mut program.states[id.0 as usize];
         state.ty.dims = local.into_iter().map(|extent| Dim::from(extent as i64)).collect();
         state.placement = Some(placement.clone());
-        let how = match (placement.cuts.is_empty(), placement.partial) {
-            (false, _) => "cut",
-            (true, Some(_)) => "partial",
-            (true, None) => "whole",
-        };
+        let how = if placement.partial.is_some() { "partial" } else { "cut" };
         context.matched(&format!("state {how} over data"), 1);
     }
     let graphs = whole.graphs.iter().map(|graph| Partition::of(graph, &whole, &program, &assigned, context));
@@ -193,32 +189,19 @@ impl<'a> Partition<'a> {
                     Has::Cut(extent) => Want::Cut(extent),
                     _ => Want::Same,
                 };
-                let settings = op.args.len() - 3;
-                let args: Vec<Value> = op
-                    .args
-                    .iter()
-                    .enumerate()
-                    .map(|(i, &arg)| (i, self.rebuild.get(arg)))
-                    .collect::<Vec<_>>()
-                    .into_iter()
-                    .map(|(i, arg)| self.reshard(arg, if i < settings { want } else { Want::Same }, &op.site))
-                    .collect();
+                let (each, settings) = op.args.split_at(op.args.len() - 3);
+                let mut args = self.as_wanted(each, want, &op.site);
+                args.extend(self.as_wanted(settings, Want::Same, &op.site));
                 self.rebuild.push(op, op.op.clone(), &args, self.local);
                 self.note(match want {
                     Want::Cut(extent) => Has::Cut(extent),
                     Want::Same => Has::Same,
                 });
             }
-            rule if cut.is_some() && rule.class() == Class::Elementwise => {
-                let want = Want::Cut(cut.expect("it has a cut operand"));
-                let args: Vec<Value> = op.args.iter().map(|&arg| self.rebuild.get(arg)).collect();
-                let args: Vec<Value> = args.into_iter().map(|arg| self.reshard(arg, want, &op.site)).collect();
+            rule if let Some(extent) = cut.filter(|_| rule.class() == Class::Elementwise || *rule == Op::Stop {}) => {
+                let args = self.as_wanted(&op.args, Want::Cut(extent), &op.site);
                 self.rebuild.push(op, op.op.clone(), &args, self.local);
-                self.note(Has::Cut(cut.expect("it has a cut operand")));
-            }
-            Op::Stop {} if cut.is_some() => {
-                self.rebuild.copy(op, self.local);
-                self.note(Has::Cut(cut.expect("its operand is cut")));
+                self.note(Has::Cut(extent));
             }
             Op::Contract { spec } if has.iter().all(|&has| matches!(has, Has::Cut(_))) && sums_all(spec) => {
                 self.rebuild.copy(op, self.local);
@@ -248,10 +231,14 @@ impl<'a> Partition<'a> {
 
     /// An op on wholes.
     fn on_wholes(&mut self, op: &OpData) {
-        let args: Vec<Value> = op.args.iter().map(|&arg| self.rebuild.get(arg)).collect();
-        let args: Vec<Value> = args.into_iter().map(|arg| self.reshard(arg, Want::Same, &op.site)).collect();
+        let args = self.as_wanted(&op.args, Want::Same, &op.site);
         self.rebuild.push(op, op.op.clone(), &args, self.local);
         self.note(Has::Same);
+    }
+
+    /// What became of old values, as an op at this site wants them.
+    fn as_wanted(&mut self, old: &[Value], want: Want, site: &Site) -> Vec<Value> {
+        old.iter().map(|&old| self.reshard(self.rebuild.get(old), want, site)).collect()
     }
 
     /// An op on a rank's own rows: a result without rows has all of them in it. `autodiff` lets rows meet in sums only, and in

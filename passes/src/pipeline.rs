@@ -23,8 +23,6 @@ pub enum Fact {
     Adapted,
     /// Gradient and optimizer graphs exist; every update and evaluation of the plan names them.
     Differentiated,
-    /// States are what a rank holds of them, and graphs what it runs.
-    Partitioned,
     /// Every value has a buffer.
     Planned,
 }

@@ -230,6 +230,7 @@ impl Storages {
         let last = last_uses(graph);
         let end = |v: Value| i64::from(last[v.0 as usize]);
         let written = written_in_place(graph, program, &last);
+        let spare = Spare::of(graph, &written, &last);
         let mut storages = Storages { all: Vec::new(), of: Vec::new(), bounds: bounds.clone() };
         let fresh = |all: &mut Vec<Storage>, v: Value, start: i64| {
             all.push(Storage { bytes: bytes(v).next_multiple_of(target.alignment()), live: (start, end(v)) });
@@ -251,17 +252,23 @@ impl Storages {
                             // The place of an operand that dies here.
                             let dying = op.op.in_place(op.args.len()).into_iter().find_map(|(res, arg)| {
                                 let arg = op.args[arg];
-                                let Home::Storage(s) = storages.of[arg.0 as usize] else { return None };
+                                let home = storages.of[arg.0 as usize];
+                                let dies = match home {
+                                    Home::Storage(s) => {
+                                        storages.all[s].live.1 == i64::from(id.0) && !taken.contains(&s)
+                                    }
+                                    Home::State(state) => spare.has(state, id, last[result.0 as usize]),
+                                };
                                 let fits = res == r
-                                    && storages.all[s].live.1 == i64::from(id.0)
+                                    && dies
                                     && graph.ty(arg).dtype.bytes() == graph.ty(result).dtype.bytes()
                                     && bytes(arg) == bytes(result)
-                                    && !taken.contains(&s)
                                     && may_be_overwritten(graph, op, arg);
-                                fits.then_some(s)
+                                fits.then_some(home)
                             });
                             match dying {
-                                Some(s) => {
+                                Some(Home::State(state)) => Home::State(state),
+                                Some(Home::Storage(s)) => {
                                     taken.push(s);
                                     storages.all[s].live.1 = end(result);
                                     Home::Storage(s)
@@ -289,6 +296,42 @@ impl Storages {
             };
             graph.set_buffer(value, buffer);
         }
+    }
+}
+
+/// The places of states between the last use of the old value and the new one's coming: what works in place of the old value
+/// may stay there meanwhile, as the sum over ranks of a gradient that was added up.
+struct Spare {
+    /// Per state that is written: the last op that uses its old value, and the first that uses the place again.
+    from_to: BTreeMap<usize, (u32, u32)>,
+}
+
+impl Spare {
+    fn of(graph: &Graph, written: &[Option<usize>], last: &[u32]) -> Spare {
+        let mut from_to = BTreeMap::new();
+        for (id, op) in graph.ops() {
+            if let Op::Write { state } = op.op {
+                from_to.insert(state.0 as usize, (0, id.0));
+            }
+        }
+        for (id, op) in graph.ops() {
+            if let Op::Read { state } = op.op
+                && let Some((from, _)) = from_to.get_mut(&(state.0 as usize))
+            {
+                *from = (*from).max(last[op.result().0 as usize]);
+            }
+            for result in op.results() {
+                if let Some((_, to)) = written[result.0 as usize].and_then(|state| from_to.get_mut(&state)) {
+                    *to = (*to).min(id.0);
+                }
+            }
+        }
+        Spare { from_to }
+    }
+
+    /// Whether the place of a state is free for what an op makes, which is needed until another one.
+    fn has(&self, state: usize, op: OpId, until: u32) -> bool {
+        self.from_to.get(&state).is_some_and(|&(from, to)| from == op.0 && until < to)
     }
 }
 

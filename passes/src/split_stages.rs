@@ -145,28 +145,36 @@ fn layers(program: &Program) -> Result<Layers, Diag> {
             current = Some(tag.block.clone());
         }
     }
-    let places = program.mesh.pipeline;
+    // Where places have several runs of layers each, they take them in turn.
+    let (places, chunks) = (program.mesh.pipeline, program.stage.parallel.virtual_stages);
     if blocks.is_empty() {
         return Err(Diag::error("no model of this stage has layers that repeat, which ranks could share out")
-            .help("write `pipeline: 1`"));
+            .label(program.stage.parallel.pipeline, "asked for here")
+            .help("leave `pipeline` out"));
     }
-    let most = program.stage.memory.max.map_or(u64::MAX, |most| most as u64);
+    // Of what is in one run of several the plan of memory knows more.
+    let most = program.stage.memory.max.filter(|_| chunks == 1).map_or(u64::MAX, |most| most as u64);
+    let parallel = &program.stage.parallel;
     let mut all = Layers::new();
     for (name, (layers, before, after, span)) in blocks {
-        let count = layers.len();
-        let Some(cut) = cut::cut(&layers, before, after, places, most) else {
-            return Err(match count < places {
-                true => Diag::error(format!("`pipeline: {places}` needs as many layers, and `{name}` has {count}"))
-                    .label(span, "layers begin here")
-                    .help(format!("write `pipeline: {count}` or less")),
-                false => Diag::error(format!(
-                    "no cut of the {count} layers of `{name}` fits into the memory of {places} ranks"
-                ))
+        let (count, runs) = (layers.len(), places * chunks);
+        let Some(cut) = cut::cut(&layers, before, after, runs, most) else {
+            if count < runs {
+                let of = if chunks > 1 { format!(" with {chunks} runs of layers each") } else { String::new() };
+                let message = format!("found {places} ranks as `pipeline`{of}, and `{name}` has {count} layers");
+                let help = match count / chunks {
+                    0 | 1 => "leave `pipeline` out".to_string(),
+                    most => format!("write `pipeline: {most}` or less"),
+                };
+                let diag = Diag::error(message).label(parallel.pipeline, "asked for here");
+                return Err(diag.label(span, "layers begin here").help(help));
+            }
+            let message = format!("no cut of the {count} layers of `{name}` fits into the memory of {places} ranks");
+            return Err(Diag::error(message)
                 .label(program.stage.memory.span, "the limit is asked for here")
-                .help("more ranks along `pipeline` have fewer layers each"),
-            });
+                .help("more ranks along `pipeline` have fewer layers each"));
         };
-        let of = cut.iter().enumerate().flat_map(|(place, &own)| std::iter::repeat_n(place, own));
+        let of = cut.iter().enumerate().flat_map(|(run, &own)| std::iter::repeat_n(run % places, own));
         all.insert(name, of.collect());
     }
     Ok(all)

@@ -7,15 +7,17 @@
 //!   tables.safetensors   replay buffers and cached outputs, if there are any
 //! ```
 //!
-//! Tensors are whole and have the names of the program's states, so nothing in a checkpoint depends on the device, on how
-//! the program was planned, or on how many ranks ran it: the first one writes. What a step leaves to no other ([`StateKind::Scratch`]) and copies are not in it. A folder
-//! is written beside its place, synchronised, and renamed: under its name it is whole. What is read must have the hash
-//! that was written.
+//! Tensors have the names of the program's states, so nothing in a checkpoint depends on the device or on how the program was
+//! planned. One rank writes them whole. Several write their shares at once, `states.<rank>.safetensors`, and
+//! `checkpoint.json` says which places of which whole tensor are in which file, so any number of ranks can read them.
+//! What a step leaves to no other ([`StateKind::Scratch`]) and copies are not in it. A folder is written beside its place,
+//! synchronised, and renamed by the first rank when all have written: under its name it is whole. What is read must have the
+//! hash that was written.
 
+mod shards;
 mod tensors;
 
 use std::borrow::Cow;
-use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
@@ -23,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::{Call, Stage};
+use dsgc_ir::stage::{Best, Call, Checkpoints, Stage};
 use dsgc_ir::{Mesh, Op, Program, StateId, StateKind, Tensor};
 use memmap2::Mmap;
 use safetensors::SafeTensors;
@@ -32,19 +34,24 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::calls::Named;
+use crate::evaluate::find;
 use crate::plan::{Cache, Counters, Place};
-use crate::rank::Wholes;
 use crate::roles::shape_of;
 use crate::session::{Metrics, Session};
 use crate::values;
+use shards::Shards;
 use tensors::{Stored, read_tensor};
 
-/// The version of the format.
+/// The version of the format with whole tensors, and of that with those of several ranks.
 const FORMAT: u32 = 1;
+const FORMAT_OF_RANKS: u32 = 2;
 const MANIFEST: &str = "checkpoint.json";
 const STATES: &str = "states.safetensors";
 const TABLES: &str = "tables.safetensors";
 const FINISHED: &str = "finished.json";
+/// Folders beside checkpoints: one that is being written, and one whose place it takes.
+const STAGING: &str = ".writing";
+const REPLACED: &str = ".replaced";
 
 /// What makes two runs of a stage the same one: its settings, and its graphs before any pass. How many ranks run it, and what
 /// each of them holds, is no part of it.
@@ -55,8 +62,18 @@ pub struct Identity {
 }
 
 /// Settings that change neither the numbers nor how many there are.
-const FREE: [&str; 9] =
-    ["output_dir", "eval_steps", "logging_steps", "evaluate", "require", "health", "save", "checkpoints", "memory"];
+const FREE: [&str; 10] = [
+    "output_dir",
+    "eval_steps",
+    "logging_steps",
+    "evaluate",
+    "require",
+    "health",
+    "save",
+    "checkpoints",
+    "memory",
+    "parallel",
+];
 
 impl Identity {
     /// Of a stage's program before any pass.
@@ -76,6 +93,11 @@ impl Identity {
             hash.update("\n");
         });
         Identity { settings, graphs: hex(hash) }
+    }
+
+    /// All of it in a few letters.
+    pub(crate) fn digest(&self) -> String {
+        hex(Sha256::new_with_prefix(json(self)))
     }
 
     /// How another run differs from this one, if it does.
@@ -113,6 +135,7 @@ pub struct Keeper<'a> {
     identity: Identity,
     every: Option<u64>,
     keep: Option<u64>,
+    best: Option<Best>,
     /// Whether the user wants the run to end after the step that it is in.
     pub stop: &'a AtomicBool,
 }
@@ -121,8 +144,12 @@ impl<'a> Keeper<'a> {
     /// For a stage's program before any pass.
     pub fn new(program: &Program, stop: &'a AtomicBool) -> Keeper<'a> {
         let stage = &program.stage;
-        let (every, keep) = (stage.checkpoints.every, stage.checkpoints.keep);
-        Keeper { folder: folder(&stage.output_dir), identity: Identity::of(program), every, keep, stop }
+        let Checkpoints { every, keep, best } = stage.checkpoints.clone();
+        Keeper { folder: folder(&stage.output_dir), identity: Identity::of(program), every, keep, best, stop }
+    }
+
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// Puts checkpoints of an earlier run aside, as `checkpoints.<n>`: this one begins anew.
@@ -227,6 +254,20 @@ fn listed(folder: &Path) -> Result<Vec<PathBuf>, Diag> {
     Ok(found)
 }
 
+/// The first of the checkpoints whose last evaluation is the best, if there was one.
+fn best_of<'a>(best: &Best, all: &'a [PathBuf]) -> Result<Option<&'a PathBuf>, Diag> {
+    let mut found: Option<(f64, &PathBuf)> = None;
+    for path in all {
+        let reached = Manifest::read(path)?.reached();
+        let Some((_, value)) = find(&reached, &best.metric).filter(|(_, value)| !value.is_nan()) else { continue };
+        let better = |other: f64| if best.greater { value > other } else { value < other };
+        if found.is_none_or(|(other, _)| better(other)) {
+            found = Some((value, path));
+        }
+    }
+    Ok(found.map(|(_, path)| path))
+}
+
 /// The step of a checkpoint's folder.
 fn step_of(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
@@ -260,6 +301,9 @@ struct Manifest {
     /// Numbers of the last evaluation, written so that NaN has a form.
     reached: BTreeMap<String, String>,
     files: BTreeMap<String, Written>,
+    /// Where the parts of states are that several ranks have written.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    shards: Shards,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -284,11 +328,18 @@ impl Manifest {
         let wrong = |why: String| Diag::error(format!("`{}` is no checkpoint of ours: {why}", file.display()));
         let value: Value = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
         match value["format"].as_u64() {
-            Some(format) if format == u64::from(FORMAT) => {}
-            Some(format) => return Err(wrong(format!("its format is {format}, expected {FORMAT}"))),
+            Some(format) if [FORMAT, FORMAT_OF_RANKS].map(u64::from).contains(&format) => {}
+            Some(format) => {
+                return Err(wrong(format!("its format is {format}, expected {FORMAT} or {FORMAT_OF_RANKS}")));
+            }
             None => return Err(wrong("it has no `format`".into())),
         }
         serde_json::from_value(value).map_err(|e| wrong(e.to_string()))
+    }
+
+    /// Numbers of the last evaluation.
+    fn reached(&self) -> Metrics {
+        self.reached.iter().map(|(name, x)| (name.clone(), x.parse().unwrap_or(f64::NAN))).collect()
     }
 }
 
@@ -328,19 +379,39 @@ impl Checkpoint {
 
     /// Reads every tensor of a file.
     fn each(&self, file: &str, mut take: impl FnMut(&str, Tensor) -> Result<(), Diag>) -> Result<(), Diag> {
-        let path = self.path.join(file);
-        let opened = File::open(&path).map_err(|e| failed("read", &path, &e))?;
-        // SAFETY: nobody changes a checkpoint that has its name; whoever does so meanwhile breaks his own run.
-        let map = unsafe { Mmap::map(&opened) }.map_err(|e| failed("read", &path, &e))?;
-        let wrong = |why: String| Diag::error(format!("`{}`: {why}", path.display()));
-        let tensors = SafeTensors::deserialize(&map).map_err(|e| wrong(e.to_string()))?;
+        let opened = Opened::open(&self.path.join(file))?;
+        let tensors = opened.tensors()?;
         let mut names: Vec<&str> = tensors.names();
         names.sort_unstable();
-        for name in names {
-            let view = tensors.tensor(name).map_err(|e| wrong(e.to_string()))?;
-            take(name, read_tensor(&view).map_err(|why| wrong(format!("`{name}` {why}")))?)?;
-        }
-        Ok(())
+        names.into_iter().try_for_each(|name| take(name, opened.read(&tensors, name)?))
+    }
+}
+
+/// A file of tensors that is open.
+struct Opened {
+    path: PathBuf,
+    map: Mmap,
+}
+
+impl Opened {
+    fn open(path: &Path) -> Result<Opened, Diag> {
+        let opened = File::open(path).map_err(|e| failed("read", path, &e))?;
+        // SAFETY: nobody changes a checkpoint that has its name; whoever does so meanwhile breaks his own run.
+        let map = unsafe { Mmap::map(&opened) }.map_err(|e| failed("read", path, &e))?;
+        Ok(Opened { path: path.into(), map })
+    }
+
+    fn tensors(&self) -> Result<SafeTensors<'_>, Diag> {
+        SafeTensors::deserialize(&self.map).map_err(|e| self.wrong(&e.to_string()))
+    }
+
+    fn read(&self, tensors: &SafeTensors, name: &str) -> Result<Tensor, Diag> {
+        let view = tensors.tensor(name).map_err(|e| self.wrong(&e.to_string()))?;
+        read_tensor(&view).map_err(|why| self.wrong(&format!("`{name}` {why}")))
+    }
+
+    fn wrong(&self, why: &str) -> Diag {
+        Diag::error(format!("`{}`: {why}", self.path.display()))
     }
 }
 
@@ -377,41 +448,51 @@ fn kept(program: &Program) -> Vec<StateId> {
 }
 
 impl Session {
-    /// Writes where the stage stands after `step` batches; gives the folder. For the first rank.
+    /// Writes where the stage stands after `step` batches; gives the folder on the first rank, which writes all but the others'
+    /// shares of the states.
     pub(crate) fn write_checkpoint(
         &self,
-        wholes: &Wholes,
         keeper: &Keeper,
         step: u64,
         reached: &Metrics,
-    ) -> Result<PathBuf, Diag> {
+    ) -> Result<Option<PathBuf>, Diag> {
         assert!(self.ahead.is_empty(), "bug: a checkpoint within a step");
-        let path = keeper.folder.join(format!("step-{step:08}"));
-        let [staging, replaced] = [".writing", ".replaced"].map(|name| keeper.folder.join(name));
-        // Left by a run that was killed while it wrote.
-        remove(&staging)?;
-        remove(&replaced)?;
-        fs::create_dir_all(&staging).map_err(|e| failed("create", &staging, &e))?;
-        let mut files = BTreeMap::new();
-        // One by one, so that no two are on the host at once.
-        let ended: RefCell<Option<Diag>> = RefCell::new(None);
-        let read = |id: StateId| {
-            wholes.get(id).unwrap_or_else(|why| {
-                ended.borrow_mut().get_or_insert(why);
-                // Of no use, as nothing comes of this checkpoint.
-                wholes.part(id)
-            })
+        let staging = keeper.folder.join(STAGING);
+        self.rank.on_first(&self.program, |_| {
+            // Left by a run that was killed while it wrote.
+            remove(&staging)?;
+            remove(&keeper.folder.join(REPLACED))?;
+            fs::create_dir_all(&staging).map_err(|e| failed("create", &staging, &e))
+        })?;
+        let written = match self.rank.member.mesh.is_single() {
+            true => (self.write_states(&staging)?, Shards::new()),
+            false => self.write_shards(&staging)?,
         };
+        // Others go on when it is whole.
+        self.rank.on_first(&self.program, |_| self.finish_checkpoint(keeper, step, reached, written))
+    }
+
+    /// Writes all states to a file, read one by one, so that no two are on the host at once.
+    fn write_states(&self, folder: &Path) -> Result<BTreeMap<String, Written>, Diag> {
+        let device = self.device();
         let states = kept(&self.program).into_iter().map(|id| {
-            let (read, shape) = (&read, shape_of(&self.program, id));
-            let stored = Stored::new(&wholes.part(id), shape, move || Cow::Owned(read(id)));
+            let stored =
+                Stored::new(&device.state(id), shape_of(&self.program, id), move || Cow::Owned(device.state(id)));
             (self.program.state(id).name.clone(), stored)
         });
-        let written = write_tensors(&staging.join(STATES), states.collect());
-        if let Some(why) = ended.take() {
-            return Err(why);
-        }
-        files.insert(STATES.to_string(), written?);
+        Ok(BTreeMap::from([(STATES.to_string(), write_tensors(&folder.join(STATES), states.collect())?)]))
+    }
+
+    /// Writes what is not a state, and gives the folder its name.
+    fn finish_checkpoint(
+        &self,
+        keeper: &Keeper,
+        step: u64,
+        reached: &Metrics,
+        (mut files, shards): (BTreeMap<String, Written>, Shards),
+    ) -> Result<PathBuf, Diag> {
+        let path = keeper.folder.join(format!("step-{step:08}"));
+        let [staging, replaced] = [STAGING, REPLACED].map(|name| keeper.folder.join(name));
         let (tables, caches, tensors) = self.tables();
         if !tensors.is_empty() {
             let stored = |t| Stored::new(t, t.shape.clone(), move || Cow::Borrowed(t));
@@ -419,7 +500,7 @@ impl Session {
             files.insert(TABLES.to_string(), write_tensors(&staging.join(TABLES), tensors.collect())?);
         }
         let manifest = Manifest {
-            format: FORMAT,
+            format: if shards.is_empty() { FORMAT } else { FORMAT_OF_RANKS },
             stage: self.program.stage.name.clone(),
             step,
             identity: keeper.identity.clone(),
@@ -432,6 +513,7 @@ impl Session {
             unhealthy: self.unhealthy.clone(),
             reached: reached.iter().map(|(name, x)| (name.clone(), format!("{x:?}"))).collect(),
             files,
+            shards,
         };
         write(&staging.join(MANIFEST), &json(&manifest))?;
         synchronise(&staging)?;
@@ -446,12 +528,16 @@ impl Session {
         Ok(path)
     }
 
-    /// Removes checkpoints beyond those that are to be kept.
+    /// Removes checkpoints beyond those that are to be kept: the newest ones, and the best.
     fn forget_older(&self, keeper: &Keeper) -> Result<(), Diag> {
         let Some(keep) = keeper.keep else { return Ok(()) };
         let all = listed(&keeper.folder)?;
         let old = &all[..all.len().saturating_sub(keep as usize)];
-        old.iter().try_for_each(|old| remove(old))
+        let best = match &keeper.best {
+            Some(best) if !old.is_empty() => best_of(best, &all)?,
+            _ => None,
+        };
+        old.iter().filter(|&old| Some(old) != best).try_for_each(|old| remove(old))
     }
 
     /// Names of the replay buffers, cached calls, and the tensors of both.
@@ -495,15 +581,16 @@ impl Session {
         }
         let mut wanted: BTreeMap<String, StateId> =
             kept(&self.program).into_iter().map(|id| (self.program.state(id).name.clone(), id)).collect();
-        let wrong = |why: String| Diag::error(format!("`{}`: {why}", checkpoint.path.join(STATES).display()));
-        checkpoint.each(STATES, |name, tensor| {
+        let wrong = |why: String| Diag::error(format!("`{}`: {why}", checkpoint.path.display()));
+        let (program, rank) = (&self.program, &mut self.rank);
+        checkpoint.each_state(program, &rank.member.clone(), |name, tensor| {
             let id = wanted.remove(name).ok_or_else(|| wrong(format!("nothing is called `{name}` in this run")))?;
-            let ty = &self.program.state(id).ty;
-            if shape_of(&self.program, id) != tensor.shape || !tensor.fits(ty.dtype) {
+            let ty = &program.state(id).ty;
+            if shape_of(program, id) != tensor.shape || !tensor.fits(ty.dtype) {
                 let (dtype, shape) = (tensor.dtype(), &tensor.shape);
                 return Err(wrong(format!("`{name}` is {dtype}{shape:?}, expected {ty}")));
             }
-            self.rank.set(&self.program, id, &tensor);
+            rank.set(program, id, &tensor);
             Ok(())
         })?;
         if let Some(lacking) = wanted.keys().next() {
@@ -514,8 +601,7 @@ impl Session {
         self.counters = manifest.counters;
         self.places = manifest.places.clone();
         self.unhealthy = manifest.unhealthy.clone();
-        let reached = manifest.reached.iter().map(|(name, x)| (name.clone(), x.parse().unwrap_or(f64::NAN)));
-        self.begun = Some((manifest.step, reached.collect()));
+        self.begun = Some((manifest.step, manifest.reached()));
         Ok(())
     }
 
@@ -545,7 +631,7 @@ impl Session {
     }
 }
 
-fn hex(hash: Sha256) -> String {
+pub(crate) fn hex(hash: Sha256) -> String {
     hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -26,6 +26,9 @@ use dsgc_hf::Tokenizer;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Held, Shuffle, Source};
 
+use sha2::{Digest, Sha256};
+
+use crate::checkpoint::hex;
 use batch::{Tokenised, batch, columns, tokenise};
 
 /// The rows of a source, tokenised.
@@ -102,6 +105,14 @@ impl Dataset {
     /// What became of the held-out rows, if any are held out.
     pub fn eval_report(&self) -> Option<&DataReport> {
         self.eval.as_ref().map(|e| &e.report)
+    }
+
+    /// How many rows there are, and a hash of all their tokens.
+    pub(crate) fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        [Some(&self.train), self.eval.as_ref()].into_iter().flatten().for_each(|rows| rows.hash(&mut hash));
+        let (train, eval) = (self.len(), self.eval_len());
+        format!("{train} for training and {eval} held out, whose SHA-256 is {}", hex(hash))
     }
 
     /// The training rows in the order of an epoch, which counts from 0.

@@ -136,7 +136,7 @@ fn alone(evaluate: &Evaluate) -> Option<(&Call, Parts<'_>)> {
 }
 
 /// A metric by its name, without the role or source that tells it apart where it is the only one of this name.
-fn find<'a>(metrics: &'a Metrics, name: &str) -> Option<(&'a str, f64)> {
+pub(crate) fn find<'a>(metrics: &'a Metrics, name: &str) -> Option<(&'a str, f64)> {
     let exact = metrics.get_key_value(name);
     let after = || metrics.iter().find(|(n, _)| n.strip_suffix(name).is_some_and(|head| head.ends_with('/')));
     exact.or_else(after).map(|(name, value)| (name.as_str(), *value))

@@ -1,7 +1,7 @@
 //! Ranks that are processes, started and connected by MPI.
 //!
 //! MPI's library is opened when a launcher (`mpirun`, `srun`) has started this process, so one program works with every MPI and
-//! without any. [`launcher`] finds out which one it was, [`library`] opens what fits it; of MPI's functions only
+//! without any. `launcher` finds out which one it was, `library` opens what fits it; of MPI's functions only
 //! messages between two ranks are used, and [`Group`](dsgc_kernels::ranks::Group) makes collectives of them, so numbers are
 //! those of ranks as threads to the bit.
 //!

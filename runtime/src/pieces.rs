@@ -48,7 +48,7 @@ impl InPieces {
     ) -> Result<Vec<Made>, Diag> {
         let member = self.member.clone();
         let (places, here) = (member.mesh.pipeline, self.program.place);
-        let order = order_of_pieces(self.program.stage.pipeline_order, pieces, places, parts.len());
+        let order = order_of_pieces(self.program.stage.parallel.order, pieces, places, parts.len());
         let mut mail =
             Mail { member: &member, ranks: member.mesh.group(Axis::Pipeline, member.rank()), got: BTreeMap::new() };
         let is_wanted = |name: &str| wanted.is_none_or(|wanted| wanted.contains(&name));

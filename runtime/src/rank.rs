@@ -4,6 +4,7 @@
 //! rank keeps its part of what it is given, and all ranks send theirs when one of them is to have the whole.
 
 use std::any::Any;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Mutex, PoisonError};
@@ -82,9 +83,32 @@ impl Rank {
         Ok(told[0])
     }
 
-    /// Whether this holds on any rank.
-    pub fn any(&self, here: bool) -> Result<bool, Diag> {
-        any(&self.member.all(), here)
+    /// Whether this holds on any rank. An error, on all of them, where they do not agree on facts, which have names; a rank may
+    /// lack one.
+    pub fn agree(&self, facts: &BTreeMap<String, String>, here: bool) -> Result<bool, Diag> {
+        if self.member.mesh.is_single() {
+            return Ok(here);
+        }
+        let message = serde_json::to_vec(&(here, facts)).unwrap_or_else(|e| panic!("bug: texts are no JSON: {e}"));
+        let read = |message: &Vec<u8>| {
+            serde_json::from_slice(message).unwrap_or_else(|e| panic!("bug: a rank sent no JSON: {e}"))
+        };
+        let all: Vec<(bool, BTreeMap<String, String>)> =
+            self.member.all().messages(&message)?.iter().map(read).collect();
+        for (rank, (_, theirs)) in all.iter().enumerate() {
+            for (name, other) in theirs {
+                let first = all.iter().position(|(_, facts)| facts.contains_key(name)).unwrap_or(rank);
+                let one = &all[first].1[name];
+                if one != other {
+                    let message = format!("ranks differ in {name}: {one} on rank {first}, {other} on rank {rank}");
+                    return Err(Diag::error(message).help(
+                        "all ranks run one pipeline on the same files with one build of dsgc; where they do, a device or \
+                         its memory is broken",
+                    ));
+                }
+            }
+        }
+        Ok(all.iter().any(|(here, _)| *here))
     }
 }
 
@@ -117,11 +141,6 @@ impl Wholes<'_> {
             self.rank.told(u64::from(id.0))?;
         }
         self.rank.get(self.program, id)
-    }
-
-    /// What the first rank itself has of a state.
-    pub fn part(&self, id: StateId) -> Tensor {
-        self.rank.device.state(id)
     }
 }
 

@@ -11,9 +11,10 @@ use dsgc_ir::stage::{Rows, Source, Statement, Update};
 use dsgc_ir::{Axis, Planned, StateId, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::ranks::Member;
+use sha2::{Digest, Sha256};
 
 use crate::calls::{self, Named, graph_named};
-use crate::checkpoint::Keeper;
+use crate::checkpoint::{Keeper, hex};
 use crate::data::{DataReport, Dataset};
 use crate::pieces::InPieces;
 use crate::plan::{Cache, Counters, Place, Told};
@@ -165,6 +166,7 @@ impl Session {
         );
         let device = InPieces::wrap(device, &program, &member);
         let mut rank = Rank { device, member };
+        rank.agree(&planned(&program, &rank.member), false).map_err(|e| vec![e])?;
         outermost(&program.stage.plan).map_err(|e| vec![e])?;
         let mut errors = Vec::new();
         if let Err(mut found) = roles::load(&program, &mut rank, observer) {
@@ -189,6 +191,10 @@ impl Session {
         }
         if !errors.is_empty() {
             return Err(errors);
+        }
+        if !rank.member.mesh.is_single() {
+            let rows = |(name, data): (&String, &Dataset)| (format!("the rows of `{name}`"), data.digest());
+            rank.agree(&data.iter().map(rows).collect(), false).map_err(|e| vec![e])?;
         }
         Ok(Session {
             program,
@@ -226,6 +232,12 @@ impl Session {
     }
 
     fn run_to_end(&mut self, keeper: Option<&Keeper>, observer: Observer) -> Result<Ended, Diag> {
+        let begun = self.begun.as_ref().map_or(0, |(step, _)| *step);
+        let mut run = BTreeMap::from([("the step that the run begins after".to_string(), begun.to_string())]);
+        if let Some(keeper) = keeper {
+            run.insert("what the run is".into(), keeper.identity().digest());
+        }
+        self.rank.agree(&run, false)?;
         let plan = self.program.stage.plan.clone();
         let reached = match self.train(&plan, keeper, observer)? {
             (_, Ended::Stopped(step)) => return Ok(Ended::Stopped(step)),
@@ -291,6 +303,7 @@ impl Session {
                 let (seconds, epoch) = (started.elapsed().as_secs_f64(), step as f64 / per_epoch as f64);
                 let Told { metrics, mut events } = told;
                 let wrong = wrong_number(&metrics);
+                let facts = taken(step, &metrics);
                 events.extend(self.health(step, &metrics));
                 observer(&Event::Step { step, steps, epoch, metrics, tokens, seconds })?;
                 for event in &events {
@@ -303,17 +316,16 @@ impl Session {
                          that no token of the batch is a target",
                     ));
                 }
+                // All ranks stop after the same step, whichever is told to.
+                let stops = keeper.is_some_and(|keeper| keeper.stop.load(Ordering::Relaxed));
+                let stops = self.rank.agree(&facts, stops)? && step < steps;
                 if step == steps || eval_steps.is_some_and(|every| step.is_multiple_of(every)) {
                     reached = self.evaluate(step, observer)?;
                 }
                 let Some(keeper) = keeper else { continue };
-                // All ranks stop after the same step, whichever is told to.
-                let stops = self.rank.any(keeper.stop.load(Ordering::Relaxed))? && step < steps;
                 if stops || keeper.due(step) {
                     let started = Instant::now();
-                    let written = self
-                        .rank
-                        .on_first(&self.program, |states| self.write_checkpoint(states, keeper, step, &reached))?;
+                    let written = self.write_checkpoint(keeper, step, &reached)?;
                     if let Some(folder) = written {
                         observer(&Event::Checkpoint { step, folder, seconds: started.elapsed().as_secs_f64() })?;
                     }
@@ -348,6 +360,26 @@ fn outermost(plan: &[Statement]) -> Result<(&str, &str, &[Statement]), Diag> {
             plan.len()
         ))),
     }
+}
+
+/// What ranks must have planned alike: those of a pipeline's stage run one program.
+fn planned(program: &Planned, member: &Member) -> BTreeMap<String, String> {
+    let mesh = member.mesh;
+    if mesh.is_single() {
+        return BTreeMap::new();
+    }
+    let name = match mesh.pipeline {
+        1 => "the planned program".to_string(),
+        _ => format!("the planned program of stage {} of the pipeline", mesh.place(Axis::Pipeline, member.rank())),
+    };
+    BTreeMap::from([(name, hex(Sha256::new_with_prefix(program.to_string())))])
+}
+
+/// What ranks must have alike after a step: its number and its losses, to the bit.
+fn taken(step: u64, metrics: &Metrics) -> BTreeMap<String, String> {
+    let losses = metrics.iter().filter(|(name, _)| name.ends_with("loss"));
+    let losses = losses.map(|(name, value)| (format!("the `{name}` of step {step}"), format!("{value:?}")));
+    losses.chain([("the step that they have taken".to_string(), step.to_string())]).collect()
 }
 
 /// A loss that is not finite, or else a norm: after such a step the parameters are of no use.

@@ -77,10 +77,10 @@ fn devices_train_to_the_same_numbers() {
 
 #[cfg(feature = "wgpu")]
 #[test]
-fn a_gpu_without_a_kernel_says_so_when_it_compiles() {
+fn several_ranks_on_a_gpu_are_refused_when_it_compiles() {
     let place = Workplace::new();
-    let args = ["compile", "pipeline.yaml", "--stage", "sft", "--device", "wgpu", "--set", "stages.sft.bf16=true"];
+    let args = ["compile", "pipeline.yaml", "--stage", "sft", "--device", "wgpu", "--set", "compile.devices=2"];
     let ended = place.run(&args);
     assert_eq!(ended.code, Some(1), "{}", ended.out);
-    assert!(ended.err.contains("its kernels compute in f32, found bf16"), "{}", ended.err);
+    assert!(ended.err.contains("found 2 ranks, and GPUs run one in this version"), "{}", ended.err);
 }

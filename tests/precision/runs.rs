@@ -34,9 +34,11 @@ stages:
 
 #[test]
 fn all_stages_run_in_either_precision() {
-    for precision in ["defaults.bf16=true", "defaults.fp16=true"] {
+    let devices: &[&str] = if cfg!(feature = "wgpu") { &["cpu", "wgpu"] } else { &["cpu"] };
+    let cases = devices.iter().flat_map(|device| ["defaults.bf16=true", "defaults.fp16=true"].map(|p| (device, p)));
+    for (device, precision) in cases {
         let place = Place::with(PIPELINE);
-        place.out(&["run", "pipeline.yaml"], &[precision]);
+        place.out(&["run", "pipeline.yaml", "--device", device], &[precision]);
         for step in place.steps("ppo") {
             let loss = step["actor/loss"].as_f64().expect("a loss");
             assert!(loss.is_finite(), "{step}");

@@ -8,7 +8,7 @@ use std::time::Instant;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::{Axis, Mesh, Planned, Program};
 use dsgc_kernels::cpu::compile_time;
-use dsgc_kernels::ranks::Member;
+use dsgc_kernels::ranks::{Member, enough_threads};
 use dsgc_runtime::{Checkpoint, Ended, Keeper, MetricsFile, Session, mpi, on_threads, stage_of};
 use dsgc_yaml::load::{Loaded, Options};
 use signal_hook::consts::TERM_SIGNALS;
@@ -116,7 +116,7 @@ fn train(loaded: &Loaded, device: DeviceName, args: &Args) -> Done {
             Some(transport) => run(Member { mesh, transport })?,
             None => on_threads(mesh, run, |failure| failure.message().to_string())?[0],
         };
-        if let Some(signal) = signals.caught() {
+        if let Some(signal) = signals.caught_by_any()? {
             let at = match ended {
                 Ended::Stopped(step) => format!("stopped after step {step} of `{}`", stage.name),
                 Ended::Finished if Some(&stage.name) == last.as_ref() => break,
@@ -160,8 +160,10 @@ fn stages<'a>(
         }
         stages.push((plans(program, loaded, device)?, keeper, begin));
     }
-    if let (Some(transport), Some((plans, ..))) = (mpi::connect()?, stages.first()) {
-        enough(plans[0].mesh, transport.size())?;
+    match (mpi::connect()?, stages.first()) {
+        (Some(transport), Some((plans, ..))) => enough(plans[0].mesh, transport.size())?,
+        (None, Some((plans, ..))) => enough_threads(plans[0].mesh.ranks())?,
+        (_, None) => {}
     }
     Ok(stages)
 }
@@ -307,10 +309,13 @@ impl Signals {
         &self.stop
     }
 
-    fn caught(&self) -> Option<u8> {
-        match self.caught.load(Ordering::Relaxed) {
-            0 => None,
-            signal => Some(signal as u8),
-        }
+    /// The signal that stops the run, the same on all processes of a job, whichever of them has caught one. All ask at once.
+    fn caught_by_any(&self) -> Result<Option<u8>, Diag> {
+        let own = self.caught.load(Ordering::Relaxed) as u8;
+        let all = match mpi::connect()? {
+            Some(transport) => Member { mesh: Mesh::default(), transport }.all().messages(&[own])?,
+            None => vec![vec![own]],
+        };
+        Ok(all.into_iter().flatten().find(|&signal| signal != 0))
     }
 }

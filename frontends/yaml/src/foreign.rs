@@ -134,8 +134,8 @@ const KEYS: &[Foreign] = &[
     // Devices and memory
     f("stage",                           "the name of LLaMA-Factory and DeepSpeed", "an entry of `stages`, or `zero_stage` under `compile`"),
     f("deepspeed",                       HF,      "`compile: {zero_stage: ...}`"),
-    f("actor_zero_stage",                DSC,     "`compile: {zero_stage: ...}`"),
-    f("critic_zero_stage",               DSC,     "`compile: {zero_stage: ...}`"),
+    f("actor_zero_stage",                DSC,     "`actor: {zero_stage: ...}`"),
+    f("critic_zero_stage",               DSC,     "`critic: {zero_stage: ...}`"),
     f("tensor_parallel_size",            AXOLOTL, "`compile: {parallel: {tensor: ...}}`"),
     f("inference_tp_size",               DSC,     "`compile: {parallel: {tensor: ...}}`"),
     f("pipeline_parallel_degree",        TITAN,   "`compile: {parallel: {pipeline: ...}}`"),

@@ -111,7 +111,9 @@ pub const PIPELINE: Table = Table {
         key("stages", Form::Map(&Form::Keys(&STAGE)), "stages in order"),
         key("compile", Form::Keys(&COMPILE), "devices and what the compiler does"),
         key("save_steps", COUNT_OR_NONE, "write a checkpoint every so many optimizer steps"),
-        key("save_total_limit", COUNT_OR_NONE, "checkpoints that are kept per stage"),
+        key("save_total_limit", COUNT_OR_NONE, "checkpoints that are kept per stage, the newest ones"),
+        key("metric_for_best_model", Form::Text, "metric of evaluations by which one more is kept, the best"),
+        key("greater_is_better", Form::Bool, "whether the best is the greatest, if its name does not say so"),
     ],
 };
 
@@ -197,6 +199,11 @@ pub const ROLE: Table = Table {
             "what the weights of layers are kept in; of those that are trained, a copy to generate with",
         ),
         key("weights_group", Form::Int, "weights of a row that have a scale in common in int8 and int4: 32, 64 or 128"),
+        key(
+            "zero_stage",
+            COUNT_OR_NONE,
+            "what ranks with different rows share out of it; `compile.zero_stage` unless given",
+        ),
     ],
 };
 
@@ -262,10 +269,15 @@ pub const PARALLEL: Table = Table {
     keys: &[
         key("data", Form::Int, "ranks with different rows"),
         key("tensor", Form::Int, "ranks that share each layer"),
-        key("pipeline", Form::Int, "ranks that share the layers"),
         key("zero_stage", Form::Int, "what is split over data-parallel ranks"),
-        key("schedule", Form::Choice(&["gpipe", "1f1b", "interleaved", "zero_bubble"]), "order of the pipeline"),
-        key("microbatches", Form::Int, "parts of a batch in the pipeline"),
+        key("pipeline", Form::Int, "ranks that share the layers out"),
+        key(
+            "schedule",
+            Form::Choice(&["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"]),
+            "the order in which ranks with different layers work on parts of a batch",
+        ),
+        key("microbatches", Form::Int, "parts of a batch for them, in place of `micro_batch_size`"),
+        key("virtual_stages", Form::Int, "runs of layers of each of them in `interleaved_1f1b`; 2 unless given"),
     ],
 };
 
@@ -302,7 +314,7 @@ pub(crate) fn read(reader: &mut Reader, node: &Node) -> Option<Pipeline> {
     let stages = fields.get("stages").map_or_else(Vec::new, |n| reader.stages(n));
     let compile = fields.get("compile").map_or_else(Vec::new, |n| reader.settings(n, &COMPILE));
     let mut settings = Vec::new();
-    for name in ["save_steps", "save_total_limit"] {
+    for name in ["save_steps", "save_total_limit", "metric_for_best_model", "greater_is_better"] {
         if let (Some((key, value)), Some(def)) = (fields.entry(name), PIPELINE.find(name)) {
             reader.check(value, &def.form);
             settings.push(Setting { key: key.clone(), value: value.clone() });

@@ -74,7 +74,9 @@ fn rows(l: &mut Launch) -> Result<(), String> {
             let first = (group.at() * given).min(made);
             let own = given.min(made - first);
             to[first..first + own].copy_from_slice(&from[..own]);
-            group.all_gather(to, given).map_err(|ended| ended.message)
+            let done = group.all_gather(to, given).map_err(|ended| ended.message);
+            *l.sent += group.sent();
+            done
         }
         _ => panic!("bug: `{}` moves no rows", l.op.op),
     }
@@ -94,13 +96,19 @@ fn sum<T: Number>(l: &mut Launch) -> Result<(), String> {
                 // SAFETY: as above.
                 to.copy_from_slice(unsafe { from.slice(0, given) });
             }
-            member.group(over).all_reduce(to)
+            let group = member.group(over);
+            let done = group.all_reduce(to);
+            *l.sent += group.sent();
+            done
         }
         Op::ReduceScatter { over, .. } => {
             let work: Ptr<T> = l.workspace();
             // SAFETY: the buffers hold the values and are apart.
             let (from, to, work) = unsafe { (from.slice(0, given), to.slice_mut(0, made), work.slice_mut(0, made)) };
-            member.group(over).reduce_scatter(from, to, work)
+            let group = member.group(over);
+            let done = group.reduce_scatter(from, to, work);
+            *l.sent += group.sent();
+            done
         }
         _ => panic!("bug: `{}` adds nothing up", l.op.op),
     };

@@ -135,6 +135,8 @@ pub struct Cpu {
     profile: Option<Profile>,
     /// Which rank of those that run the program this is.
     member: Member,
+    /// Bytes that it has sent to other ranks.
+    sent: u64,
 }
 
 impl Cpu {
@@ -160,7 +162,7 @@ impl Cpu {
         let memory = Memory::new(program.arena);
         let regions = fused::load(&program.graphs);
         let (threads, program) = (Arc::new(Threads::new(threads)), Arc::new(program));
-        Cpu { memory, threads, regions, dead: None, profile: None, member: Member::alone(), program }
+        Cpu { memory, threads, regions, dead: None, profile: None, member: Member::alone(), sent: 0, program }
     }
 
     /// The same as one rank of several.
@@ -241,6 +243,10 @@ impl Device for Cpu {
         threads.enter(|| self.run_graph(name, inputs, Some(wanted)))
     }
 
+    fn sent(&self) -> u64 {
+        self.sent
+    }
+
     fn measure(&mut self) -> bool {
         self.profile = Some(Profile::default());
         true
@@ -289,6 +295,7 @@ impl Cpu {
                 memory: &mut self.memory,
                 threads: &self.threads,
                 member: &self.member,
+                sent: &mut self.sent,
                 scratch,
                 regions,
                 moved: Vec::new(),
@@ -327,6 +334,7 @@ struct Launch<'a> {
     memory: &'a mut Memory,
     threads: &'a Threads,
     member: &'a Member,
+    sent: &'a mut u64,
     /// Bytes of workspace.
     scratch: usize,
     /// What the op's bodies need to run, if it has any.
@@ -459,6 +467,7 @@ impl Launch<'_> {
             memory: self.memory,
             threads: self.threads,
             member: self.member,
+            sent: self.sent,
             scratch: self.scratch,
             regions: &[],
             moved: self.moved.clone(),

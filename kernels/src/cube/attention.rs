@@ -5,6 +5,7 @@
 use cubecl::prelude::*;
 use dsgc_ir::Op;
 
+use super::index::{Store, element};
 use super::reduce::{TOGETHER, With, together};
 use super::tokens::{branch, text};
 use super::{Launch, MOST_CUBES, math};
@@ -39,6 +40,8 @@ struct Plan {
     cached: bool,
     /// Columns of the head that a unit has.
     parts: usize,
+    /// How elements of heads are stored; results are in single precision.
+    store: Store,
 }
 
 /// The lowest score.
@@ -63,11 +66,17 @@ fn visible(segment: &Array<u32>, sizes: &Sizes, b: u32, query: u32, key: u32, #[
     seen && sees(segment[(row + query) as usize], segment[(row + key) as usize])
 }
 
+/// An element of a head.
 #[cube]
-fn dot(a: &Array<f32>, at: u32, b: &Array<f32>, bt: u32, width: u32) -> f32 {
+fn of_head(from: &Array<u32>, at: u32, #[comptime] store: Store) -> f32 {
+    f32::reinterpret(element(from, at, store))
+}
+
+#[cube]
+fn dot(a: &Array<u32>, at: u32, b: &Array<u32>, bt: u32, width: u32, #[comptime] store: Store) -> f32 {
     let mut sum = 0.0f32;
     for i in 0..width {
-        sum = fma(a[(at + i) as usize], b[(bt + i) as usize], sum);
+        sum = fma(of_head(a, at + i, store), of_head(b, bt + i, store), sum);
     }
     sum
 }
@@ -76,8 +85,8 @@ fn dot(a: &Array<f32>, at: u32, b: &Array<f32>, bt: u32, width: u32) -> f32 {
 #[cube]
 #[allow(clippy::too_many_arguments)]
 fn score(
-    q: &Array<f32>,
-    k: &Array<f32>,
+    q: &Array<u32>,
+    k: &Array<u32>,
     slopes: &Array<f32>,
     sizes: &Sizes,
     query_at: u32,
@@ -86,8 +95,9 @@ fn score(
     query: u32,
     key: u32,
     #[comptime] sloped: bool,
+    #[comptime] store: Store,
 ) -> f32 {
-    let product = sizes.scale * dot(q, query_at, k, key_at, sizes.width);
+    let product = sizes.scale * dot(q, query_at, k, key_at, sizes.width, store);
     let mut result = product;
     if comptime!(sloped) {
         let distance = select(key > query, key - query, query - key);
@@ -111,9 +121,9 @@ fn query_head(sizes: &Sizes, b: u32, i: u32, h: u32) -> u32 {
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn forward(
-    q: &Array<f32>,
-    k: &Array<f32>,
-    v: &Array<f32>,
+    q: &Array<u32>,
+    k: &Array<u32>,
+    v: &Array<u32>,
     segment: &Array<u32>,
     slopes: &Array<f32>,
     place: &Array<u32>,
@@ -162,7 +172,7 @@ fn forward(
         }
         if seen {
             let key_at = key_head(sizes, b, key, shared);
-            own = score(q, k, slopes, sizes, query_at, key_at, h, query, key, plan.sloped);
+            own = score(q, k, slopes, sizes, query_at, key_at, h, query, key, plan.sloped, plan.store);
         }
         let new_most = max(most, together(own, With::Max));
         let mut weight = 0.0f32;
@@ -183,7 +193,7 @@ fn forward(
                     // What is not seen may be beyond the row, or NaN.
                     if weight != 0.0f32 {
                         let at = key_head(sizes, b, block * TOGETHER + j, shared) + i;
-                        sum = fma(weight, v[at as usize], sum);
+                        sum = fma(weight, of_head(v, at, plan.store), sum);
                     }
                 }
                 sums[part] = sum;
@@ -210,13 +220,13 @@ fn forward(
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn of_queries(
-    q: &Array<f32>,
-    k: &Array<f32>,
-    v: &Array<f32>,
+    q: &Array<u32>,
+    k: &Array<u32>,
+    v: &Array<u32>,
     segment: &Array<u32>,
-    out: &Array<f32>,
+    out: &Array<u32>,
     log_divisor: &Array<f32>,
-    grad: &Array<f32>,
+    grad: &Array<u32>,
     slopes: &Array<f32>,
     dq: &mut Array<f32>,
     sizes: &Sizes,
@@ -228,7 +238,7 @@ fn of_queries(
     let b = n / sizes.columns / sizes.heads;
     let shared = h / (sizes.heads / sizes.key_heads);
     let query_at = query_head(sizes, b, query, h);
-    let delta = dot(grad, query_at, out, query_at, sizes.width);
+    let delta = dot(grad, query_at, out, query_at, sizes.width, plan.store);
     let mut weights = SharedMemory::<f32>::new(comptime!(TOGETHER as usize));
     let mut sums = Array::<f32>::new(plan.parts);
     #[unroll]
@@ -249,9 +259,9 @@ fn of_queries(
         }
         if seen {
             let key_at = key_head(sizes, b, key, shared);
-            let own = score(q, k, slopes, sizes, query_at, key_at, h, query, key, plan.sloped);
+            let own = score(q, k, slopes, sizes, query_at, key_at, h, query, key, plan.sloped, plan.store);
             let p = math::exp(own - log_divisor[n as usize]);
-            ds = sizes.scale * p * (dot(grad, query_at, v, key_at, sizes.width) - delta);
+            ds = sizes.scale * p * (dot(grad, query_at, v, key_at, sizes.width, plan.store) - delta);
         }
         weights[UNIT_POS as usize] = ds;
         sync_cube();
@@ -264,7 +274,7 @@ fn of_queries(
                     let weight = weights[j as usize];
                     if weight != 0.0f32 {
                         let at = key_head(sizes, b, block * TOGETHER + j, shared) + i;
-                        sum = fma(weight, k[at as usize], sum);
+                        sum = fma(weight, of_head(k, at, plan.store), sum);
                     }
                 }
                 sums[part] = sum;
@@ -285,13 +295,13 @@ fn of_queries(
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn of_keys(
-    q: &Array<f32>,
-    k: &Array<f32>,
-    v: &Array<f32>,
+    q: &Array<u32>,
+    k: &Array<u32>,
+    v: &Array<u32>,
     segment: &Array<u32>,
-    out: &Array<f32>,
+    out: &Array<u32>,
     log_divisor: &Array<f32>,
-    grad: &Array<f32>,
+    grad: &Array<u32>,
     slopes: &Array<f32>,
     dk: &mut Array<f32>,
     dv: &mut Array<f32>,
@@ -330,10 +340,10 @@ fn of_keys(
             }
             if seen {
                 let query_at = query_head(sizes, b, query, h);
-                let own = score(q, k, slopes, sizes, query_at, key_at, h, query, key, plan.sloped);
+                let own = score(q, k, slopes, sizes, query_at, key_at, h, query, key, plan.sloped, plan.store);
                 p = math::exp(own - log_divisor[((b * sizes.heads + h) * sizes.columns + query) as usize]);
-                let delta = dot(grad, query_at, out, query_at, sizes.width);
-                ds = sizes.scale * p * (dot(grad, query_at, v, key_at, sizes.width) - delta);
+                let delta = dot(grad, query_at, out, query_at, sizes.width, plan.store);
+                ds = sizes.scale * p * (dot(grad, query_at, v, key_at, sizes.width, plan.store) - delta);
             }
             weights[UNIT_POS as usize] = p;
             slants[UNIT_POS as usize] = ds;
@@ -345,9 +355,9 @@ fn of_keys(
                     for j in 0..TOGETHER {
                         let weight = weights[j as usize];
                         if weight != 0.0f32 {
-                            let at = (query_head(sizes, b, block * TOGETHER + j, h) + i) as usize;
-                            of_value[part] = fma(weight, grad[at], of_value[part]);
-                            of_key[part] = fma(slants[j as usize], q[at], of_key[part]);
+                            let at = query_head(sizes, b, block * TOGETHER + j, h) + i;
+                            of_value[part] = fma(weight, of_head(grad, at, plan.store), of_value[part]);
+                            of_key[part] = fma(slants[j as usize], of_head(q, at, plan.store), of_key[part]);
                         }
                     }
                 }
@@ -399,7 +409,8 @@ pub(super) fn run<R: Runtime>(l: &Launch<R>, look: Look) {
     let cached = matches!(l.op.op, Op::CachedAttention { .. });
     let given = if cached { 5 } else { 4 };
     let sloped = l.op.args.len() > given;
-    let plan = Plan { causal: look.causal, sloped, cached, parts: q[3].div_ceil(TOGETHER as usize) };
+    let store = Store::of(l.dtype(l.op.args[0]));
+    let plan = Plan { store, causal: look.causal, sloped, cached, parts: q[3].div_ceil(TOGETHER as usize) };
     let cube = CubeDim::new_1d(TOGETHER);
     launches(q[0] * q[1] * q[2], |cubes, first| {
         let slopes = l.arg(if sloped { given } else { 0 });
@@ -430,7 +441,8 @@ pub(super) fn run<R: Runtime>(l: &Launch<R>, look: Look) {
 pub(super) fn gradient<R: Runtime>(l: &Launch<R>, look: Look) {
     let (q, k) = (l.shape(l.op.args[0]), l.shape(l.op.args[1]));
     let sloped = l.op.args.len() > 7;
-    let plan = Plan { causal: look.causal, sloped, cached: false, parts: q[3].div_ceil(TOGETHER as usize) };
+    let store = Store::of(l.dtype(l.op.args[0]));
+    let plan = Plan { store, causal: look.causal, sloped, cached: false, parts: q[3].div_ceil(TOGETHER as usize) };
     let cube = CubeDim::new_1d(TOGETHER);
     let slopes = if sloped { 7 } else { 0 };
     launches(q[0] * q[1] * q[2], |cubes, first| {

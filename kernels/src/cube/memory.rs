@@ -6,7 +6,9 @@ use cubecl::client::ComputeClient;
 use cubecl::prelude::*;
 use cubecl::server::Handle;
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Arena, Buffer, DType, Data, Region, Tensor};
+use dsgc_ir::{Arena, Bindings, Buffer, DType, Data, Dim, Region, Tensor, Type};
+
+use half::{bf16, f16};
 
 use super::target::ALIGNMENT;
 use super::units;
@@ -126,7 +128,7 @@ impl<R: Runtime> Memory<R> {
         let total = staged.len();
         let handle = client.create_from_slice(&staged);
         for ((buffer, dtype, tensor), start) in parts.iter().zip(starts) {
-            let len = (tensor.len() * dtype.bytes()).div_ceil(4);
+            let len = bytes_of(*dtype, &tensor.shape).div_ceil(4);
             if len == 0 {
                 continue;
             }
@@ -144,7 +146,7 @@ impl<R: Runtime> Memory<R> {
     pub(super) fn read(&self, client: &ComputeClient<R>, parts: &[Part]) -> Result<(Vec<Tensor>, [u32; 3]), String> {
         let sized = parts.iter().filter(|(_, _, shape)| shape.iter().product::<usize>() > 0);
         let handles = sized.map(|(buffer, dtype, shape)| {
-            let bytes = shape.iter().product::<usize>() * dtype.bytes();
+            let bytes = bytes_of(*dtype, shape);
             self.handle(Buffer { bytes, ..*buffer })
         });
         let faults = self.handle(Buffer { bytes: 12, ..self.faults });
@@ -172,10 +174,33 @@ fn pack(tensor: &Tensor, dtype: DType, to: &mut Vec<u8>) {
         (Data::F32(v), DType::F32) => to.extend(v.iter().flat_map(|x| x.to_le_bytes())),
         (Data::F64(v), DType::F32) => to.extend(v.iter().flat_map(|&x| (x as f32).to_le_bytes())),
         (Data::I32(v), DType::I32) => to.extend(v.iter().flat_map(|x| x.to_le_bytes())),
+        (Data::F32(v), dtype) if dtype.is_narrow() => narrowed(v.iter().copied(), dtype, to),
+        (Data::F64(v), dtype) if dtype.is_narrow() => narrowed(v.iter().map(|&x| x as f32), dtype, to),
+        (Data::F32(v), DType::Quantized(quantized)) => {
+            let start = to.len();
+            to.resize(start + bytes_of(dtype, &tensor.shape), 0);
+            quantized.pack(v, tensor.shape.last().copied().unwrap_or(1), &mut to[start..]);
+        }
+        (Data::F64(_), DType::Quantized(_)) => pack(&tensor.clone().single(), dtype, to),
         (Data::Bool(v), DType::Bool) => to.extend(v.iter().map(|&b| u8::from(b))),
         (Data::Key(v), DType::Key) => to.extend(v.iter().flatten().flat_map(|x| x.to_le_bytes())),
         (_, dtype) => panic!("bug: {} where {dtype} belongs", tensor.dtype()),
     }
+}
+
+fn bytes_of(dtype: DType, shape: &[usize]) -> usize {
+    let dims: Vec<Dim> = shape.iter().map(|&n| Dim::from(n as i64)).collect();
+    Type::new(dtype, dims).bytes(&Bindings::new()).expect("the dims are numbers")
+}
+
+/// Appends floats as narrower ones.
+fn narrowed(all: impl Iterator<Item = f32>, dtype: DType, to: &mut Vec<u8>) {
+    let half = |x| if dtype == DType::Bf16 { bf16::from_f32(x).to_bits() } else { f16::from_f32(x).to_bits() };
+    to.extend(all.flat_map(|x| half(x).to_le_bytes()));
+}
+
+fn halves(bytes: &[u8]) -> impl Iterator<Item = u16> {
+    bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]))
 }
 
 /// A tensor from elements of a type; there may be bytes behind the last one.
@@ -189,7 +214,13 @@ fn unpack(bytes: &[u8], dtype: DType, shape: &[usize]) -> Tensor {
             let all: Vec<u32> = words(bytes).take(2 * n).collect();
             Data::Key(all.chunks_exact(2).map(|k| [k[0], k[1]]).collect())
         }
-        DType::Bf16 | DType::F16 | DType::Quantized(_) => panic!("bug: {dtype} on a GPU"),
+        DType::Bf16 => Data::F32(halves(bytes).take(n).map(|h| bf16::from_bits(h).to_f32()).collect()),
+        DType::F16 => Data::F32(halves(bytes).take(n).map(|h| f16::from_bits(h).to_f32()).collect()),
+        DType::Quantized(quantized) => {
+            let mut rows = vec![0.0; n];
+            quantized.unpack(&bytes[..bytes_of(dtype, shape)], shape.last().copied().unwrap_or(1), &mut rows);
+            Data::F32(rows)
+        }
     };
     Tensor::new(shape, data)
 }

@@ -5,13 +5,15 @@
 //! plan, and nothing waits for the device until values are read. What goes wrong in a kernel (a token outside of the
 //! vocabulary) is written to a place of its own, which is read together with the next values.
 //!
-//! Memory is seen as 32-bit words. Four truth values share one, so a unit of a kernel that makes some makes four.
+//! Memory is seen as 32-bit words. Four truth values share one, and two narrow floats, so a unit of a kernel makes all that
+//! share a word. Kernels that know f32 only find narrow floats widened in the workspace.
 //! Reductions have fixed orders and there are no atomics: results depend on the sizes alone.
 
 mod attention;
 mod contract;
 mod head;
 mod index;
+mod kept;
 mod math;
 mod memory;
 mod movement;
@@ -19,19 +21,23 @@ mod norm;
 mod platform;
 mod reduce;
 mod region;
+mod steps;
 mod target;
 mod tokens;
 mod update;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use cubecl::client::ComputeClient;
 use cubecl::prelude::*;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::op::Class;
+use dsgc_ir::stage::Sampling;
 use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, StateId, Tensor, Value};
 
-use crate::{Device, bind};
+use crate::profile::Profile;
+use crate::{Device, Launches, bind};
 use attention::Look;
 use memory::Memory;
 pub use platform::{Description, built, describe, has_hardware, open, present};
@@ -49,6 +55,7 @@ pub struct Cube<R: Runtime> {
     program: Arc<Planned>,
     client: ComputeClient<R>,
     memory: Memory<R>,
+    profile: Option<Profile>,
 }
 
 impl<R: Runtime> Cube<R> {
@@ -56,7 +63,7 @@ impl<R: Runtime> Cube<R> {
     /// so much memory at once.
     pub fn new(program: Planned, platform: Platform, client: ComputeClient<R>) -> Result<Cube<R>, Diag> {
         let memory = Memory::new(&client, program.arena)?;
-        Ok(Cube { platform, program: Arc::new(program), client, memory })
+        Ok(Cube { platform, program: Arc::new(program), client, memory, profile: None })
     }
 
     /// What a code of [`Launch::code`] names.
@@ -121,8 +128,10 @@ impl<R: Runtime> Cube<R> {
             (buffer(input), graph.ty(input).dtype, tensor.expect("`bind` saw every input"))
         });
         self.memory.write(&self.client, &given.collect::<Vec<_>>());
+        let begun = self.now()?;
         let before: usize = program.graphs[..at].iter().map(Graph::len).sum();
         for (id, op) in graph.ops() {
+            let started = self.now()?;
             let launch = Launch {
                 client: &self.client,
                 memory: &self.memory,
@@ -131,11 +140,20 @@ impl<R: Runtime> Cube<R> {
                 scratch: graph.scratch[id.0 as usize],
                 dims: &dims,
                 code: (1 + before) as u32 + id.0,
+                wide: Vec::new(),
             };
-            launch.run(&program).map_err(|why| {
+            launch.run_wide(&program).map_err(|why| {
                 let what = format!("`{}` in graph @{}: {why}", op.op.name(), graph.name);
                 Diag::error(what).label(op.site.loc.span, "")
             })?;
+            if let Some(started) = started {
+                let ended = self.now()?.unwrap_or(started);
+                let profile = self.profile.as_mut().expect("it measures");
+                profile.launched((at, id.0), graph, op, &dims, ended - started);
+            }
+        }
+        if let (Some(profile), Some(begun)) = (&mut self.profile, begun) {
+            profile.ran(at, begun.elapsed());
         }
         let wanted = |name: &str| wanted.is_none_or(|all| all.contains(&name));
         let outputs: Vec<(&String, Value)> =
@@ -167,6 +185,15 @@ impl<R: Runtime> Cube<R> {
         self.memory.write(&self.client, &parts);
     }
 
+    /// The time, when all that was launched is done, if launches are measured.
+    fn now(&self) -> Result<Option<Instant>, Diag> {
+        if self.profile.is_none() {
+            return Ok(None);
+        }
+        cubecl::future::block_on(self.client.sync()).map_err(|why| self.failed(&format!("{why:?}")))?;
+        Ok(Some(Instant::now()))
+    }
+
     fn failed(&self, why: &str) -> Diag {
         Diag::error(format!("the device `{}` failed: {why}", self.platform.name()))
     }
@@ -195,6 +222,16 @@ impl<R: Runtime> Device for Cube<R> {
         tensors.remove(0)
     }
 
+    /// The host waits for each launch from now on.
+    fn measure(&mut self) -> bool {
+        self.profile = Some(Profile::default());
+        true
+    }
+
+    fn measured(&self) -> Vec<Launches> {
+        self.profile.as_ref().map_or(Vec::new(), |profile| profile.launches(&self.program.graphs))
+    }
+
     fn run(&mut self, graph: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<(String, Tensor)>, Diag> {
         self.run_graph(graph, inputs, None)
     }
@@ -220,9 +257,42 @@ struct Launch<'a, R: Runtime> {
     dims: &'a Bindings,
     /// Names the op among those of all graphs, from 1.
     code: u32,
+    /// Narrow floats that the kernel finds in single precision in the workspace.
+    wide: Vec<(Value, Buffer)>,
 }
 
 impl<R: Runtime> Launch<'_, R> {
+    /// Runs the op, with narrow floats widened before it and rounded after it where its kernels know f32 only.
+    fn run_wide(mut self, program: &Planned) -> Result<(), String> {
+        // Behind the kernel's own workspace, as `workspace` says.
+        let mut end = self.scratch;
+        let (reads, writes) = target::knows_narrow(&self.op.op);
+        let operands = self.op.args.iter().copied().filter(|_| !reads);
+        let values: Vec<Value> = operands.chain(self.op.results().filter(|_| !writes)).collect();
+        for value in values {
+            if self.dtype(value).is_narrow() && self.wide.iter().all(|(known, _)| *known != value) {
+                let bytes = 4 * self.len(value);
+                end -= bytes.next_multiple_of(target::ALIGNMENT);
+                self.wide.push((value, Buffer { region: Region::Scratch, offset: end, bytes }));
+            }
+        }
+        let wide = std::mem::take(&mut self.wide);
+        let (before, after): (Vec<_>, Vec<_>) =
+            wide.iter().copied().partition(|(value, _)| self.op.args.contains(value));
+        for (value, buffer) in before {
+            region::cast(&self, region::Operand::of(&self, value), buffer, DType::F32);
+        }
+        self.scratch = end;
+        self.wide = wide;
+        self.run(program)?;
+        self.wide.clear();
+        for (value, buffer) in after {
+            let from = region::Operand { buffer, shape: self.shape(value), dtype: DType::F32 };
+            region::cast(&self, from, self.buffer(value), self.dtype(value));
+        }
+        Ok(())
+    }
+
     fn run(&self, program: &Planned) -> Result<(), String> {
         // A dim that is negative is a slice beyond its operand; the interpreter's words.
         for value in self.op.results() {
@@ -240,8 +310,14 @@ impl<R: Runtime> Launch<'_, R> {
                 }
             }
             op if op.class() == Class::View => {}
+            Op::Cast { dtype } if dtype.is_quantized() || self.dtype(self.op.args[0]).is_quantized() => {
+                kept::cast(self)
+            }
             op if op.class() == Class::Elementwise => region::single(self),
-            Op::Fused { body, .. } => region::fused(self, body),
+            Op::Fused { shape, body } => {
+                let shape = shape.iter().map(|dim| self.extent(dim)).collect::<Result<Vec<usize>, String>>()?;
+                region::fused(self, &shape, body);
+            }
             Op::Contract { spec } => contract::run(self, spec, [0, 1], 0),
             Op::ContractEach { spec, common } => {
                 for i in 1..self.op.args.len() {
@@ -250,6 +326,7 @@ impl<R: Runtime> Launch<'_, R> {
                     contract::run(self, spec, pair, i - 1);
                 }
             }
+            Op::ContractFused { spec, common, bodies } => contract::finished(self, spec, *common, bodies),
             Op::ReduceSum { axes } | Op::ReduceMax { axes } | Op::ReduceMin { axes } => reduce::run(self, axes),
             Op::SumSquares {} => reduce::sum_squares(self),
             Op::Cumsum { axis, reverse } => reduce::along(self, *axis, 1.0, *reverse),
@@ -265,7 +342,9 @@ impl<R: Runtime> Launch<'_, R> {
             Op::EmbedGrad { .. } | Op::AddRows {} => tokens::embed_grad(self),
             Op::TokenLogp {} | Op::TokenLogpGrad {} => tokens::log_probabilities(self),
             Op::HeadLogp {} | Op::HeadLogpGrad { .. } => head::run(self),
-            Op::Sample { temperature, .. } => tokens::sample(self, *temperature),
+            &Op::Sample { temperature, top_k, top_p } => {
+                tokens::sample(self, &Sampling { temperature, top_k, top_p });
+            }
             Op::PositionIn {} => tokens::position_in(self),
             Op::Rope { inverse } => update::rope(self, *inverse),
             Op::Adamw { .. } => update::optimizer(self),
@@ -277,8 +356,13 @@ impl<R: Runtime> Launch<'_, R> {
         Ok(())
     }
 
+    /// Of a value's elements, as the kernel finds them.
     fn dtype(&self, value: Value) -> DType {
-        self.graph.ty(value).dtype
+        if self.widened(value).is_some() { DType::F32 } else { self.graph.ty(value).dtype }
+    }
+
+    fn widened(&self, value: Value) -> Option<Buffer> {
+        self.wide.iter().find(|(wide, _)| *wide == value).map(|(_, buffer)| *buffer)
     }
 
     fn shape(&self, value: Value) -> Vec<usize> {
@@ -300,7 +384,8 @@ impl<R: Runtime> Launch<'_, R> {
     }
 
     fn buffer(&self, value: Value) -> Buffer {
-        self.graph.buffer(value).expect("a planned program has a buffer for every value")
+        let planned = || self.graph.buffer(value).expect("a planned program has a buffer for every value");
+        self.widened(value).unwrap_or_else(planned)
     }
 
     /// Operand `i`.

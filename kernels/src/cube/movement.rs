@@ -3,8 +3,8 @@
 use cubecl::prelude::*;
 use dsgc_ir::{DType, Op};
 
-use super::index::{element, strides};
-use super::{Launch, numbers, region};
+use super::index::{Store, part, strides};
+use super::{Launch, numbers, steps};
 
 /// All that a compiled kernel depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -12,8 +12,8 @@ struct Plan {
     rank: usize,
     /// The dim along which the elements begin elsewhere.
     axis: usize,
-    /// Whether elements are bytes.
-    bytes: bool,
+    /// Elements of a word.
+    each: u32,
     /// Whether the place where they begin is an operand.
     dynamic: bool,
 }
@@ -47,7 +47,7 @@ fn gather(
     code: u32,
     #[comptime] plan: Plan,
 ) {
-    let each = comptime!(if plan.bytes { 4u32 } else { 1u32 });
+    let each = comptime!(plan.each);
     let first = ABSOLUTE_POS as u32 * each;
     if first < len {
         let mut begin = shift;
@@ -78,7 +78,7 @@ fn gather(
                     rest /= own;
                 }
                 if inside {
-                    word |= element(from, offset, plan.bytes) << comptime!(8 * j);
+                    word |= part(from, offset, each) << comptime!(j * (32 / plan.each) % 32);
                 }
             }
         }
@@ -101,7 +101,7 @@ fn scatter(
     first: u32,
     extent: u32,
     code: u32,
-    #[comptime] bytes: bool,
+    #[comptime] each: u32,
     #[comptime] dynamic: bool,
 ) {
     let i = ABSOLUTE_POS as u32;
@@ -109,18 +109,20 @@ fn scatter(
     if comptime!(dynamic) {
         begin = place(at, faults, len, extent, code);
     }
-    if comptime!(bytes) {
-        // Four elements share a word: each unit has a word of the result, and keeps what is not replaced.
+    if comptime!(each > 1) {
+        // Elements share words: each unit has a word of the result, and keeps what is not replaced.
         let total = outer * extent * inner;
-        if i * 4u32 < total {
+        if i * each < total {
             let mut word = to[i as usize];
             #[unroll]
-            for j in 0..4u32 {
-                let e = i * 4u32 + j;
+            for j in 0..each {
+                let e = i * each + j;
                 let there = e / inner % extent;
                 if e < total && there >= begin && there < begin + len {
                     let source = (e / inner / extent * len + there - begin) * inner + e % inner;
-                    word = (word & comptime!(!(255u32 << (8 * j)))) | (element(from, source, true) << comptime!(8 * j));
+                    let place = comptime!(j * (32 / each));
+                    let others = comptime!(!((u32::MAX >> (32 - 32 / each)) << (j * (32 / each))));
+                    word = (word & others) | (part(from, source, each) << place);
                 }
             }
             to[i as usize] = word;
@@ -150,8 +152,8 @@ pub(super) fn run<R: Runtime>(l: &Launch<R>) -> Result<(), String> {
     let result = l.op.result();
     let shape = l.shape(result);
     match &l.op.op {
-        Op::Const { value, dtype } => constant(l, region::bits(*value, *dtype)),
-        Op::Size { dim, dtype } => constant(l, region::bits(l.extent(dim)? as f64, *dtype)),
+        Op::Const { value, dtype } => constant(l, steps::element_bits(*value, *dtype)),
+        Op::Size { dim, dtype } => constant(l, steps::element_bits(l.extent(dim)? as f64, *dtype)),
         Op::Iota { .. } if shape[0] > 0 => {
             let (cubes, cube) = l.units(shape[0]);
             // SAFETY: units beyond the last element do nothing.
@@ -210,18 +212,18 @@ fn constant<R: Runtime>(l: &Launch<R>, value: u32) {
     unsafe { scalar::launch_unchecked::<R>(l.client, CubeCount::new_single(), CubeDim::new_1d(1), l.out(0), value) }
 }
 
-/// Words of an element and whether elements are bytes.
-fn width(dtype: DType) -> (usize, bool) {
+/// Words of an element, and elements of a word.
+fn width(dtype: DType) -> (usize, u32) {
     match dtype {
-        DType::Key => (2, false),
-        dtype => (1, dtype == DType::Bool),
+        DType::Key => (2, 1),
+        dtype => (1, Store::of(dtype).each()),
     }
 }
 
 /// The result by strides of the operand; along an axis from a place on, which may be before the first one.
 fn gathered<R: Runtime>(l: &Launch<R>, along: &[usize], from: Option<(usize, i64)>) {
     let (arg, result) = (l.op.args[0], l.op.result());
-    let (words, bytes) = width(l.dtype(arg));
+    let (words, each) = width(l.dtype(arg));
     let mut extents = l.shape(result);
     let mut steps: Vec<usize> = along.iter().map(|stride| stride * words).collect();
     extents.push(words);
@@ -235,7 +237,7 @@ fn gathered<R: Runtime>(l: &Launch<R>, along: &[usize], from: Option<(usize, i64
     let (axis, begin) = from.unwrap_or((rank - 1, 0));
     let extent = if axis == rank - 1 { words } else { l.shape(arg)[axis] };
     let dynamic = matches!(l.op.op, Op::SliceAt { .. });
-    let (cubes, cube) = l.units(if bytes { len.div_ceil(4) } else { len });
+    let (cubes, cube) = l.units(len.div_ceil(each as usize));
     // SAFETY: what is read lies in the operand, whose shape the strides come from; units beyond the result do nothing.
     unsafe {
         gather::launch_unchecked::<R>(
@@ -251,7 +253,7 @@ fn gathered<R: Runtime>(l: &Launch<R>, along: &[usize], from: Option<(usize, i64
             (begin as i32).cast_unsigned(),
             extent as u32,
             l.code,
-            Plan { rank, axis, bytes, dynamic },
+            Plan { rank, axis, each, dynamic },
         );
     }
 }
@@ -259,11 +261,16 @@ fn gathered<R: Runtime>(l: &Launch<R>, along: &[usize], from: Option<(usize, i64
 /// Operand `i` into the result, from a place along an axis on: this one, or that of the third operand of `write_at`.
 fn scattered<R: Runtime>(l: &Launch<R>, i: usize, axis: usize, first: usize) {
     let arg = l.op.args[i];
-    let (words, bytes) = width(l.dtype(arg));
+    let (words, mut each) = width(l.dtype(arg));
     let (own, whole) = (l.shape(arg), l.shape(l.op.result()));
-    let (outer, inner) = (own[..axis].iter().product::<usize>(), own[axis + 1..].iter().product::<usize>() * words);
+    let outer = own[..axis].iter().product::<usize>();
+    let mut inner = own[axis + 1..].iter().product::<usize>() * words;
+    if inner % each as usize == 0 {
+        // Whole words move.
+        (inner, each) = (inner / each as usize, 1);
+    }
     let (len, extent) = (own[axis], whole[axis]);
-    let units = if bytes { (outer * extent * inner).div_ceil(4) } else { outer * len * inner };
+    let units = if each > 1 { (outer * extent * inner).div_ceil(each as usize) } else { outer * len * inner };
     if outer * len * inner == 0 {
         return;
     }
@@ -285,7 +292,7 @@ fn scattered<R: Runtime>(l: &Launch<R>, i: usize, axis: usize, first: usize) {
             first as u32,
             extent as u32,
             l.code,
-            bytes,
+            each,
             dynamic,
         );
     }

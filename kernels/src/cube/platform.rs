@@ -104,14 +104,21 @@ mod wgpu {
 
     use cubecl::Runtime;
     use cubecl::client::ComputeClient;
-    use cubecl::device::{Device, DeviceId};
     use cubecl::wgpu::{AutoGraphicsApi, GraphicsApi, WgpuDevice, WgpuRuntime};
     use dsgc_ir::diag::Diag;
+    use wgpu::{Backends, DeviceType, Instance, InstanceDescriptor};
 
-    /// All devices; asked for once, as drivers write to standard error when they are.
-    fn devices() -> &'static [DeviceId] {
-        static ALL: OnceLock<Vec<DeviceId>> = OnceLock::new();
-        ALL.get_or_init(|| WgpuRuntime::enumerate_all_devices(&AutoGraphicsApi::backend()))
+    /// What the adapters are of the one interface that programs run on; asked for once, and no other interface, since drivers
+    /// of those that are not there write to standard error.
+    fn devices() -> &'static [DeviceType] {
+        static ALL: OnceLock<Vec<DeviceType>> = OnceLock::new();
+        ALL.get_or_init(|| {
+            let backends = Backends::from(AutoGraphicsApi::backend());
+            let instance =
+                Instance::new(InstanceDescriptor { backends, ..InstanceDescriptor::new_without_display_handle() });
+            let adapters = cubecl::future::block_on(instance.enumerate_adapters(backends));
+            adapters.iter().map(|adapter| adapter.get_info().device_type).collect()
+        })
     }
 
     pub(super) fn present() -> Result<(), Diag> {
@@ -125,9 +132,7 @@ mod wgpu {
 
     /// Whether there is a GPU, with memory of its own or without.
     pub(super) fn has_hardware() -> bool {
-        devices()
-            .iter()
-            .any(|id| matches!(WgpuDevice::from_id(*id), WgpuDevice::DiscreteGpu(_) | WgpuDevice::IntegratedGpu(_)))
+        devices().iter().any(|device| matches!(device, DeviceType::DiscreteGpu | DeviceType::IntegratedGpu))
     }
 
     pub(super) fn client() -> ComputeClient<WgpuRuntime> {

@@ -1,10 +1,10 @@
 //! Sums and extremes over dims, running sums, and the squares of all elements summed.
 
 use cubecl::prelude::*;
-use dsgc_ir::{DType, Op};
+use dsgc_ir::{Along, DType, Op};
 
-use super::index::{joined, offset, strides};
-use super::{Launch, cubes, math, numbers};
+use super::index::{Store, element, joined, offset, strides};
+use super::{Launch, cubes, math, numbers, region};
 
 /// Units of a cube that reduces together.
 pub(super) const TOGETHER: u32 = 64;
@@ -31,10 +31,12 @@ struct Plan {
     with: With,
     /// Whether elements are floats.
     floats: bool,
+    /// How the operand's are stored; those of the result are whole words.
+    store: Store,
 }
 
 #[cube]
-fn join(a: u32, b: u32, #[comptime] with: With, #[comptime] floats: bool) -> u32 {
+pub(super) fn join(a: u32, b: u32, #[comptime] with: With, #[comptime] floats: bool) -> u32 {
     if comptime!(floats) {
         u32::reinterpret(join_floats(f32::reinterpret(a), f32::reinterpret(b), with))
     } else {
@@ -68,7 +70,7 @@ pub(super) fn together(own: f32, #[comptime] with: With) -> f32 {
 
 /// The same of floats or whole numbers.
 #[cube]
-fn words_together(own: u32, #[comptime] with: With, #[comptime] floats: bool) -> u32 {
+pub(super) fn words_together(own: u32, #[comptime] with: With, #[comptime] floats: bool) -> u32 {
     let mut shared = SharedMemory::<u32>::new(comptime!(TOGETHER as usize));
     shared[UNIT_POS as usize] = own;
     sync_cube();
@@ -106,7 +108,7 @@ fn alone(
         let mut all = start;
         for t in 0..terms {
             let at = base + offset(t, numbers, comptime!(2 * kept), comptime!(2 * kept + reduced), reduced);
-            all = join(all, from[at as usize], plan.with, plan.floats);
+            all = join(all, element(from, at, plan.store), plan.with, plan.floats);
         }
         to[i as usize] = all;
     }
@@ -132,7 +134,7 @@ fn by_cubes(
         let mut t = UNIT_POS;
         while t < terms {
             let at = base + offset(t, numbers, comptime!(2 * kept), comptime!(2 * kept + reduced), reduced);
-            all = join(all, from[at as usize], plan.with, plan.floats);
+            all = join(all, element(from, at, plan.store), plan.with, plan.floats);
             t += TOGETHER;
         }
     }
@@ -213,17 +215,22 @@ pub(super) fn workspace(operands: impl Iterator<Item = usize>) -> usize {
     operands.map(|len| len.div_ceil(BLOCK)).sum::<usize>() * 4
 }
 
-/// A reduction over dims.
-pub(super) fn run<R: Runtime>(l: &Launch<R>, axes: &[usize]) {
-    let arg = l.op.args[0];
-    let floats = l.dtype(arg) == DType::F32;
-    let (with, start) = match (&l.op.op, floats) {
+/// What a reduction does with two elements, and the word with which it begins.
+pub(super) fn beginning(op: &Op, floats: bool) -> (With, u32) {
+    match (op, floats) {
         (Op::ReduceSum { .. }, _) => (With::Sum, 0),
         (Op::ReduceMax { .. }, true) => (With::Max, f32::NEG_INFINITY.to_bits()),
         (Op::ReduceMax { .. }, false) => (With::Max, i32::MIN.cast_unsigned()),
         (_, true) => (With::Min, f32::INFINITY.to_bits()),
         (_, false) => (With::Min, i32::MAX.cast_unsigned()),
-    };
+    }
+}
+
+/// A reduction over dims.
+pub(super) fn run<R: Runtime>(l: &Launch<R>, axes: &[usize]) {
+    let arg = l.op.args[0];
+    let floats = l.dtype(arg).is_float();
+    let (with, start) = beginning(&l.op.op, floats);
     let shape = l.shape(arg);
     let dense = strides(&shape);
     let part = |reduced: bool| {
@@ -237,7 +244,11 @@ pub(super) fn run<R: Runtime>(l: &Launch<R>, axes: &[usize]) {
     if results == 0 {
         return;
     }
-    let plan = Plan { kept: kept.0.len(), reduced: reduced.0.len(), with, floats };
+    if terms > FEW && Along::of(axes, shape.len()).is_some() {
+        region::reduction(l);
+        return;
+    }
+    let plan = Plan { kept: kept.0.len(), reduced: reduced.0.len(), with, floats, store: Store::of(l.dtype(arg)) };
     let given = numbers(&[kept.0, kept.1, reduced.0, reduced.1].concat());
     let (from, to, results_, terms_) = (l.arg(0), l.out(0), results as u32, terms as u32);
     // SAFETY: what is read lies in the operand, whose shape the strides come from; nothing is written behind the results.

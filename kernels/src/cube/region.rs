@@ -1,214 +1,32 @@
-//! Elementwise ops, alone and in fused regions: one kernel per body, made of a list of steps when it is first launched.
+//! Elementwise ops, alone and in regions, and regions around a reduction.
+//!
+//! A kernel is made of a body's list of steps when it is first launched. Around a reduction over the last dims, a cube has a
+//! row, or as many as share words of a result: it reduces the row, computes what is of the row, and goes over it again. Over
+//! the first dims a unit has a column of a block of rows, over all dims a cube has a block; what blocks give is joined by a
+//! second kernel. All sums have a fixed order.
 
 use cubecl::prelude::*;
-use dsgc_ir::{Body, DType, Op, Value};
+use dsgc_ir::body::{Along, Reduction};
+use dsgc_ir::{Bindings, Body, Buffer, DType, Op, Step, Type, Value};
 
-use super::index::{element, joined, offset, strides};
-use super::{Launch, math, numbers};
+use super::index::{Store, stored};
+use super::reduce::{TOGETHER, With, join, words_together};
+use super::steps::{Item, Made, each, evaluate, lower, pack, places, steps, write};
+use super::{Launch, MOST_CUBES, cubes, numbers};
 
-/// A function of one float.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Function {
-    Neg,
-    Abs,
-    Exp,
-    Log,
-    Sqrt,
-    Tanh,
-    Sigmoid,
-    LogSigmoid,
-    Relu,
-    Gelu,
-    GeluTanh,
-    Silu,
-    Erf,
-}
+/// Rows whose elements of a column a unit reduces.
+const ROWS: usize = 64;
 
-/// A function of two numbers of one type.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Pair {
-    Add,
-    Sub,
-    Mul,
-    Div,
-    Max,
-    Min,
-    Pow,
-}
+/// Elements that a cube reduces.
+const BLOCK: usize = 1 << 13;
 
-/// A comparison of two numbers of one type.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Comparison {
-    Eq,
-    Ne,
-    Lt,
-    Le,
-}
-
-/// What numbers are in a word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Number {
-    Float,
-    Int,
-    Truth,
-}
-
-/// One step of a kernel; numbers name earlier values, operands first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Step {
-    Constant(u32),
-    Same(usize),
-    Float(Function, usize),
-    NegInt(usize),
-    AbsInt(usize),
-    Floats(Pair, usize, usize),
-    Ints(Pair, usize, usize),
-    CompareFloats(Comparison, usize, usize),
-    CompareInts(Comparison, usize, usize),
-    And(usize, usize),
-    Or(usize, usize),
-    Not(usize),
-    Where(usize, usize, usize),
-    IntOfFloat(usize),
-    FloatOfInt(usize),
-    TruthOfFloat(usize),
-    TruthOfInt(usize),
-}
-
-/// Where an operand's elements are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Place {
-    /// At the index of the result.
-    Same,
-    /// It has one.
-    One,
-    /// By coordinates, with the strides from this number on.
-    Strided(usize),
-}
-
-/// All that a compiled kernel depends on.
+/// All that a kernel without a reduction depends on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Plan {
-    rank: usize,
-    /// Place, and whether elements are bytes.
-    operands: Vec<(Place, bool)>,
-    steps: Vec<Step>,
-    /// Which value, and whether elements are bytes.
-    results: Vec<(usize, bool)>,
-    /// Elements of one unit: four where a result is bytes, which share a word.
+    items: Vec<Item>,
+    results: Vec<Made>,
+    /// Elements of one unit.
     each: u32,
-}
-
-#[cube]
-fn function(x: f32, #[comptime] which: Function) -> f32 {
-    match which {
-        Function::Neg => -x,
-        Function::Abs => x.abs(),
-        Function::Exp => math::exp(x),
-        Function::Log => math::log(x),
-        Function::Sqrt => x.sqrt(),
-        Function::Tanh => math::tanh(x),
-        Function::Sigmoid => math::sigmoid(x),
-        Function::LogSigmoid => math::log_sigmoid(x),
-        Function::Relu => math::larger(x, 0.0f32),
-        Function::Gelu => math::gelu(x),
-        Function::GeluTanh => math::gelu_tanh(x),
-        Function::Silu => x * math::sigmoid(x),
-        Function::Erf => math::erf(x),
-    }
-}
-
-#[cube]
-fn floats(a: f32, b: f32, #[comptime] which: Pair) -> f32 {
-    match which {
-        Pair::Add => a + b,
-        Pair::Sub => a - b,
-        Pair::Mul => a * b,
-        Pair::Div => a / b,
-        Pair::Max => math::larger(a, b),
-        Pair::Min => math::smaller(a, b),
-        Pair::Pow => math::pow(a, b),
-    }
-}
-
-#[cube]
-fn ints(a: i32, b: i32, faults: &mut Array<u32>, code: u32, #[comptime] which: Pair) -> i32 {
-    match which {
-        Pair::Add => a + b,
-        Pair::Sub => a - b,
-        Pair::Mul => a * b,
-        Pair::Div => {
-            if b == 0i32 {
-                faults[0] = code;
-            }
-            // The one quotient that is too large wraps to what it came from.
-            select(b == -1i32, -a, a / select(b == 0i32 || b == -1i32, 1i32, b))
-        }
-        Pair::Max | Pair::Pow => select(a > b, a, b),
-        Pair::Min => select(a < b, a, b),
-    }
-}
-
-#[cube]
-fn compare_floats(a: f32, b: f32, #[comptime] which: Comparison) -> bool {
-    match which {
-        Comparison::Eq => a == b,
-        Comparison::Ne => math::is_nan(a) || math::is_nan(b) || a != b,
-        Comparison::Lt => a < b,
-        Comparison::Le => a <= b,
-    }
-}
-
-#[cube]
-fn compare_ints(a: i32, b: i32, #[comptime] which: Comparison) -> bool {
-    match which {
-        Comparison::Eq => a == b,
-        Comparison::Ne => a != b,
-        Comparison::Lt => a < b,
-        Comparison::Le => a <= b,
-    }
-}
-
-/// Truncated, the nearest integer where there is none, 0 of NaN.
-#[cube]
-fn int_of_float(x: f32) -> u32 {
-    let inside = i32::cast_from(min(max(x, -2_147_483_648.0f32), 2_147_483_520.0f32));
-    let int = select(x >= 2_147_483_648.0f32, 2_147_483_647i32, inside);
-    select(math::is_nan(x), 0u32, u32::reinterpret(int))
-}
-
-#[cube]
-fn step(values: &Sequence<u32>, faults: &mut Array<u32>, code: u32, #[comptime] step: Step) -> u32 {
-    match step {
-        Step::Constant(bits) => bits.runtime(),
-        Step::Same(a) => values[a],
-        Step::Float(which, a) => u32::reinterpret(function(f32::reinterpret(values[a]), which)),
-        Step::NegInt(a) => 0u32 - values[a],
-        Step::AbsInt(a) => {
-            let x = values[a];
-            select(x >= 0x8000_0000u32, 0u32 - x, x)
-        }
-        Step::Floats(which, a, b) => {
-            u32::reinterpret(floats(f32::reinterpret(values[a]), f32::reinterpret(values[b]), which))
-        }
-        Step::Ints(which, a, b) => {
-            u32::reinterpret(ints(i32::reinterpret(values[a]), i32::reinterpret(values[b]), faults, code, which))
-        }
-        Step::CompareFloats(which, a, b) => {
-            u32::cast_from(compare_floats(f32::reinterpret(values[a]), f32::reinterpret(values[b]), which))
-        }
-        Step::CompareInts(which, a, b) => {
-            u32::cast_from(compare_ints(i32::reinterpret(values[a]), i32::reinterpret(values[b]), which))
-        }
-        Step::And(a, b) => values[a] & values[b],
-        Step::Or(a, b) => values[a] | values[b],
-        Step::Not(a) => 1u32 - values[a],
-        Step::Where(condition, a, b) => select(values[condition] != 0u32, values[a], values[b]),
-        Step::IntOfFloat(a) => int_of_float(f32::reinterpret(values[a])),
-        Step::FloatOfInt(a) => u32::reinterpret(f32::cast_from(i32::reinterpret(values[a]))),
-        Step::TruthOfFloat(a) => u32::cast_from((values[a] & 0x7fff_ffffu32) != 0u32),
-        Step::TruthOfInt(a) => u32::cast_from(values[a] != 0u32),
-    }
 }
 
 #[cube(launch_unchecked)]
@@ -222,126 +40,292 @@ fn region(
     #[comptime] plan: Plan,
 ) {
     let first = ABSOLUTE_POS as u32 * comptime!(plan.each);
-    let count = comptime!(plan.results.len());
-    let mut packed = Array::<u32>::new(count);
-    #[unroll]
-    for r in 0..count {
-        packed[r] = 0u32;
+    if first < len {
+        let given = Sequence::<u32>::new();
+        let mut packed = Array::<u32>::new(comptime!(plan.results.len().max(1) * plan.each as usize));
+        #[unroll]
+        for j in 0..comptime!(plan.each) {
+            if first + j < len {
+                let items = comptime!(plan.items.clone());
+                let values = evaluate(operands, numbers, &given, faults, first + j, code, items);
+                pack(&mut packed, &values, j, comptime!(plan.each), comptime!(plan.results.clone()));
+            }
+        }
+        write(results, &packed, first, len, comptime!(plan.each), comptime!(plan.results.clone()));
     }
-    #[unroll]
-    for j in 0..comptime!(plan.each) {
-        let i = first + j;
-        if i < len {
-            let mut values = Sequence::<u32>::new();
+}
+
+/// What a kernel with a reduction depends on besides.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Reduced {
+    /// What leads to the reduction, for each element.
+    before: Vec<Item>,
+    /// The value that is reduced.
+    arg: usize,
+    with: With,
+    /// Whether it is a float.
+    floats: bool,
+    /// Where joining begins.
+    start: u32,
+}
+
+/// What a kernel of rows depends on.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct RowPlan {
+    reduced: Reduced,
+    /// What is of the row, from the reduction on.
+    of_row: Vec<Item>,
+    /// Which of these values elements or results take.
+    kept: Vec<usize>,
+    /// Results of the row; their values are numbers among the kept ones.
+    row_results: Vec<Made>,
+    /// What is computed for each element when the row's values are there.
+    after: Vec<Item>,
+    results: Vec<Made>,
+    each: u32,
+    /// Rows of a cube.
+    group: u32,
+}
+
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn by_rows(
+    operands: &Sequence<Array<u32>>,
+    results: &mut Sequence<Array<u32>>,
+    faults: &mut Array<u32>,
+    numbers: &Sequence<u32>,
+    rows: u32,
+    width: u32,
+    first: u32,
+    code: u32,
+    #[comptime] plan: RowPlan,
+) {
+    let first_row = (CUBE_POS as u32 + first) * comptime!(plan.group);
+    let count = comptime!(plan.kept.len());
+    let mut kept = SharedMemory::<u32>::new(comptime!(plan.group as usize * plan.kept.len()));
+    for g in 0..comptime!(plan.group) {
+        // A row beyond the last is the last one again, so that all units of a cube come to the same places.
+        let row = min(first_row + g, rows - 1u32);
+        let nothing = Sequence::<u32>::new();
+        let mut own = comptime!(plan.reduced.start).runtime();
+        let mut i = UNIT_POS;
+        while i < width {
+            let items = comptime!(plan.reduced.before.clone());
+            let values = evaluate(operands, numbers, &nothing, faults, row * width + i, code, items);
+            own = join(
+                own,
+                values[comptime!(plan.reduced.arg)],
+                comptime!(plan.reduced.with),
+                comptime!(plan.reduced.floats),
+            );
+            i += TOGETHER;
+        }
+        let all = words_together(own, comptime!(plan.reduced.with), comptime!(plan.reduced.floats));
+        let mut given = Sequence::<u32>::new();
+        given.push(all);
+        let values = evaluate(operands, numbers, &given, faults, row, code, comptime!(plan.of_row.clone()));
+        if UNIT_POS == 0u32 {
             #[unroll]
-            for k in 0..comptime!(plan.operands.len()) {
-                let (place, bytes) = comptime!(plan.operands[k]);
-                let at = match place {
-                    Place::Same => i,
-                    Place::One => 0u32.runtime(),
-                    Place::Strided(strides) => offset(i, numbers, 0usize, strides, comptime!(plan.rank)),
-                };
-                values.push(element(&operands[k], at, bytes));
+            for k in 0..count {
+                kept[g as usize * count + k] = values[comptime!(plan.kept[k])];
             }
+        }
+    }
+    sync_cube();
+    if comptime!(!plan.results.is_empty()) {
+        let begin = first_row * width;
+        let end = min(first_row + comptime!(plan.group), rows) * width;
+        let mut at = begin + UNIT_POS * comptime!(plan.each);
+        while at < end {
+            let mut packed = Array::<u32>::new(comptime!(plan.results.len().max(1) * plan.each as usize));
             #[unroll]
-            for s in 0..comptime!(plan.steps.len()) {
-                let value = step(&values, faults, code, comptime!(plan.steps[s]));
-                values.push(value);
-            }
-            #[unroll]
-            for r in 0..count {
-                let (value, bytes) = comptime!(plan.results[r]);
-                if comptime!(bytes) {
-                    packed[r] |= values[value] << comptime!(8 * j);
-                } else {
-                    let out = results.index_mut(r);
-                    out[i as usize] = values[value];
+            for j in 0..comptime!(plan.each) {
+                if at + j < end {
+                    let mut row = 0u32;
+                    if comptime!(plan.group > 1) {
+                        row = (at + j - begin) / width;
+                    }
+                    let mut given = Sequence::<u32>::new();
+                    #[unroll]
+                    for k in 0..count {
+                        given.push(kept[row as usize * count + k]);
+                    }
+                    let items = comptime!(plan.after.clone());
+                    let values = evaluate(operands, numbers, &given, faults, at + j, code, items);
+                    pack(&mut packed, &values, j, comptime!(plan.each), comptime!(plan.results.clone()));
                 }
             }
+            write(results, &packed, at, end, comptime!(plan.each), comptime!(plan.results.clone()));
+            at += comptime!(TOGETHER * plan.each);
         }
     }
-    if first < len {
+    // Results of the row may take the place of operands that have one element for it.
+    sync_cube();
+    if UNIT_POS == 0u32 && first_row < rows {
+        let group = comptime!(plan.group);
+        let mut packed = Array::<u32>::new(comptime!(plan.row_results.len().max(1) * plan.group as usize));
         #[unroll]
-        for r in 0..count {
-            let (_, bytes) = comptime!(plan.results[r]);
-            if comptime!(bytes) {
-                let out = results.index_mut(r);
-                out[(first / 4u32) as usize] = packed[r];
+        for g in 0..group {
+            let mut values = Sequence::<u32>::new();
+            #[unroll]
+            for k in 0..count {
+                values.push(kept[comptime!(g as usize * count + k)]);
+            }
+            pack(&mut packed, &values, g, group, comptime!(plan.row_results.clone()));
+        }
+        write(results, &packed, first_row, rows, group, comptime!(plan.row_results.clone()));
+    }
+}
+
+/// What a kernel of blocks depends on.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct BlockPlan {
+    reduced: Reduced,
+    results: Vec<Made>,
+    each: u32,
+}
+
+/// A unit has `each` neighbouring columns of a block of rows.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn by_columns(
+    operands: &Sequence<Array<u32>>,
+    results: &mut Sequence<Array<u32>>,
+    parts: &mut Array<u32>,
+    faults: &mut Array<u32>,
+    numbers: &Sequence<u32>,
+    rows: u32,
+    width: u32,
+    code: u32,
+    #[comptime] plan: BlockPlan,
+) {
+    let each = comptime!(plan.each);
+    let across = width.div_ceil(each);
+    let block = ABSOLUTE_POS as u32 / across;
+    let column = ABSOLUTE_POS as u32 % across * each;
+    let begin = block * comptime!(ROWS as u32);
+    if begin < rows {
+        let end = min(rows, begin + comptime!(ROWS as u32));
+        let nothing = Sequence::<u32>::new();
+        let mut all = Array::<u32>::new(each as usize);
+        #[unroll]
+        for j in 0..each {
+            all[j as usize] = comptime!(plan.reduced.start).runtime();
+        }
+        for row in begin..end {
+            let first = row * width + column;
+            let mut packed = Array::<u32>::new(comptime!(plan.results.len().max(1) * plan.each as usize));
+            #[unroll]
+            for j in 0..each {
+                let items = comptime!(plan.reduced.before.clone());
+                let values = evaluate(operands, numbers, &nothing, faults, first + j, code, items);
+                let (with, floats) = comptime!((plan.reduced.with, plan.reduced.floats));
+                all[j as usize] = join(all[j as usize], values[comptime!(plan.reduced.arg)], with, floats);
+                pack(&mut packed, &values, j, each, comptime!(plan.results.clone()));
+            }
+            write(results, &packed, first, first + each, each, comptime!(plan.results.clone()));
+        }
+        #[unroll]
+        for j in 0..each {
+            parts[(block * width + column + j) as usize] = all[j as usize];
+        }
+    }
+}
+
+/// A cube has a block.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn by_blocks(
+    operands: &Sequence<Array<u32>>,
+    results: &mut Sequence<Array<u32>>,
+    parts: &mut Array<u32>,
+    faults: &mut Array<u32>,
+    numbers: &Sequence<u32>,
+    len: u32,
+    code: u32,
+    #[comptime] plan: BlockPlan,
+) {
+    let block = CUBE_POS as u32;
+    let begin = block * comptime!(BLOCK as u32);
+    let nothing = Sequence::<u32>::new();
+    let mut own = comptime!(plan.reduced.start).runtime();
+    if begin < len {
+        let end = min(len, begin + comptime!(BLOCK as u32));
+        let mut at = begin + UNIT_POS * comptime!(plan.each);
+        while at < end {
+            let mut packed = Array::<u32>::new(comptime!(plan.results.len().max(1) * plan.each as usize));
+            #[unroll]
+            for j in 0..comptime!(plan.each) {
+                if at + j < end {
+                    let items = comptime!(plan.reduced.before.clone());
+                    let values = evaluate(operands, numbers, &nothing, faults, at + j, code, items);
+                    let (with, floats) = comptime!((plan.reduced.with, plan.reduced.floats));
+                    own = join(own, values[comptime!(plan.reduced.arg)], with, floats);
+                    pack(&mut packed, &values, j, comptime!(plan.each), comptime!(plan.results.clone()));
+                }
+            }
+            write(results, &packed, at, end, comptime!(plan.each), comptime!(plan.results.clone()));
+            at += comptime!(TOGETHER * plan.each);
+        }
+    }
+    let all = words_together(own, comptime!(plan.reduced.with), comptime!(plan.reduced.floats));
+    if begin < len && UNIT_POS == 0u32 {
+        parts[block as usize] = all;
+    }
+}
+
+/// Joins what blocks of rows gave for each column, in their order; a unit has the columns of a word.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn join_columns(
+    parts: &Array<u32>,
+    to: &mut Array<u32>,
+    blocks: u32,
+    width: u32,
+    start: u32,
+    #[comptime] store: Store,
+    #[comptime] with: With,
+    #[comptime] floats: bool,
+) {
+    let each = comptime!(store.each());
+    let first = ABSOLUTE_POS as u32 * each;
+    if first < width {
+        let mut word = 0u32;
+        #[unroll]
+        for j in 0..each {
+            let column = first + j;
+            if column < width {
+                let mut all = start;
+                for block in 0..blocks {
+                    all = join(all, parts[(block * width + column) as usize], with, floats);
+                }
+                word |= stored(all, store) << comptime!(j * (32 / store.each()) % 32);
             }
         }
+        to[(first / each) as usize] = word;
     }
 }
 
-fn number(dtype: DType) -> Number {
-    match dtype {
-        DType::F32 => Number::Float,
-        DType::I32 => Number::Int,
-        DType::Bool => Number::Truth,
-        other => panic!("bug: {other} in a kernel of 32-bit numbers"),
+/// Joins what blocks gave, by one cube.
+#[cube(launch_unchecked)]
+fn join_blocks(
+    parts: &Array<u32>,
+    to: &mut Array<u32>,
+    blocks: u32,
+    start: u32,
+    #[comptime] store: Store,
+    #[comptime] with: With,
+    #[comptime] floats: bool,
+) {
+    let mut own = start;
+    let mut i = UNIT_POS;
+    while i < blocks {
+        own = join(own, parts[i as usize], with, floats);
+        i += TOGETHER;
     }
-}
-
-/// A step for an elementwise op on values of these types.
-fn lower(op: &Op, args: &[usize], types: &[DType]) -> Step {
-    let float = |f| Step::Float(f, args[0]);
-    let is_float = types.first() == Some(&DType::F32);
-    let pair =
-        |which| if is_float { Step::Floats(which, args[0], args[1]) } else { Step::Ints(which, args[0], args[1]) };
-    let compare = |which| {
-        let make = if is_float { Step::CompareFloats } else { Step::CompareInts };
-        make(which, args[0], args[1])
-    };
-    match op {
-        Op::Const { value, dtype } => Step::Constant(bits(*value, *dtype)),
-        Op::Add {} => pair(Pair::Add),
-        Op::Sub {} => pair(Pair::Sub),
-        Op::Mul {} => pair(Pair::Mul),
-        Op::Div {} => pair(Pair::Div),
-        Op::Max {} => pair(Pair::Max),
-        Op::Min {} => pair(Pair::Min),
-        Op::Pow {} => pair(Pair::Pow),
-        Op::Neg {} if is_float => float(Function::Neg),
-        Op::Neg {} => Step::NegInt(args[0]),
-        Op::Abs {} if is_float => float(Function::Abs),
-        Op::Abs {} => Step::AbsInt(args[0]),
-        Op::Exp {} => float(Function::Exp),
-        Op::Log {} => float(Function::Log),
-        Op::Sqrt {} => float(Function::Sqrt),
-        Op::Tanh {} => float(Function::Tanh),
-        Op::Sigmoid {} => float(Function::Sigmoid),
-        Op::LogSigmoid {} => float(Function::LogSigmoid),
-        Op::Relu {} => float(Function::Relu),
-        Op::Gelu {} => float(Function::Gelu),
-        Op::GeluTanh {} => float(Function::GeluTanh),
-        Op::Silu {} => float(Function::Silu),
-        Op::Erf {} => float(Function::Erf),
-        Op::Eq {} => compare(Comparison::Eq),
-        Op::Ne {} => compare(Comparison::Ne),
-        Op::Lt {} => compare(Comparison::Lt),
-        Op::Le {} => compare(Comparison::Le),
-        Op::And {} => Step::And(args[0], args[1]),
-        Op::Or {} => Step::Or(args[0], args[1]),
-        Op::Not {} => Step::Not(args[0]),
-        Op::Where {} => Step::Where(args[0], args[1], args[2]),
-        Op::Cast { dtype } => match (number(types[0]), number(*dtype)) {
-            (Number::Float, Number::Int) => Step::IntOfFloat(args[0]),
-            (Number::Float, Number::Truth) => Step::TruthOfFloat(args[0]),
-            (Number::Int, Number::Truth) => Step::TruthOfInt(args[0]),
-            (Number::Int | Number::Truth, Number::Float) => Step::FloatOfInt(args[0]),
-            (Number::Float, Number::Float)
-            | (Number::Int | Number::Truth, Number::Int)
-            | (Number::Truth, Number::Truth) => Step::Same(args[0]),
-        },
-        other => panic!("bug: `{}` is no step of a region", other.name()),
-    }
-}
-
-/// A constant as a word.
-pub(super) fn bits(value: f64, dtype: DType) -> u32 {
-    match number(dtype) {
-        Number::Float => (value as f32).to_bits(),
-        Number::Int => (value as i32).cast_unsigned(),
-        Number::Truth => u32::from(value != 0.0),
+    let all = words_together(own, with, floats);
+    if UNIT_POS == 0u32 {
+        to[0] = stored(all, store);
     }
 }
 
@@ -349,66 +333,366 @@ pub(super) fn bits(value: f64, dtype: DType) -> u32 {
 pub(super) fn single<R: Runtime>(l: &Launch<R>) {
     let types: Vec<DType> = l.op.args.iter().map(|&v| l.dtype(v)).collect();
     let args: Vec<usize> = (0..types.len()).collect();
-    let step = lower(&l.op.op, &args, &types);
-    launch(l, vec![step], &[types.len()], &l.shape(l.op.result()));
+    let step = Item::Do(lower(&l.op.op, &args, &types), Store::of(l.dtype(l.op.result())));
+    let made = [Made { result: 0, value: types.len(), store: Store::of(l.dtype(l.op.result())) }];
+    elements(l, (&operands(l), &results(l)), &[step], &made, &l.shape(l.op.result()));
+}
+
+/// Bytes of workspace of a reduction over these dims.
+pub(super) fn workspace(shape: &[usize], axes: &[usize]) -> usize {
+    let len: usize = shape.iter().product();
+    let blocks = match Along::of(axes, shape.len()) {
+        Some(Along::Columns) => {
+            let width: usize = shape[axes.len()..].iter().product();
+            shape[..axes.len()].iter().product::<usize>().div_ceil(ROWS) * width
+        }
+        Some(Along::Whole) => len.div_ceil(BLOCK),
+        Some(Along::Rows) | None => 0,
+    };
+    blocks * 4
+}
+
+/// Bytes of workspace of a region.
+pub(super) fn workspace_of(op: &Op, bounds: &Bindings) -> usize {
+    let Op::Fused { shape, body } = op else { return 0 };
+    let shape = Type::new(DType::F32, shape.clone()).shape(bounds).unwrap_or_default();
+    body.reduction().map_or(0, |reduction| workspace(&shape, reduction.axes))
 }
 
 /// Runs a region.
-pub(super) fn fused<R: Runtime>(l: &Launch<R>, body: &Body) {
+pub(super) fn fused<R: Runtime>(l: &Launch<R>, shape: &[usize], body: &Body) {
     let types: Vec<DType> = l.op.args.iter().map(|&v| l.dtype(v)).collect();
-    let all = body.dtypes(&types).unwrap_or_else(|why| panic!("bug: a wrong body: {why}"));
-    let steps = body.steps().iter().map(|step| {
-        let types: Vec<DType> = step.args.iter().map(|&a| all[a]).collect();
-        lower(&step.op, &step.args, &types)
-    });
-    launch(l, steps.collect(), body.results(), &l.shape(l.op.results().next().expect("a region has results")));
+    let types = body.dtypes(&types).unwrap_or_else(|why| panic!("bug: a wrong body: {why}"));
+    let make =
+        |(result, (&value, own)): (usize, (&usize, Value))| Made { result, value, store: Store::of(l.dtype(own)) };
+    let made: Vec<Made> = body.results().iter().zip(l.op.results()).enumerate().map(make).collect();
+    match body.reduction() {
+        None => elements(l, (&operands(l), &results(l)), &steps(body, &types), &made, shape),
+        Some(reduction) => {
+            let around = Around { l, shape, body, types: &types, reduction };
+            match reduction.along(shape.len()) {
+                Along::Rows => around.rows(&made),
+                Along::Columns => around.blocks(&made, shape[..reduction.axes.len()].iter().product()),
+                Along::Whole => around.blocks(&made, 0),
+            }
+        }
+    }
 }
 
-fn launch<R: Runtime>(l: &Launch<R>, steps: Vec<Step>, results: &[usize], shape: &[usize]) {
+/// Elements of an operand as those of another type, into a buffer.
+pub(super) fn cast<R: Runtime>(l: &Launch<R>, from: Operand, to: Buffer, dtype: DType) {
+    let (shape, store) = (from.shape.clone(), Store::of(dtype));
+    let step = Item::Do(lower(&Op::Cast { dtype }, &[0], &[from.dtype]), store);
+    elements(l, (&[from], &[to]), &[step], &[Made { result: 0, value: 1, store }], &shape);
+}
+
+/// A reduction over the first, the last or all dims.
+pub(super) fn reduction<R: Runtime>(l: &Launch<R>) {
+    let step = Step { op: l.op.op.clone(), args: vec![0] };
+    fused(l, &l.shape(l.op.args[0]), &Body::new(1, vec![step], vec![1]));
+}
+
+/// A tensor that steps read.
+pub(super) struct Operand {
+    pub(super) buffer: Buffer,
+    pub(super) shape: Vec<usize>,
+    pub(super) dtype: DType,
+}
+
+impl Operand {
+    /// A value of an op.
+    pub(super) fn of<R: Runtime>(l: &Launch<R>, value: Value) -> Operand {
+        Operand { buffer: l.buffer(value), shape: l.shape(value), dtype: l.dtype(value) }
+    }
+}
+
+fn operands<R: Runtime>(l: &Launch<R>) -> Vec<Operand> {
+    l.op.args.iter().map(|&value| Operand::of(l, value)).collect()
+}
+
+fn results<R: Runtime>(l: &Launch<R>) -> Vec<Buffer> {
+    l.op.results().map(|value| l.buffer(value)).collect()
+}
+
+/// Operands as items, and numbers for their places.
+pub(super) fn loads(operands: &[Operand], shape: &[usize], given: &mut Vec<usize>) -> Vec<Item> {
+    let shapes: Vec<Vec<usize>> = operands.iter().map(|operand| operand.shape.clone()).collect();
+    let all = places(shape, &shapes, given).into_iter().zip(operands).enumerate();
+    all.map(|(i, (place, operand))| Item::Load(i, place, Store::of(operand.dtype))).collect()
+}
+
+/// Buffers for a kernel.
+pub(super) fn arrays<R: Runtime>(l: &Launch<R>, all: impl Iterator<Item = Buffer>) -> SequenceArg<R, Array<u32>> {
+    all.map(|buffer| l.memory.words(buffer)).collect()
+}
+
+/// Runs steps for all elements.
+pub(super) fn elements<R: Runtime>(
+    l: &Launch<R>,
+    (operands, results): (&[Operand], &[Buffer]),
+    steps: &[Item],
+    made: &[Made],
+    shape: &[usize],
+) {
     let len: usize = shape.iter().product();
     if len == 0 {
         return;
     }
-    let stretched = |&value: &Value| {
-        let own = l.shape(value);
-        let (lead, dense) = (shape.len() - own.len(), strides(&own));
-        (0..shape.len()).map(|d| if d < lead || own[d - lead] == 1 { 0 } else { dense[d - lead] }).collect()
-    };
-    let all: Vec<Vec<usize>> = l.op.args.iter().map(stretched).collect();
-    let (extents, all) = joined(shape, &all);
-    let (dense, mut given) = (strides(&extents), extents.clone());
-    let mut operands = Vec::new();
-    for (&value, own) in l.op.args.iter().zip(&all) {
-        let place = if l.len(value) == 1 {
-            Place::One
-        } else if *own == dense {
-            Place::Same
-        } else {
-            let at = given.len();
-            given.extend(own);
-            Place::Strided(at)
-        };
-        operands.push((place, l.dtype(value) == DType::Bool));
-    }
-    let made: Vec<Value> = l.op.results().collect();
-    let results: Vec<(usize, bool)> =
-        results.iter().zip(&made).map(|(&value, &result)| (value, l.dtype(result) == DType::Bool)).collect();
-    let each = if results.iter().any(|r| r.1) { 4 } else { 1 };
-    let plan = Plan { rank: extents.len(), operands, steps, results, each };
-    let (cubes, cube) = l.units(len.div_ceil(each as usize));
+    let mut given = Vec::new();
+    let items = [&loads(operands, shape, &mut given), steps].concat();
+    let plan = Plan { items, results: made.to_vec(), each: each(made) };
+    let (cubes, cube) = l.units(len.div_ceil(plan.each as usize));
     // SAFETY: units beyond the last element do nothing; strides are those of the operands' shapes.
     unsafe {
         region::launch_unchecked::<R>(
             l.client,
             cubes,
             cube,
-            l.op.args.iter().map(|&v| l.words(v)).collect(),
-            made.iter().map(|&v| l.words(v)).collect(),
+            arrays(l, operands.iter().map(|operand| operand.buffer)),
+            arrays(l, results.iter().copied()),
             l.faults(),
             numbers(&given),
             len as u32,
             l.code,
             plan,
         );
+    }
+}
+
+/// A region around a reduction.
+struct Around<'a, R: Runtime> {
+    l: &'a Launch<'a, R>,
+    shape: &'a [usize],
+    body: &'a Body,
+    types: &'a [DType],
+    reduction: Reduction<'a>,
+}
+
+impl<R: Runtime> Around<'_, R> {
+    /// What needs not be known of a body to have some of its values.
+    fn needed(&self, items: &[Item], wanted: &[usize]) -> Vec<Item> {
+        let mut alive = vec![false; items.len()];
+        wanted.iter().for_each(|&value| alive[value] = true);
+        for value in (0..items.len()).rev().filter(|&value| matches!(items[value], Item::Do(..))).collect::<Vec<_>>() {
+            if alive[value] {
+                self.body.steps()[value - self.body.operands()].args.iter().for_each(|&arg| alive[arg] = true);
+            }
+        }
+        items.iter().zip(alive).map(|(&item, alive)| if alive { item } else { Item::Absent }).collect()
+    }
+
+    /// The reduction, with what leads to it and these other values.
+    fn reduced(&self, items: &[Item], others: &[usize]) -> Reduced {
+        let Reduction { value, arg, .. } = self.reduction;
+        let floats = self.types[arg].is_float();
+        let (with, start) = super::reduce::beginning(&self.body.steps()[value - self.body.operands()].op, floats);
+        let before = self.needed(items, &[&[arg], others].concat());
+        Reduced { before, arg, with, floats, start }
+    }
+
+    /// All values but what takes the reduction, for an element.
+    fn items(&self, given: &mut Vec<usize>) -> Vec<Item> {
+        let value = self.reduction.value;
+        let steps = self.body.steps().iter().enumerate().map(|(i, step)| {
+            let own: Vec<DType> = step.args.iter().map(|&a| self.types[a]).collect();
+            let number = self.body.operands() + i;
+            if number == value {
+                return Item::Given(0);
+            }
+            Item::Do(lower(&step.op, &step.args, &own), Store::of(self.types[number]))
+        });
+        loads(&operands(self.l), self.shape, given).into_iter().chain(steps).collect()
+    }
+
+    fn rows(&self, made: &[Made]) {
+        let (l, rank, value) = (self.l, self.shape.len(), self.reduction.value);
+        let left = rank - self.reduction.axes.len();
+        let width: usize = self.shape[left..].iter().product();
+        let rows: usize = self.shape[..left].iter().product();
+        if rows == 0 {
+            return;
+        }
+        let mut given = Vec::new();
+        let items = self.items(&mut given);
+        // As the types say it, so that shapes that happen to be 1 change nothing.
+        let alike = |v: usize, from_last: usize| {
+            let dims = &l.graph.ty(l.op.args[v]).dims;
+            dims.len().checked_sub(1 + from_last).is_none_or(|i| dims[i].constant() == Some(1))
+        };
+        let of_rows = self.body.of_rows(rank, alike);
+        let takes = |step: &Step, v: usize| step.args.contains(&v);
+        let is_kept = |v: &usize| {
+            let steps = self.body.steps().iter().enumerate();
+            let outside = |(i, step): (usize, &Step)| takes(step, *v) && !of_rows[self.body.operands() + i];
+            of_rows[*v] && (steps.into_iter().any(outside) || self.body.results().contains(v))
+        };
+        let kept: Vec<usize> = (0..items.len()).filter(is_kept).collect();
+        let number = |v: usize| kept.iter().position(|&k| k == v).expect("it is kept");
+        let row_results: Vec<Made> = made
+            .iter()
+            .filter(|made| of_rows[made.value])
+            .map(|made| Made { value: number(made.value), ..*made })
+            .collect();
+        let results: Vec<Made> = made.iter().filter(|made| !of_rows[made.value]).copied().collect();
+        let wanted: Vec<usize> = results.iter().map(|made| made.value).collect();
+        let after: Vec<Item> = items
+            .iter()
+            .enumerate()
+            .map(|(v, &item)| if kept.contains(&v) { Item::Given(number(v)) } else { item })
+            .collect();
+        let after = self.needed(&after, &wanted);
+        // Operands of the row, by the dims that are left.
+        let shapes: Vec<Vec<usize>> = l.op.args.iter().map(|&operand| l.shape(operand)).collect();
+        let trimmed = |own: &Vec<usize>| {
+            let stays = own.iter().rev().take(rank - left).all(|&extent| extent == 1);
+            if stays { own[..own.len().saturating_sub(rank - left)].to_vec() } else { Vec::new() }
+        };
+        let trimmed: Vec<Vec<usize>> = shapes.iter().map(trimmed).collect();
+        let places = places(&self.shape[..left], &trimmed, &mut given);
+        let of_row: Vec<Item> = items
+            .iter()
+            .enumerate()
+            .map(|(v, &item)| match item {
+                Item::Load(operand, _, store) => Item::Load(operand, places[operand], store),
+                Item::Do(..) if !of_rows[v] && !self.is_constant(v) => Item::Absent,
+                item => item,
+            })
+            .collect();
+        let of_row = self.needed(&of_row, &[&kept[..], &[value]].concat());
+        let each = each(&results);
+        let fits = |group: &u32| {
+            (*group as usize * width).is_multiple_of(each as usize)
+                && row_results.iter().all(|made| group.is_multiple_of(made.store.each()))
+        };
+        let group = [1, 2, 4].into_iter().find(fits).expect("four elements fill every word");
+        let reduced = self.reduced(&items, &[]);
+        let plan = RowPlan { reduced, of_row, kept, row_results, after, results, each, group };
+        let all = rows.div_ceil(group as usize);
+        // No cube may come to a row that another has changed, so there are exactly as many as needed.
+        for first in (0..all).step_by(MOST_CUBES) {
+            // SAFETY: rows and columns are those of the region, strides those of the operands' shapes.
+            unsafe {
+                by_rows::launch_unchecked::<R>(
+                    l.client,
+                    CubeCount::Static((all - first).min(MOST_CUBES) as u32, 1, 1),
+                    CubeDim::new_1d(TOGETHER),
+                    arrays(l, l.op.args.iter().map(|&value| l.buffer(value))),
+                    arrays(l, l.op.results().map(|value| l.buffer(value))),
+                    l.faults(),
+                    numbers(&given),
+                    rows as u32,
+                    width as u32,
+                    first as u32,
+                    l.code,
+                    plan.clone(),
+                );
+            }
+        }
+    }
+
+    fn is_constant(&self, value: usize) -> bool {
+        let step = value.checked_sub(self.body.operands()).map(|i| &self.body.steps()[i]);
+        step.is_some_and(|step| matches!(step.op, Op::Const { .. }))
+    }
+
+    /// Over the first dims, which are so many rows, or over all (0).
+    fn blocks(&self, made: &[Made], rows: usize) {
+        let (l, value) = (self.l, self.reduction.value);
+        let columns = self.reduction.axes.len() < self.shape.len();
+        let len: usize = self.shape.iter().product();
+        let width: usize = self.shape[self.reduction.axes.len()..].iter().product();
+        let mut given = Vec::new();
+        let items = self.items(&mut given);
+        let (end, others): (Vec<Made>, Vec<Made>) = made.iter().partition(|made| made.value == value);
+        let own = each(&others);
+        // Where words of a result go from one row to the next, the reduction comes first, and the others then.
+        let apart = columns && !width.is_multiple_of(own as usize);
+        let stored = if apart { Vec::new() } else { others.clone() };
+        let wanted: Vec<usize> = stored.iter().map(|made| made.value).collect();
+        let reduced = self.reduced(&items, &wanted);
+        let (with, floats, start) = (reduced.with, reduced.floats, reduced.start);
+        let plan = BlockPlan { reduced, each: each(&stored), results: stored };
+        let blocks = if columns { rows.div_ceil(ROWS) } else { len.div_ceil(BLOCK) };
+        let cube = CubeDim::new_1d(TOGETHER);
+        let from = || arrays(l, l.op.args.iter().map(|&value| l.buffer(value)));
+        let into = || arrays(l, l.op.results().map(|value| l.buffer(value)));
+        if len > 0 {
+            // SAFETY: units and cubes beyond the last block do nothing; the workspace has a place for each.
+            unsafe {
+                if columns {
+                    let units = blocks * (width / plan.each as usize);
+                    by_columns::launch_unchecked::<R>(
+                        l.client,
+                        cubes(units.div_ceil(TOGETHER as usize)),
+                        cube,
+                        from(),
+                        into(),
+                        l.workspace(),
+                        l.faults(),
+                        numbers(&given),
+                        rows as u32,
+                        width as u32,
+                        l.code,
+                        plan,
+                    );
+                } else {
+                    by_blocks::launch_unchecked::<R>(
+                        l.client,
+                        cubes(blocks),
+                        cube,
+                        from(),
+                        into(),
+                        l.workspace(),
+                        l.faults(),
+                        numbers(&given),
+                        len as u32,
+                        l.code,
+                        plan,
+                    );
+                }
+            }
+        }
+        if apart && len > 0 {
+            let wanted: Vec<usize> = others.iter().map(|made| made.value).collect();
+            let steps = self.needed(&items, &wanted);
+            elements(l, (&operands(l), &results(l)), &steps[self.body.operands()..], &others, self.shape);
+        }
+        let Some(end) = end.first().filter(|_| width > 0) else { return };
+        let to = || l.out(end.result);
+        let from = if len == 0 { to() } else { l.workspace() };
+        // SAFETY: the workspace has what all blocks gave.
+        unsafe {
+            if columns {
+                let (cubes, cube) = l.units(width.div_ceil(end.store.each() as usize));
+                let (blocks, width) = (blocks as u32, width as u32);
+                join_columns::launch_unchecked::<R>(
+                    l.client,
+                    cubes,
+                    cube,
+                    from,
+                    to(),
+                    blocks,
+                    width,
+                    start,
+                    end.store,
+                    with,
+                    floats,
+                );
+            } else {
+                let cubes = CubeCount::new_single();
+                join_blocks::launch_unchecked::<R>(
+                    l.client,
+                    cubes,
+                    cube,
+                    from,
+                    to(),
+                    blocks as u32,
+                    start,
+                    end.store,
+                    with,
+                    floats,
+                );
+            }
+        }
     }
 }

@@ -2,13 +2,15 @@
 
 use cubecl::prelude::*;
 use dsgc_ir::segment::BRANCH;
+use dsgc_ir::stage::Sampling;
 use dsgc_ir::{Buffer, Op};
 
-use super::reduce::{TOGETHER, With, together};
+use super::index::{Store, part};
+use super::reduce::{TOGETHER, With, together, words_together};
 use super::update::{threefry2x32, unit as unit_number};
 use super::{Launch, MOST_CUBES, cubes, math};
 
-/// Rows of a table. An index that it does not have is a fault, and its row zeros.
+/// Rows of a table, a word of them by a unit. An index that it does not have is a fault, and its row zeros.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn rows(
@@ -20,18 +22,51 @@ fn rows(
     height: u32,
     width: u32,
     code: u32,
+    #[comptime] each: u32,
 ) {
-    let i = ABSOLUTE_POS as u32;
-    if i < len {
-        let index = indices[(i / width) as usize];
-        let mut x = 0u32;
-        if index < height {
-            x = table[(index * width + i % width) as usize];
-        } else {
-            faults[0] = code;
-            faults[1] = index;
+    let first = ABSOLUTE_POS as u32 * each;
+    if first < len {
+        let mut word = 0u32;
+        #[unroll]
+        for j in 0..each {
+            let i = first + j;
+            if i < len {
+                let index = indices[(i / width) as usize];
+                if index < height {
+                    word |= part(table, index * width + i % width, each) << comptime!(j * (32 / each) % 32);
+                } else {
+                    faults[0] = code;
+                    faults[1] = index;
+                }
+            }
         }
-        out[i as usize] = x;
+        out[(first / each) as usize] = word;
+    }
+}
+
+/// No place.
+const NONE: u32 = 0x7fff_ffff;
+
+/// Marks a place whose index is at no earlier one.
+const FIRST: u32 = 0x8000_0000;
+
+/// Of each place the next one with the same index, and whether there is no earlier one. A unit has a place, and looks at
+/// one word of each of the others, as its neighbours do.
+#[cube(launch_unchecked)]
+fn link(indices: &Array<u32>, links: &mut Array<u32>, places: u32) {
+    let own = ABSOLUTE_POS as u32;
+    if own < places {
+        let index = indices[own as usize];
+        let mut next = own + 1u32;
+        // Both sides are computed, so places are kept inside.
+        while next < places && indices[min(next, places - 1u32) as usize] != index {
+            next += 1u32;
+        }
+        let mut before = own;
+        while before > 0u32 && indices[(max(before, 1u32) - 1u32) as usize] != index {
+            before -= 1u32;
+        }
+        links[own as usize] = select(next < places, next, NONE) | select(before == 0u32, FIRST, 0u32);
     }
 }
 
@@ -42,6 +77,7 @@ fn rows(
 fn add_rows(
     indices: &Array<u32>,
     grad: &Array<f32>,
+    links: &Array<u32>,
     table: &mut Array<f32>,
     faults: &mut Array<u32>,
     places: u32,
@@ -57,23 +93,17 @@ fn add_rows(
                 faults[0] = code;
                 faults[1] = index;
             }
-        } else {
-            let mut first = true;
-            for earlier in 0..own {
-                first = first && indices[earlier as usize] != index;
-            }
-            if first {
-                let mut i = UNIT_POS;
-                while i < width {
-                    let mut sum = 0.0f32;
-                    for place in own..places {
-                        if indices[place as usize] == index {
-                            sum += grad[(place * width + i) as usize];
-                        }
-                    }
-                    table[(index * width + i) as usize] += sum;
-                    i += TOGETHER;
+        } else if links[own as usize] >= FIRST {
+            let mut i = UNIT_POS;
+            while i < width {
+                let mut sum = 0.0f32;
+                let mut place = own;
+                while place != NONE {
+                    sum += grad[(place * width + i) as usize];
+                    place = links[place as usize] & NONE;
                 }
+                table[(index * width + i) as usize] += sum;
+                i += TOGETHER;
             }
         }
     }
@@ -155,8 +185,130 @@ fn logp_grad(
     }
 }
 
-/// A token for each row of logits, as [`crate::sample::choose`] does it without `top_k` and `top_p`, in single precision: the
-/// most likely one, of equal ones the first, or one by its probability. Each unit of a cube has a run of the vocabulary.
+/// A number for each logit, in the same order.
+#[cube]
+fn rank(x: f32) -> u32 {
+    let bits = u32::reinterpret(x);
+    let negative = bits > 0x8000_0000u32;
+    select(negative, bits ^ 0xffff_ffffu32, bits | 0x8000_0000u32)
+}
+
+/// The logit of a rank.
+#[cube]
+fn of_rank(rank: u32) -> f32 {
+    f32::reinterpret(select(rank >= 0x8000_0000u32, rank ^ 0x8000_0000u32, rank ^ 0xffff_ffffu32))
+}
+
+/// Logits of a row, of which every unit looks at some.
+#[derive(CubeType, Clone, Copy)]
+struct Row {
+    start: u32,
+    width: u32,
+    most: f32,
+    temperature: f32,
+}
+
+/// The weight of a logit.
+#[cube]
+fn weight(x: f32, row: &Row) -> f32 {
+    math::exp((x - row.most) / row.temperature)
+}
+
+/// How many logits have this rank or more.
+#[cube]
+fn count_from(logits: &Array<f32>, row: &Row, least: u32) -> u32 {
+    let mut own = 0u32;
+    let mut i = UNIT_POS;
+    while i < row.width {
+        own += u32::cast_from(rank(logits[(row.start + i) as usize]) >= least);
+        i += TOGETHER;
+    }
+    words_together(own, With::Sum, false)
+}
+
+/// The weight of all logits of this rank or more.
+#[cube]
+fn weight_from(logits: &Array<f32>, row: &Row, least: u32) -> f32 {
+    let mut own = 0.0f32;
+    let mut i = UNIT_POS;
+    while i < row.width {
+        let x = logits[(row.start + i) as usize];
+        own += select(rank(x) >= least, weight(x, row), 0.0f32);
+        i += TOGETHER;
+    }
+    together(own, With::Sum)
+}
+
+/// What is kept of a row, all logits above a rank, and of that rank so many, the first ones: the `top_k` most likely tokens,
+/// then the most likely ones that have `top_p` of their weight. Ranks are found bit by bit.
+#[cube]
+fn kept(
+    logits: &Array<f32>,
+    row: &Row,
+    top_k: u32,
+    top_p: f32,
+    #[comptime] by_count: bool,
+    #[comptime] by_weight: bool,
+) -> (u32, u32) {
+    let mut least = 0u32;
+    let mut count = 0xffff_ffffu32;
+    if comptime!(by_count) {
+        for step in 0..32u32 {
+            let next = least | (0x8000_0000u32 >> step);
+            if count_from(logits, row, next) >= top_k {
+                least = next;
+            }
+        }
+        // Of fewer tokens than `top_k` all are kept: no rank has so many.
+        let above = count_from(logits, row, least + 1u32);
+        if least > 0u32 {
+            count = top_k - above;
+        }
+    }
+    if comptime!(by_weight) {
+        let mut all = weight_from(logits, row, 0u32);
+        if least > 0u32 {
+            all = f32::cast_from(count) * weight(of_rank(least), row);
+        }
+        let above = weight_from(logits, row, least + 1u32);
+        if least > 0u32 {
+            all += above;
+        }
+        let wanted = top_p * all;
+        let mut enough = 0u32;
+        for step in 0..32u32 {
+            let next = enough | (0x8000_0000u32 >> step);
+            let found = weight_from(logits, row, next);
+            if next <= least || found >= wanted {
+                enough = next;
+            }
+        }
+        let above = weight_from(logits, row, enough + 1u32);
+        let ties = ((wanted - above) / weight(of_rank(enough), row)).ceil();
+        let ties = u32::cast_from(min(max(ties, 1.0f32), 16_777_216.0f32));
+        count = select(enough == least, min(count, ties), ties);
+        least = enough;
+    }
+    (least, count)
+}
+
+/// The weight of a logit if it is kept, and counts it among those of the last rank.
+#[cube]
+fn kept_weight(x: f32, row: &Row, least: u32, count: u32, before: u32, #[comptime] filtered: bool) -> (f32, u32) {
+    let mut own = weight(x, row);
+    let mut ties = before;
+    if comptime!(filtered) {
+        let rank = rank(x);
+        if rank < least || (rank == least && before >= count) {
+            own = 0.0f32;
+        }
+        ties += u32::cast_from(rank == least);
+    }
+    (own, ties)
+}
+
+/// A token for each row of logits, as [`crate::sample::choose`] does it, in single precision: the most likely one, of equal
+/// ones the first, or one by its probability. Each unit of a cube has a run of the vocabulary.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 fn choose(
@@ -169,8 +321,12 @@ fn choose(
     count: u32,
     width: u32,
     temperature: f32,
+    top_k: u32,
+    top_p: f32,
     code: u32,
     #[comptime] greedy: bool,
+    #[comptime] by_count: bool,
+    #[comptime] by_weight: bool,
 ) {
     let row = min(CUBE_POS as u32, count - 1u32);
     let start = row * width;
@@ -210,19 +366,42 @@ fn choose(
             out[row as usize] = best;
         }
     } else {
+        let filtered = comptime!(by_count || by_weight);
+        let all = Row { start, width, most, temperature };
+        let mut least = 0u32;
+        let mut limit = 0u32;
+        let mut before = 0u32;
+        if comptime!(filtered) {
+            let (found, many) = kept(logits, &all, top_k, top_p, by_count, by_weight);
+            least = found;
+            limit = many;
+            let mut ties = 0u32;
+            for i in from..to {
+                ties += u32::cast_from(rank(logits[(start + i) as usize]) == least);
+            }
+            places[UNIT_POS as usize] = ties;
+            sync_cube();
+            for unit in 0..UNIT_POS {
+                before += places[unit as usize];
+            }
+            sync_cube();
+            places[UNIT_POS as usize] = before;
+        }
         let mut own = 0.0f32;
         for i in from..to {
-            own += math::exp((logits[(start + i) as usize] - most) / temperature);
+            let (weight, ties) = kept_weight(logits[(start + i) as usize], &all, least, limit, before, filtered);
+            own += weight;
+            before = ties;
         }
         values[UNIT_POS as usize] = own;
         sync_cube();
         if UNIT_POS == 0u32 {
-            let mut all = 0.0f32;
+            let mut sums = 0.0f32;
             for unit in 0..TOGETHER {
-                all += values[unit as usize];
+                sums += values[unit as usize];
             }
             let (word, _) = threefry2x32(key[0], key[1], rows[row as usize], place[0]);
-            let wanted = unit_number(word) * all;
+            let wanted = unit_number(word) * sums;
             let mut sum = 0.0f32;
             let mut chosen = best;
             let mut found = false;
@@ -232,8 +411,11 @@ fn choose(
                     found = true;
                     let mut passed = false;
                     let first = unit * run;
+                    let mut before = places[unit as usize];
                     for i in first..min(width, first + run) {
-                        let weight = math::exp((logits[(start + i) as usize] - most) / temperature);
+                        let (weight, ties) =
+                            kept_weight(logits[(start + i) as usize], &all, least, limit, before, filtered);
+                        before = ties;
                         if !passed && weight > 0.0f32 {
                             sum += weight;
                             chosen = i;
@@ -291,8 +473,11 @@ pub(super) fn embed<R: Runtime>(l: &Launch<R>) {
     if len == 0 {
         return;
     }
-    let (cubes, cube) = l.units(len);
-    let sizes = [len as u32, table[0] as u32, table[1] as u32];
+    let each = Store::of(l.dtype(l.op.args[0])).each() as usize;
+    // Whole words move where rows consist of such.
+    let (words, each) = if table[1].is_multiple_of(each) { (each, 1) } else { (1, each) };
+    let sizes = [len / words, table[0], table[1] / words].map(|n| n as u32);
+    let (cubes, cube) = l.units((len / words).div_ceil(each));
     // SAFETY: what the table does not have is not read.
     unsafe {
         rows::launch_unchecked::<R>(
@@ -307,8 +492,14 @@ pub(super) fn embed<R: Runtime>(l: &Launch<R>) {
             sizes[1],
             sizes[2],
             l.code,
+            each as u32,
         );
     }
+}
+
+/// Bytes of workspace of a table's gradient, of so many places.
+pub(super) fn workspace(places: usize) -> usize {
+    4 * places
 }
 
 /// The gradient of a table, or what is added to one.
@@ -332,6 +523,9 @@ pub(super) fn embed_grad<R: Runtime>(l: &Launch<R>) {
         return;
     }
     let sizes = [places as u32, table[0] as u32, table[1] as u32];
+    let (all, cube) = l.units(places);
+    // SAFETY: the workspace has a word for each place; units beyond the last do nothing.
+    unsafe { link::launch_unchecked::<R>(l.client, all, cube, l.arg(indices), l.workspace(), sizes[0]) }
     // SAFETY: rows that the table does not have are left out.
     unsafe {
         add_rows::launch_unchecked::<R>(
@@ -340,6 +534,7 @@ pub(super) fn embed_grad<R: Runtime>(l: &Launch<R>) {
             CubeDim::new_1d(TOGETHER),
             l.arg(indices),
             l.arg(indices + 1),
+            l.workspace(),
             l.out(0),
             l.faults(),
             sizes[0],
@@ -400,7 +595,7 @@ pub(super) fn token_logp_grad<R: Runtime>(l: &Launch<R>, buffers: [Buffer; 4], (
 }
 
 /// A token for each row.
-pub(super) fn sample<R: Runtime>(l: &Launch<R>, temperature: f64) {
+pub(super) fn sample<R: Runtime>(l: &Launch<R>, how: &Sampling) {
     let shape = l.shape(l.op.args[0]);
     if shape[0] == 0 {
         return;
@@ -420,9 +615,13 @@ pub(super) fn sample<R: Runtime>(l: &Launch<R>, temperature: f64) {
             l.faults(),
             count,
             width,
-            temperature as f32,
+            how.temperature as f32,
+            how.top_k as u32,
+            how.top_p as f32,
             l.code,
-            temperature == 0.0,
+            how.temperature == 0.0,
+            how.top_k > 0,
+            how.top_p < 1.0,
         );
     }
 }

@@ -1,9 +1,10 @@
 //! Rotary positions, the optimizer, and random numbers.
 
 use cubecl::prelude::*;
-use dsgc_ir::Op;
+use dsgc_ir::{Op, Value};
 
-use super::{Launch, math};
+use super::target::MOST_TENSORS;
+use super::{Launch, math, numbers};
 
 /// Pairs turned by their angles; a unit has both of a pair, so the result may take the operand's place.
 #[cube(launch_unchecked)]
@@ -31,21 +32,9 @@ fn turn(
     }
 }
 
-/// As `torch.optim.AdamW`. Results may take the places of operands: a unit has an element.
-#[cube(launch_unchecked)]
-#[allow(clippy::too_many_arguments)]
-fn adamw(
-    parameter: &Array<f32>,
-    gradient: &Array<f32>,
-    first: &Array<f32>,
-    second: &Array<f32>,
-    rate: &Array<f32>,
-    step: &Array<u32>,
-    factor: &Array<f32>,
-    new_parameter: &mut Array<f32>,
-    new_first: &mut Array<f32>,
-    new_second: &mut Array<f32>,
-    len: u32,
+/// The numbers of an optimizer.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+struct Rates {
     beta1: f32,
     rest1: f32,
     log1: f32,
@@ -54,19 +43,53 @@ fn adamw(
     log2: f32,
     eps: f32,
     decay: f32,
+}
+
+/// As `torch.optim.AdamW`, of several parameters, which have so many elements: a unit has an element of one of them. `given`
+/// are the gradients, and parameters and moments if results do not take their places.
+#[cube(launch_unchecked)]
+#[allow(clippy::too_many_arguments)]
+fn adamw(
+    given: &Sequence<Array<f32>>,
+    results: &mut Sequence<Array<f32>>,
+    rate: &Array<f32>,
+    step: &Array<u32>,
+    factor: &Array<f32>,
+    lens: &Sequence<u32>,
+    rates: &Rates,
+    #[comptime] count: usize,
+    #[comptime] in_place: bool,
 ) {
-    let i = ABSOLUTE_POS;
-    if (i as u32) < len {
-        let steps = f32::cast_from(step[0]);
-        let size = rate[0] / math::one_minus_exp(steps * log1);
-        let root = math::one_minus_exp(steps * log2).sqrt();
-        let g = gradient[i] * factor[0];
-        let m = beta1 * first[i] + rest1 * g;
-        let v = beta2 * second[i] + rest2 * g * g;
-        let p = parameter[i] * (1.0f32 - rate[0] * decay) - size * m / (v.sqrt() / root + eps);
-        new_parameter[i] = p;
-        new_first[i] = m;
-        new_second[i] = v;
+    let mut i = ABSOLUTE_POS as u32;
+    #[unroll]
+    for k in 0..count {
+        if i < lens[k] {
+            let at = i as usize;
+            let (p, m, v) = if comptime!(in_place) {
+                (results[comptime!(3 * k)][at], results[comptime!(3 * k + 1)][at], results[comptime!(3 * k + 2)][at])
+            } else {
+                (
+                    given[comptime!(count + 3 * k)][at],
+                    given[comptime!(count + 3 * k + 1)][at],
+                    given[comptime!(count + 3 * k + 2)][at],
+                )
+            };
+            let steps = f32::cast_from(step[0]);
+            let size = rate[0] / math::one_minus_exp(steps * rates.log1);
+            let root = math::one_minus_exp(steps * rates.log2).sqrt();
+            let g = given[k][at] * factor[0];
+            let m = rates.beta1 * m + rates.rest1 * g;
+            let v = rates.beta2 * v + rates.rest2 * g * g;
+            let p = p * (1.0f32 - rate[0] * rates.decay) - size * m / (v.sqrt() / root + rates.eps);
+            let parameter = results.index_mut(comptime!(3 * k));
+            parameter[at] = p;
+            let first = results.index_mut(comptime!(3 * k + 1));
+            first[at] = m;
+            let second = results.index_mut(comptime!(3 * k + 2));
+            second[at] = v;
+        }
+        // Those of the parameters behind; a unit that is done wraps to what none has.
+        i -= lens[k];
     }
 }
 
@@ -184,42 +207,47 @@ pub(super) fn rope<R: Runtime>(l: &Launch<R>, inverse: bool) {
     }
 }
 
-/// The optimizer, parameter by parameter.
+/// The optimizer: as many parameters by a launch as it takes tensors of.
 pub(super) fn optimizer<R: Runtime>(l: &Launch<R>) {
     let Op::Adamw { beta1, beta2, eps, decay } = l.op.op else { panic!("bug: no update") };
-    let count = l.op.args.len() / 4;
-    let shared = 4 * count;
-    for i in 0..count {
-        let len = l.len(l.op.args[4 * i]);
-        if len == 0 {
-            continue;
-        }
-        let (cubes, cube) = l.units(len);
+    let (all, results): (usize, Vec<Value>) = (l.op.args.len() / 4, l.op.results().collect());
+    let place = |value: Value| (l.buffer(value).region, l.buffer(value).offset);
+    // Of parameter `i`: parameter and moments.
+    let olds = |i: usize| [0, 2, 3].map(|part| l.op.args[4 * i + part]);
+    let in_place = (0..all).all(|i| (0..3).all(|part| place(olds(i)[part]) == place(results[3 * i + part])));
+    let most = (MOST_TENSORS - 3) / if in_place { 4 } else { 7 };
+    let filled: Vec<usize> = (0..all).filter(|&i| l.len(l.op.args[4 * i]) > 0).collect();
+    for some in filled.chunks(most) {
+        let lens: Vec<usize> = some.iter().map(|&i| l.len(l.op.args[4 * i])).collect();
+        let olds = some.iter().flat_map(|&i| olds(i)).filter(|_| !in_place);
+        let given = some.iter().map(|&i| l.op.args[4 * i + 1]).chain(olds);
+        let news = some.iter().flat_map(|&i| results[3 * i..3 * i + 3].to_vec());
+        let (cubes, cube) = l.units(lens.iter().sum());
+        let rates = RatesLaunch::new(
+            beta1 as f32,
+            (1.0 - beta1) as f32,
+            beta1.ln() as f32,
+            beta2 as f32,
+            (1.0 - beta2) as f32,
+            beta2.ln() as f32,
+            eps as f32,
+            decay as f32,
+        );
         // SAFETY: units beyond the last element do nothing.
         unsafe {
             adamw::launch_unchecked::<R>(
                 l.client,
                 cubes,
                 cube,
-                l.arg(4 * i),
-                l.arg(4 * i + 1),
-                l.arg(4 * i + 2),
-                l.arg(4 * i + 3),
-                l.arg(shared),
-                l.arg(shared + 1),
-                l.arg(shared + 2),
-                l.out(3 * i),
-                l.out(3 * i + 1),
-                l.out(3 * i + 2),
-                len as u32,
-                beta1 as f32,
-                (1.0 - beta1) as f32,
-                beta1.ln() as f32,
-                beta2 as f32,
-                (1.0 - beta2) as f32,
-                beta2.ln() as f32,
-                eps as f32,
-                decay as f32,
+                given.map(|value| l.words(value)).collect(),
+                news.map(|value| l.words(value)).collect(),
+                l.arg(4 * all),
+                l.arg(4 * all + 1),
+                l.arg(4 * all + 2),
+                numbers(&lens),
+                rates,
+                some.len(),
+                in_place,
             );
         }
     }

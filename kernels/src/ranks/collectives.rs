@@ -4,6 +4,7 @@
 //!
 //! A sum's part is added up around the ring from the rank behind its owner to the owner, on every transport alike.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
@@ -40,6 +41,7 @@ pub struct Group<'a> {
     transport: &'a dyn Transport,
     ranks: Vec<usize>,
     at: usize,
+    sent: Cell<u64>,
 }
 
 impl<'a> Group<'a> {
@@ -49,12 +51,17 @@ impl<'a> Group<'a> {
     /// If this rank is not among them.
     pub fn new(transport: &'a dyn Transport, ranks: Vec<usize>) -> Group<'a> {
         let at = ranks.iter().position(|&rank| rank == transport.rank()).expect("a rank is in its own groups");
-        Group { transport, ranks, at }
+        Group { transport, ranks, at, sent: Cell::new(0) }
     }
 
     /// How many ranks there are.
     pub fn size(&self) -> usize {
         self.ranks.len()
+    }
+
+    /// Bytes that this rank has sent.
+    pub fn sent(&self) -> u64 {
+        self.sent.get()
     }
 
     /// Place of this rank among them.
@@ -70,12 +77,14 @@ impl<'a> Group<'a> {
     /// Sends to the next rank and receives from the one before.
     fn pass<T: Pod>(&self, message: &[T], place: &mut [T]) -> Result<(), Diag> {
         let (next, before) = (self.ranks[(self.at + 1) % self.size()], self.ranks[self.before(1)]);
+        self.sent.set(self.sent.get() + size_of_val(message) as u64);
         self.transport.exchange(next, cast_slice(message), before, cast_slice_mut(place))
     }
 
     /// The same with what to do with the elements that are received, which come part by part with the place of the first.
     fn pass_with<T: Pod>(&self, message: &[T], len: usize, mut take: impl FnMut(usize, &[T])) -> Result<(), Diag> {
         let (next, before) = (self.ranks[(self.at + 1) % self.size()], self.ranks[self.before(1)]);
+        self.sent.set(self.sent.get() + size_of_val(message) as u64);
         let take = &mut |first: usize, part: &[u8]| take(first / size_of::<T>(), cast_slice(part));
         self.transport.exchange_with(next, cast_slice(message), before, len * size_of::<T>(), take)
     }
@@ -142,6 +151,7 @@ impl<'a> Group<'a> {
         for step in 1..self.size() {
             let (to, from) = ((self.at + step) % self.size(), self.before(step));
             let place = cast_slice_mut(&mut into[of(from)]);
+            self.sent.set(self.sent.get() + (len * size_of::<T>()) as u64);
             self.transport.exchange(self.ranks[to], cast_slice(&parts[of(to)]), self.ranks[from], place)?;
         }
         Ok(())

@@ -13,6 +13,18 @@ use dsgc_ir::diag::Diag;
 use super::watch::DEFAULT;
 use super::{Transport, Watch, wait_limit};
 
+/// Most ranks of one process: far more than a machine has cores.
+const MOST: usize = 256;
+
+/// An error where these are more ranks than one process has.
+pub fn enough_threads(ranks: usize) -> Result<(), Diag> {
+    if ranks <= MOST {
+        return Ok(());
+    }
+    let diag = Diag::error(format!("found {ranks} ranks, and one process has at most {MOST}"));
+    Err(diag.help("start one process for each, with `mpirun` or `srun`"))
+}
+
 /// Connects so many ranks of this process, one for each thread that runs one.
 pub fn threads(ranks: usize) -> Vec<Arc<dyn Transport>> {
     threads_within(ranks, wait_limit().unwrap_or(DEFAULT))
@@ -200,10 +212,6 @@ impl Transport for Threads {
 
     fn size(&self) -> usize {
         self.hub.ranks
-    }
-
-    fn exchange(&self, to: usize, message: &[u8], from: usize, place: &mut [u8]) -> Result<(), Diag> {
-        self.exchange_with(to, message, from, place.len(), &mut |_, found| place.copy_from_slice(found))
     }
 
     fn exchange_with(

@@ -1,9 +1,12 @@
 //! What tests of ops share: programs from text, tensors from numbers, and a run in every mode of the interpreter.
 
+use dsgc_ir::fuzz::Rng;
 use dsgc_ir::verify::{Fault, Planned};
 use dsgc_ir::{Arena, Bindings, DType, Data, Program, Target, Tensor, Type, parse};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::CpuTarget;
+#[cfg(feature = "wgpu")]
+use dsgc_kernels::cube::{CubeTarget, Platform, open};
 use dsgc_kernels::interp::apart::plan_apart;
 use dsgc_kernels::interp::{Interp, Precision};
 
@@ -95,4 +98,80 @@ pub fn plan_for(program: &Program, target: &dyn Target) -> Result<Planned, Fault
 /// Whether two numbers are equal within a tolerance, relative above 1; NaN equals NaN.
 pub fn near(a: f64, b: f64, tolerance: f64) -> bool {
     a == b || (a.is_nan() && b.is_nan()) || (a - b).abs() <= tolerance * b.abs().max(1.0)
+}
+
+/// Random numbers for the inputs of `@g`; integers are below `range`, and ascend from 1 if they are called `segment`.
+pub fn inputs(program: &Program, range: i64) -> Vec<(String, Tensor)> {
+    let graph = program.graph("g").expect("it is called g");
+    let tensor = |(i, v)| {
+        let (ty, name): (&Type, &str) = (graph.ty(v), graph.name_of(v));
+        let shape = ty.shape(&Bindings::new()).expect("the dims are numbers");
+        let (n, mut rng) = (shape.iter().product(), Rng::new(91 + i as u64));
+        let data = match ty.dtype {
+            DType::I32 if name == "segment" => {
+                Data::I32((0..n).map(|at: usize| i32::from(!at.is_multiple_of(7))).collect())
+            }
+            DType::I32 => Data::I32((0..n).map(|_| rng.between(0, range - 1) as i32).collect()),
+            DType::Bool => Data::Bool((0..n).map(|_| rng.once_in(2)).collect()),
+            _ => Data::F32((0..n).map(|_| (2.0 * rng.unit() - 1.0) as f32).collect()),
+        };
+        (name.to_string(), Tensor::new(&shape, data))
+    };
+    graph.inputs().enumerate().map(tensor).collect()
+}
+
+/// The distance from a number to the next of a type.
+pub fn unit(dtype: DType, x: f64) -> f64 {
+    let digits = match dtype {
+        DType::Bf16 => 8,
+        DType::F16 => 11,
+        _ => 24,
+    };
+    let smallest = if dtype == DType::F16 { -14 } else { -126 };
+    let exponent = if x == 0.0 { smallest } else { (x.abs().log2().floor() as i32).max(smallest) };
+    2f64.powi(exponent + 1 - digits)
+}
+
+/// Whether all numbers of a result are those of the interpreter: off by one unit in the last place of a narrow type at most,
+/// and by so much, relative above 1; NaN equals NaN.
+pub fn is_near(found: &Tensor, expected: &Tensor, dtype: DType, slack: f64) -> Result<(), String> {
+    for (i, (a, b)) in found.to_f64().into_iter().zip(expected.to_f64()).enumerate() {
+        let last = if dtype.is_narrow() && b.is_finite() { unit(dtype, b) } else { 0.0 };
+        let near = a == b || (a.is_nan() && b.is_nan()) || (a - b).abs() <= last + slack * b.abs().max(1.0);
+        if !near {
+            return Err(format!("element {i} of {dtype} is {a}, expected {b}"));
+        }
+    }
+    Ok(())
+}
+
+/// The platform that `DSGC_GPU` names; Vulkan unless it names another.
+#[cfg(feature = "wgpu")]
+pub fn gpu_target() -> CubeTarget {
+    let cuda = std::env::var("DSGC_GPU").is_ok_and(|name| name == Platform::Cuda.name());
+    CubeTarget { platform: if cuda { Platform::Cuda } else { Platform::Wgpu } }
+}
+
+/// The GPU with the program, where it has all its kernels.
+#[cfg(feature = "wgpu")]
+pub fn gpu(program: &Program) -> Option<Box<dyn Device>> {
+    let graph = &program.graphs[0];
+    for (_, op) in graph.ops() {
+        let types: Vec<Type> = op.args.iter().map(|&v| graph.ty(v).clone()).collect();
+        gpu_target().missing_kernel(&op.op, &types).is_none().then_some(())?;
+    }
+    let planned = plan_for(program, &gpu_target()).unwrap_or_else(|fault| panic!("{fault}\n{program}"));
+    Some(open(gpu_target().platform, planned).unwrap_or_else(|e| panic!("{}", e.message)))
+}
+
+/// Runs a program on the GPU beside the interpreter, whose results have been computed.
+#[cfg(feature = "wgpu")]
+pub fn gpu_is_near(program: &Program, given: &[(&str, &Tensor)], expected: &[(String, Tensor)], slack: f64) {
+    let mut device = gpu(program).unwrap_or_else(|| panic!("the GPU has no kernel for\n{program}"));
+    let found = device.run("g", given).unwrap_or_else(|e| panic!("{e:?} in\n{program}"));
+    let graph = program.graph("g").expect("it is called g");
+    for (((name, found), (_, expected)), (_, value)) in found.iter().zip(expected).zip(&graph.outputs) {
+        is_near(found, expected, graph.ty(*value).dtype, slack)
+            .unwrap_or_else(|why| panic!("on the GPU %{name}: {why}\n{program}"));
+    }
 }

@@ -3,7 +3,7 @@
 //! Each takes the place of its last addition, so no op moves.
 
 use dsgc_ir::infer::Contraction;
-use dsgc_ir::{Graph, Op, OpData, Program, Value};
+use dsgc_ir::{DType, Graph, Op, OpData, Program, Value};
 
 use crate::pipeline::PassContext;
 use crate::rebuild::Rebuild;
@@ -48,7 +48,7 @@ fn sums_of_squares(graph: &Graph, uses: &[u32]) -> Vec<Option<Vec<Value>>> {
         let term = |value: Value| {
             let def = graph.def(value).filter(|_| uses[value.0 as usize] == 1)?;
             let term = graph.op(def);
-            let own = square(term).map(|tensor| vec![tensor]).or_else(|| sums[def.0 as usize].clone())?;
+            let own = square(graph, term).map(|tensor| vec![tensor]).or_else(|| sums[def.0 as usize].clone())?;
             (term.site.phase == op.site.phase).then_some((def, own))
         };
         let (Some(a), Some(b)) = (term(op.args[0]), term(op.args[1])) else { continue };
@@ -65,11 +65,12 @@ fn sums_of_squares(graph: &Graph, uses: &[u32]) -> Vec<Option<Vec<Value>>> {
 }
 
 /// The tensor of which an op sums the squares.
-fn square(op: &OpData) -> Option<Value> {
+fn square(graph: &Graph, op: &OpData) -> Option<Value> {
     let Op::Contract { spec } = &op.op else { return None };
     let labels = Contraction::parse(spec).ok()?;
     let all = labels.out.is_empty() && labels.lhs == labels.rhs;
-    (all && op.args[0] == op.args[1]).then(|| op.args[0])
+    let wide = graph.ty(op.args[0]).dtype == DType::F32;
+    (all && wide && op.args[0] == op.args[1]).then(|| op.args[0])
 }
 
 /// What an addition adds an embedding's gradient to, and indices and rows of the latter.

@@ -10,7 +10,7 @@ mod vocabulary;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use dsgc_ir::diag::Diag;
+use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::factors::{Factor, Kind, factors};
 use dsgc_ir::{
     Axis, Bindings, Builder, Cut, Dim, Graph, Op, OpData, Placement, Program, Site, StateId, StateKind, Type, Value,
@@ -20,6 +20,7 @@ use super::{Has, is_linear, on_one_rank};
 use crate::canonicalize;
 use crate::pipeline::PassContext;
 use crate::rebuild::{Rebuild, without_dead_ops};
+use vocabulary::Softmax;
 
 /// The program that one rank along the axis runs.
 pub(super) fn run(program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
@@ -28,7 +29,7 @@ pub(super) fn run(program: Program, context: &PassContext) -> Result<Program, Ve
     let program = Program { graphs, ..program };
     let cuts = Classes::of(&program).choose(&program, ranks, context)?;
     let mut local = program.clone();
-    for &(state, dim) in &cuts.states {
+    for (&state, &dim) in &cuts.states {
         let state = &mut local.states[state.0 as usize];
         let whole = state.ty.shape(&Bindings::new()).expect("states have constant dims");
         let cuts = vec![Cut { over: Axis::Tensor, dim }];
@@ -71,16 +72,16 @@ struct Classes {
     places: Vec<Place>,
     numbers: BTreeMap<Place, usize>,
     parents: Vec<usize>,
-    /// Per place, an op that needs it whole, and where it stands; inputs have none.
+    /// Per class, whether some op needs all of it together.
     whole: Vec<bool>,
-    /// Places along which tokens count.
+    /// Per class, whether tokens number its places.
     vocabulary: Vec<bool>,
 }
 
 /// What is cut.
 struct Cuts {
     values: BTreeMap<(usize, Value), usize>,
-    states: BTreeSet<(StateId, usize)>,
+    states: BTreeMap<StateId, usize>,
 }
 
 impl Classes {
@@ -189,40 +190,48 @@ impl Classes {
             .filter(|(bytes, _)| *bytes > 0)
             .collect();
         open.sort_by_key(|(bytes, all)| (std::cmp::Reverse(*bytes), all[0]));
-        let mut cuts = Cuts { values: BTreeMap::new(), states: BTreeSet::new() };
-        let mut errors: Vec<Diag> = Vec::new();
+        let mut cuts = Cuts { values: BTreeMap::new(), states: BTreeMap::new() };
+        let mut errors: BTreeMap<(Span, usize), Diag> = BTreeMap::new();
         for (_, all) in open {
             let divisor = all.iter().fold(0, |divisor, &at| gcd(divisor, self.extent(program, at)));
             if !divisor.is_multiple_of(ranks) {
                 if self.vocabulary[self.parents[all[0]]] {
                     context.matched("vocabulary that its ranks cannot share evenly, whole", 1);
                 } else {
-                    errors.push(uneven(program, self.places[first_weight(all, weighs)], divisor, ranks));
+                    // Layers are alike, and so are their messages.
+                    let (span, error) = uneven(program, self.places[first_weight(all, weighs)], divisor);
+                    errors.entry((span, divisor)).or_insert(error);
                 }
                 continue;
             }
             let taken = |&at: &usize| match self.places[at] {
                 Place::Value(graph, value, _) => cuts.values.contains_key(&(graph, value)),
-                Place::State(state, dim) => cuts.states.iter().any(|&(other, along)| other == state && along != dim),
+                Place::State(state, _) => cuts.states.contains_key(&state),
             };
-            if all.iter().any(taken) {
+            // Nor of one value or state in two dims.
+            let of = |&at: &usize| match self.places[at] {
+                Place::Value(graph, value, _) => Ok((graph, value)),
+                Place::State(state, _) => Err(state),
+            };
+            let apart = all.iter().map(of).collect::<BTreeSet<_>>().len() == all.len();
+            if !apart || all.iter().any(taken) {
                 continue;
             }
             for &at in all {
                 match self.places[at] {
                     Place::Value(graph, value, dim) => drop(cuts.values.insert((graph, value), dim)),
-                    Place::State(state, dim) => drop(cuts.states.insert((state, dim))),
+                    Place::State(state, dim) => drop(cuts.states.insert(state, dim)),
                 }
             }
             context.matched(if self.vocabulary[self.parents[all[0]]] { "vocabulary cut" } else { "width cut" }, 1);
         }
-        errors.dedup_by(|a, b| a.message == b.message);
         if !errors.is_empty() {
-            return Err(errors);
+            return Err(errors.into_values().collect());
         }
         if cuts.states.is_empty() {
             let message = format!("found nothing in the models that {ranks} ranks could share (`tensor: {ranks}`)");
-            return Err(vec![Diag::error(message).help("ranks can have different rows instead: `data`")]);
+            let diag = Diag::error(message).label(program.stage.parallel.tensor, "asked for here");
+            return Err(vec![diag.help("ranks can have different rows instead: `data`")]);
         }
         Ok(cuts)
     }
@@ -249,18 +258,20 @@ fn stays_as_large(op: &Op) -> bool {
     !matches!(op, Op::Contract { .. } | Op::Broadcast { .. } | Op::Pad { .. } | Op::Concat { .. })
 }
 
-/// The message where places cannot be shared evenly.
-fn uneven(program: &Program, place: Place, divisor: usize, ranks: usize) -> Diag {
+/// The message where places cannot be shared evenly, and where the weight is declared.
+fn uneven(program: &Program, place: Place, divisor: usize) -> (Span, Diag) {
     let Place::State(id, dim) = place else { panic!("bug: a weight is a state") };
     let state = program.state(id);
     let name = state.name.split_once('/').map_or(state.name.as_str(), |(_, name)| name);
     let would: Vec<String> = (1..=divisor).filter(|n| divisor.is_multiple_of(*n)).map(|n| n.to_string()).collect();
+    let ranks = program.mesh.tensor;
     let message = format!("{ranks} ranks cannot share dim {dim} of `{name}`, which is {}", state.ty);
-    let diag = Diag::error(message).label(state.span, "declared here");
-    diag.help(format!(
+    let diag = Diag::error(message).label(program.stage.parallel.tensor, "asked for here");
+    let diag = diag.label(state.span, "declared here").help(format!(
         "what goes with it, such as heads, has the divisor {divisor}: `tensor` can be {}",
         would.join(", ")
-    ))
+    ));
+    (state.span, diag)
 }
 
 /// Parameters of low-rank factors.
@@ -290,16 +301,16 @@ struct Share<'a> {
     partial: Vec<bool>,
     /// Sums of partial values.
     summed: BTreeMap<Value, Value>,
-    /// Of logits that are cut, the logarithm of the softmax's divisor.
-    divisors: BTreeMap<Value, [Value; 2]>,
+    /// Of logits that are cut.
+    softmaxes: BTreeMap<Value, Softmax>,
 }
 
 impl<'a> Share<'a> {
     fn of(graph: &'a Graph, at: usize, cuts: &'a Cuts, local: &'a Program, context: &'a PassContext<'a>) -> Graph {
         let rebuild = Rebuild::same(graph);
         let partial = vec![false; graph.inputs().len()];
-        let (summed, divisors) = (BTreeMap::new(), BTreeMap::new());
-        let mut share = Share { at, cuts, local, context, rebuild, partial, summed, divisors };
+        let (summed, softmaxes) = (BTreeMap::new(), BTreeMap::new());
+        let mut share = Share { at, cuts, local, context, rebuild, partial, summed, softmaxes };
         for (_, op) in graph.ops() {
             share.op(op);
         }

@@ -85,14 +85,14 @@ pub(super) fn remat(op: &Op) -> Remat {
         | Op::Fold { .. }
         | Op::RandomNormal { .. }
         | Op::RandomUniform { .. }
-        | Op::RowUniform { .. } => Remat::Costly,
+        | Op::RowUniform { .. }
+        | Op::AllGather { .. }
+        | Op::Shard { .. } => Remat::Costly,
         Op::WriteAt { .. }
         | Op::CachedAttention { .. }
         | Op::Sample { .. }
         | Op::AllReduce { .. }
-        | Op::AllGather { .. }
         | Op::ReduceScatter { .. }
-        | Op::Shard { .. }
         | Op::Adamw { .. }
         | Op::Read { .. }
         | Op::Write { .. } => Remat::Never,

@@ -62,7 +62,7 @@ impl Placed {
         let mut from = vec![[false; 2]; values];
         graph.inputs().for_each(|input| from[input.0 as usize][0] = true);
         let has_layers = has_layers(graph);
-        let apart = program.stage.pipeline_order.splits_backward();
+        let apart = program.stage.parallel.order.splits_backward();
         for (id, op) in graph.ops() {
             let [of_inputs, of_states] = [0, 1].map(|kind| {
                 op.args.iter().any(|a| from[a.0 as usize][kind]) || kind == 1 && op.op.class() == Class::State

@@ -10,6 +10,8 @@ use dsgc_ir::Tensor;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Longer, Packing, Part, Sequence, Side, Source};
 
+use sha2::{Digest, Sha256};
+
 use super::DataReport;
 use super::pack::{cut, pack};
 
@@ -31,6 +33,18 @@ pub(super) struct Tokenised {
     /// For each row its sequences, in the source's order.
     pub rows: Vec<Vec<Tokens>>,
     pub report: DataReport,
+}
+
+impl Tokenised {
+    /// Adds all tokens, and what they are, to a hash.
+    pub fn hash(&self, hash: &mut Sha256) {
+        hash.update(self.rows.len().to_le_bytes());
+        for tokens in self.rows.iter().flatten() {
+            hash.update(tokens.len().to_le_bytes());
+            let words = tokens.ids.iter().chain(&tokens.segment).flat_map(|word| word.to_le_bytes());
+            hash.update(words.chain(tokens.trained.iter().map(|&trained| u8::from(trained))).collect::<Vec<u8>>());
+        }
+    }
 }
 
 /// One sequence of one row.

@@ -53,7 +53,9 @@ pub fn run(args: &Args) -> Done {
         }
         return Ok(measured?);
     }
-    let all = ranks::threads(args.ranks.map_or(2, usize::from));
+    let ranks = args.ranks.map_or(2, usize::from);
+    ranks::enough_threads(ranks)?;
+    let all = ranks::threads(ranks);
     let measured: Vec<Result<(), Diag>> = thread::scope(|scope| {
         let run = |transport: Arc<dyn Transport>| {
             let measured = measure(transport.as_ref(), args, "threads of one process");

@@ -11,6 +11,7 @@
 //! Paths in a file start from the folder of that file, paths in `--set` and `output_dir` from the working directory.
 //! Nothing here touches a disk: a [`Host`] does.
 
+mod best;
 mod config;
 mod data;
 mod declared;
@@ -246,7 +247,7 @@ fn pipeline(
         models: &models,
         output_dir: &output_dir,
         stage_names: &stage_names,
-        parallel: settings.parallel,
+        parallel: &settings.parallel,
     };
     let (mut earlier, mut prepared) = (Vec::new(), Vec::new());
     for stage in &pipeline.stages {
@@ -269,6 +270,7 @@ fn pipeline(
             }
         }
     }
+    best::of_stages(documents, pipeline, &mut stages, options.stage.is_some());
     if !documents.errors.is_empty() {
         return None;
     }
@@ -298,7 +300,7 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, HostS
             ("device", Constant::Str(name)) if name == "wgpu" => device = Device::Wgpu,
             ("device", Constant::Str(name)) if name == "cuda" => device = Device::Cuda,
             ("device", Constant::Str(name)) if name == "interp" => device = Device::Interp,
-            ("devices" | "zero_stage" | "parallel", _) => {}
+            ("devices" | "zero_stage" | "parallel" | "metric_for_best_model" | "greater_is_better", _) => {}
             ("gradient_checkpointing", Constant::Bool(on)) => memory.gradient_checkpointing = *on,
             ("max_memory", Constant::None) => memory.max = None,
             ("max_memory", given) => match settings::bytes(given) {
@@ -322,6 +324,7 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, HostS
             }
         }
     }
+    checkpoints.best = best::read(documents, &pipeline.settings);
     let parallel = parallel::read(documents, &pipeline.compile);
     (device, HostSettings { memory, checkpoints, parallel })
 }

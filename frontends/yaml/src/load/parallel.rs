@@ -1,8 +1,8 @@
 //! `compile.devices`, `compile.zero_stage` and `compile.parallel`: the ranks that run a pipeline together.
 
-use dsgc_ir::Mesh;
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::schedule::PipelineOrder;
+use dsgc_ir::{Mesh, stage};
 
 use super::declared::shown;
 use super::documents::Documents;
@@ -12,12 +12,12 @@ use crate::node::Value;
 use crate::pipeline::Setting;
 
 /// Ranks, and what those with different rows share out.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Parallel {
     pub mesh: Mesh,
     pub zero_stage: u8,
-    /// The order in which ranks with different layers work on parts of a batch.
-    pub order: PipelineOrder,
+    /// What passes and the runtime are told besides.
+    pub said: stage::Parallel,
     /// How many parts a batch has, and where that stands.
     microbatches: Option<(usize, Span)>,
 }
@@ -70,7 +70,7 @@ impl Given {
 /// Reads what stands in `compile`.
 pub(super) fn read(documents: &mut Documents<'_>, compile: &[Setting]) -> Parallel {
     let (mut data, mut tensor, mut zero) = (Given::default(), Given::default(), Given::default());
-    let (mut pipeline, mut parts, mut order) = (Given::default(), Given::default(), None);
+    let (mut pipeline, mut parts, mut order, mut chunks) = (Given::default(), Given::default(), None, Given::default());
     let mut read = |documents: &mut Documents<'_>, Setting { key, value }: &Setting| {
         let given = settings::literal(value).value;
         let at_least_one = || format!("found {} as `{}`, expected at least 1", shown(&given), key.text);
@@ -98,16 +98,12 @@ pub(super) fn read(documents: &mut Documents<'_>, compile: &[Setting]) -> Parall
             ("microbatches", Constant::Int(count @ 1..)) => {
                 parts.set(documents, *count as usize, value.span, "`microbatches`");
             }
+            ("virtual_stages", Constant::Int(count @ 1..)) => {
+                chunks.set(documents, *count as usize, value.span, "`virtual_stages`");
+            }
             ("schedule", Constant::Str(name)) => {
                 let found = PipelineOrder::ALL.into_iter().find(|order| order.name() == name);
-                match found {
-                    Some(found) => order = Some((found, value.span)),
-                    None => {
-                        let all = PipelineOrder::ALL.map(|order| format!("`{}`", order.name())).join(", ");
-                        let message = format!("`schedule: {name}` is not part of this version");
-                        documents.error(Diag::error(message).label(value.span, "").help(format!("there are {all}")));
-                    }
-                }
+                order = found.map(|found| (found, value.span));
             }
             // The readers of the file saw that nothing else is a key, or a number of another kind.
             _ => documents.error(Diag::error(at_least_one()).label(value.span, "")),
@@ -125,16 +121,29 @@ pub(super) fn read(documents: &mut Documents<'_>, compile: &[Setting]) -> Parall
         }
     }
     let number = |given: Given, default: usize| given.0.map_or(default, |(number, _)| number);
+    let span = |given: Given| given.0.map(|(_, span)| span);
     let mesh = Mesh { data: number(data, 1), tensor: number(tensor, 1), pipeline: number(pipeline, 1) };
-    let microbatches = parts.0;
-    for (what, given) in
-        [("schedule", order.map(|(_, span)| span)), ("microbatches", microbatches.map(|(_, span)| span))]
-    {
+    let needs_places =
+        [("schedule", order.map(|(_, span)| span)), ("microbatches", span(parts)), ("virtual_stages", span(chunks))];
+    for (what, given) in needs_places {
         if let Some(span) = given.filter(|_| mesh.pipeline == 1) {
             let message = format!("found `{what}` without ranks that share the layers out");
             documents.error(Diag::error(message).label(span, "").help("write `pipeline: 2` or more, or leave it out"));
         }
     }
     let order = order.map(|(order, _)| order).unwrap_or_default();
-    Parallel { mesh, zero_stage: number(zero, 0) as u8, order, microbatches }
+    let interleaved = order == PipelineOrder::Interleaved;
+    if let (Some(span), false) = (span(chunks), interleaved || mesh.pipeline == 1) {
+        let message =
+            format!("found `virtual_stages`, and in `schedule: {}` every rank has one run of layers", order.name());
+        let help = format!("write `schedule: {}`, or leave it out", PipelineOrder::Interleaved.name());
+        documents.error(Diag::error(message).label(span, "").help(help));
+    }
+    let said = stage::Parallel {
+        tensor: span(tensor).unwrap_or_default(),
+        pipeline: span(pipeline).unwrap_or_default(),
+        order,
+        virtual_stages: number(chunks, if interleaved { 2 } else { 1 }),
+    };
+    Parallel { mesh, zero_stage: number(zero, 0) as u8, said, microbatches: parts.0 }
 }

@@ -317,6 +317,11 @@ pub(super) fn precisions(
             documents.error(diag.label(fp16.node.span, "").label(bf16.node.span, "the other one"));
         }
         let find = |key: &str| role.settings.iter().find(|d| d.key == key).expect("every rule decides");
+        let zero = find("zero_stage");
+        if zero.count().is_some_and(|stage| stage > 3) {
+            let message = format!("found {} as `zero_stage` of role `{}`, expected 0 to 3", zero.text(), role.name);
+            documents.error(Diag::error(message).label(zero.node.span, ""));
+        }
         let (weights, group) = (find("weights"), find("weights_group"));
         let size = group.count().unwrap_or_default() as usize;
         if Quantized::new(8, size).is_none() {
@@ -355,6 +360,11 @@ pub(super) fn weights(role: &BoundRole) -> Option<DType> {
 pub(super) fn precision(role: &BoundRole) -> Option<DType> {
     let on = |key: &str| role.settings.iter().any(|d| d.key == key && d.constant() == Constant::Bool(true));
     [("bf16", DType::Bf16), ("fp16", DType::F16)].into_iter().find(|(key, _)| on(key)).map(|(_, dtype)| dtype)
+}
+
+/// What ranks with different rows share out of a role, if it says so itself.
+pub(super) fn zero_stage(role: &BoundRole) -> Option<u8> {
+    role.settings.iter().find(|d| d.key == "zero_stage")?.count().and_then(|stage| u8::try_from(stage).ok())
 }
 
 /// The host side of a role's training.

@@ -119,6 +119,8 @@ pub(super) const ROLE_RULES: &[Rule] = &[
     rule("fp16", "false", Range::Any),
     rule("weights", "f32", Range::Any),
     rule("weights_group", "64", Range::Any),
+    // What stands in `compile`.
+    rule("zero_stage", "none", Range::AtLeast(0.0)),
 ];
 
 /// Defaults of [`crate::pipeline::TRAINING`].

@@ -34,7 +34,7 @@ pub(super) struct Surroundings<'a> {
     pub models: &'a [(Word, Option<Known>)],
     pub output_dir: &'a str,
     pub stage_names: &'a [String],
-    pub parallel: Parallel,
+    pub parallel: &'a Parallel,
 }
 
 /// A stage before its graphs are lowered.
@@ -418,10 +418,10 @@ pub(super) fn host_side(prepared: &Prepared, output_dir: &str, settings: &HostSe
         save: prepared.save.clone(),
         // The pass `share_prefix` says which.
         prefixes: Vec::new(),
-        pipeline_order: settings.parallel.order,
         // The pass `split_stages` says which.
         pieces: BTreeMap::new(),
         memory: settings.memory.clone(),
+        parallel: settings.parallel.said.clone(),
         checkpoints: settings.checkpoints.clone(),
         align_overflow: prepared.roles.iter().filter(in_fp16).count() > 1
             && find("align_overflow").is_some_and(|d| d.constant() == Constant::Bool(true)),
@@ -442,7 +442,7 @@ fn host_role(role: &BoundRole, settings: &HostSettings) -> Role {
         trained: role.trained,
         precision: roles::precision(role),
         weights: roles::weights(role),
-        zero_stage: settings.parallel.zero_stage,
+        zero_stage: roles::zero_stage(role).unwrap_or(settings.parallel.zero_stage),
         tokenizer: role.known.tokenizer.as_ref().ok().map(|t| t.folder.clone()),
         // The pass `adapt` says which.
         shared: Vec::new(),

@@ -38,30 +38,35 @@ impl Share<'_> {
             }
             Op::TokenLogp {} => {
                 let tokens = self.own(args[1], self.width(args[0]), op);
-                let [own, all] = self.divisors(args[0], op);
+                let softmax = self.softmax(args[0], op);
                 let mut b = self.builder(&op.site);
                 let logp = b.one(Op::TokenLogp {}, &[args[0], tokens.safe]);
-                let logit = b.one(Op::Add {}, &[logp, own]);
+                let logit = b.one(Op::Add {}, &[logp, softmax.own]);
                 let dims = b.ty(logit).dims;
                 let nothing = b.fill(0.0, &dims);
                 let kept = b.one(Op::Where {}, &[tokens.inside, logit, nothing]);
                 self.note(false);
                 self.partial[kept.0 as usize] = true;
                 let logit = self.sum(kept, &op.site);
-                let logp = self.builder(&op.site).one(Op::Sub {}, &[logit, all]);
+                let mut b = self.builder(&op.site);
+                let log = b.one(Op::Log {}, &[softmax.sum]);
+                let divisor = b.one(Op::Add {}, &[softmax.most, log]);
+                let logp = b.one(Op::Sub {}, &[logit, divisor]);
                 self.note(false);
                 self.rebuild.set(op.result(), logp);
             }
             Op::TokenLogpGrad {} => {
                 let tokens = self.own(args[1], self.width(args[0]), op);
-                let [_, all] = self.divisors(args[0], op);
+                let softmax = self.softmax(args[0], op);
                 let width = self.width(args[0]);
                 let mut b = self.builder(&op.site);
                 let ty = b.ty(args[0]);
                 let logits = b.cast(args[0], DType::F32);
-                let divisor = along(&mut b, all, &ty.dims);
-                let difference = b.one(Op::Sub {}, &[logits, divisor]);
-                let probability = b.one(Op::Exp {}, &[difference]);
+                let most = along(&mut b, softmax.most, &ty.dims);
+                let below = b.one(Op::Sub {}, &[logits, most]);
+                let power = b.one(Op::Exp {}, &[below]);
+                let sum = along(&mut b, softmax.sum, &ty.dims);
+                let probability = b.one(Op::Div {}, &[power, sum]);
                 let numbers = b.one(Op::Iota { len: Dim::from(width) }, &[]);
                 let numbers = b.stretch(numbers, &ty.dims);
                 let token = along(&mut b, tokens.local, &ty.dims);
@@ -128,40 +133,58 @@ impl Share<'_> {
         Own { local, inside, safe }
     }
 
-    /// Logarithms of a softmax's divisor `f32[..]`: over a rank's logits, and over those of all ranks.
-    fn divisors(&mut self, logits: Value, op: &OpData) -> [Value; 2] {
-        if let Some(&divisors) = self.divisors.get(&logits) {
-            return divisors;
+    /// The softmax of logits `[.., V]` of which each rank has some.
+    fn softmax(&mut self, logits: Value, op: &OpData) -> Softmax {
+        if let Some(&softmax) = self.softmaxes.get(&logits) {
+            return softmax;
         }
-        self.context.matched("all_gather over tensor", 1);
+        self.context.matched("all_gather over tensor", 2);
         let ranks = self.ranks();
         let mut b = self.builder(&op.site);
         let wide = b.cast(logits, DType::F32);
         let last = b.ty(wide).rank() - 1;
-        let own = divisor(&mut b, wide, last);
-        let dims = b.ty(own).dims;
-        let row = b.one(Op::Reshape { shape: [&[Dim::from(1i64)], &dims[..]].concat() }, &[own]);
-        let all = b.one(Op::AllGather { over: Axis::Tensor, axis: 0, len: ranks }, &[row]);
-        let all = divisor(&mut b, all, 0);
+        let own_most = b.one(Op::ReduceMax { axes: vec![last] }, &[wide]);
+        let own_sum = powers(&mut b, wide, own_most, last);
+        let own_sum = b.one(Op::ReduceSum { axes: vec![last] }, &[own_sum]);
+        let log = b.one(Op::Log {}, &[own_sum]);
+        let own = b.one(Op::Add {}, &[own_most, log]);
+        let mut of_all = |value: Value| {
+            let shape = [&[Dim::from(1i64)], &b.ty(value).dims[..]].concat();
+            let row = b.one(Op::Reshape { shape }, &[value]);
+            b.one(Op::AllGather { over: Axis::Tensor, axis: 0, len: ranks }, &[row])
+        };
+        let (all_most, all_sums) = (of_all(own_most), of_all(own_sum));
+        let most = b.one(Op::ReduceMax { axes: vec![0] }, &[all_most]);
+        let shares = powers(&mut b, all_most, most, 0);
+        let shares = b.one(Op::Mul {}, &[shares, all_sums]);
+        let sum = b.one(Op::ReduceSum { axes: vec![0] }, &[shares]);
         self.note(false);
-        self.divisors.insert(logits, [own, all]);
-        [own, all]
+        let softmax = Softmax { own, most, sum };
+        self.softmaxes.insert(logits, softmax);
+        softmax
     }
 }
 
-/// The logarithm of the sum of exponentials along a dim, `max + log(sum(exp(x - max)))`.
-fn divisor(b: &mut Builder, x: Value, axis: usize) -> Value {
+/// What is known of a softmax over the logits of all ranks, all `f32[..]`.
+#[derive(Clone, Copy)]
+pub(super) struct Softmax {
+    /// The logarithm of the sum of the exponentials of a rank's logits.
+    own: Value,
+    /// The largest logit of all ranks.
+    most: Value,
+    /// The sum of the exponentials of all ranks' logits less the largest.
+    sum: Value,
+}
+
+/// `exp(x - most)`, where `most` lacks one dim of `x`.
+fn powers(b: &mut Builder, x: Value, most: Value, axis: usize) -> Value {
     let dims = b.ty(x).dims;
-    let most = b.one(Op::ReduceMax { axes: vec![axis] }, &[x]);
     let mut one = dims.clone();
     one[axis] = Dim::from(1i64);
     let row = b.one(Op::Reshape { shape: one }, &[most]);
     let row = b.stretch(row, &dims);
     let below = b.one(Op::Sub {}, &[x, row]);
-    let powers = b.one(Op::Exp {}, &[below]);
-    let sum = b.one(Op::ReduceSum { axes: vec![axis] }, &[powers]);
-    let log = b.one(Op::Log {}, &[sum]);
-    b.one(Op::Add {}, &[most, log])
+    b.one(Op::Exp {}, &[below])
 }
 
 /// A value `[..]` at every place of a last dim more.

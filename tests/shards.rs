@@ -1,0 +1,173 @@
+//! Checkpoints that several ranks write, each its share, read by any number of ranks; and ranks that do not agree, which end.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use dsgc_ir::diag::Diag;
+use dsgc_ir::{Mesh, Planned, Program, Tensor};
+use dsgc_kernels::Device;
+use dsgc_kernels::ranks::Member;
+use dsgc_runtime::{Keeper, Session, on_threads};
+use serde_json::Value;
+
+#[path = "common/on_ranks.rs"]
+#[allow(dead_code)] // Other tests use the rest.
+mod on_ranks;
+#[allow(dead_code)] // Other tests use the rest.
+mod stages;
+
+use on_ranks::{On, Outputs, Ran, Watched, assert_near, device, first_message, laid_out, planned, ran};
+
+/// Sizes that neither two nor four ranks can share out evenly.
+const PIPELINE: &str = "
+dsgc: 1
+seed: 7
+models:
+  opt: {model: opt, tokenizer: TOKENIZER, config: {hidden: 12, layers: 2, heads: 2, ffn: 26, max_positions: 31}}
+data:
+  texts: {path: rows.jsonl, fields: {text: prompt}}
+stages:
+  sft: {model: opt, data: texts, batch_size: 8, micro_batch_size: 2, max_length: 24, learning_rate: 1e-2, max_steps: 4}
+";
+
+fn program(folder: &Path) -> Program {
+    let rows: Vec<String> = (0..24).map(|i| format!("{{\"prompt\": \"Question {i} and {}?\"}}", i * i)).collect();
+    stages::program(folder, PIPELINE, &rows, &[])
+}
+
+/// Ranks along `data` and `tensor`, and the stage of ZeRO.
+type Layout = (usize, usize, u8);
+
+const ONE: Layout = (1, 1, 0);
+
+/// The program as these ranks run it.
+fn on(program: &Program, (data, tensor, zero_stage): Layout) -> Program {
+    laid_out(program, Mesh { data, tensor, ..Mesh::default() }, zero_stage)
+}
+
+/// Runs a stage, from the newest checkpoint if it is to be resumed; the last rank may be told to stop after a step.
+fn run(program: &Program, layout: Layout, resume: bool, stops: Option<u64>) -> Ran {
+    let program = on(program, layout);
+    ran(&program, On::Doubles, resume, stops.map(|step| (program.mesh.ranks() - 1, step)))
+}
+
+fn manifest(program: &Program, step: u64) -> Value {
+    let path = Path::new(&program.stage.output_dir).join(format!("checkpoints/step-{step:08}/checkpoint.json"));
+    serde_json::from_str(&fs::read_to_string(path).expect("a manifest")).expect("JSON")
+}
+
+#[test]
+fn what_ranks_write_any_number_of_ranks_reads() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = program(folder.path());
+    let one = run(&program, ONE, false, None);
+    for from in [(2, 1, 0), (2, 1, 3), (1, 2, 0), (2, 2, 3), ONE] {
+        let whole = run(&program, from, false, None);
+        let begun = run(&program, from, false, Some(2));
+        let manifest = manifest(&program, 2);
+        let ranks = from.0 * from.1;
+        assert_eq!(manifest["format"], if ranks == 1 { 1 } else { 2 });
+        let files = manifest["files"].as_object().expect("files");
+        assert_eq!(files.len(), ranks, "{files:?}");
+        let bytes: Vec<u64> = files.values().map(|file| file["bytes"].as_u64().expect("a size")).collect();
+        let all: u64 = bytes.iter().sum();
+        if from.2 == 3 {
+            // What is too small to be cut is written by one rank.
+            let share = all / ranks as u64;
+            assert!(bytes.iter().all(|&own| own < share * 5 / 4), "{bytes:?} are no equal shares");
+        }
+        for to in [from, ONE, (4, 1, 1), (1, 2, 0)] {
+            let after = run(&program, to, true, None);
+            let both = Ran {
+                steps: [begun.steps.clone(), after.steps].concat(),
+                evaluations: [begun.evaluations.clone(), after.evaluations].concat(),
+                states: after.states,
+            };
+            assert_near(&both, &one, 1e-9, &format!("from {from:?} to {to:?}"));
+            if to == from {
+                assert!(both == whole, "{from:?} goes on to other bits");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_share_is_named() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let program = program(folder.path());
+    run(&program, (2, 1, 3), false, Some(2));
+    let checkpoint = Path::new(&program.stage.output_dir).join("checkpoints/step-00000002");
+    let keeper = || {
+        static STOP: AtomicBool = AtomicBool::new(false);
+        Keeper::new(&program, &STOP)
+    };
+    let share = checkpoint.join("states.1.safetensors");
+    let bytes = fs::read(&share).expect("a share");
+    let mut altered = bytes.clone();
+    *altered.last_mut().expect("it has bytes") ^= 1;
+    for (wrong, why) in [(Some(altered), "is not what was written"), (None, "cannot read")] {
+        match wrong {
+            Some(wrong) => fs::write(&share, wrong).expect("a file"),
+            None => fs::remove_file(&share).expect("a file"),
+        }
+        let error = keeper().newest().err().expect("it is broken").message;
+        assert!(error.contains(why) && error.contains("states.1.safetensors"), "{error}");
+    }
+    fs::write(&share, bytes).expect("a file");
+    // A part that no file has.
+    let mut manifest = manifest(&program, 2);
+    let shards = manifest["shards"].as_object_mut().expect("shards");
+    let (name, shard) = shards.iter_mut().find(|(_, s)| s["parts"][1].is_object()).expect("a state in parts");
+    let name = name.clone();
+    shard["parts"].as_array_mut().expect("parts").pop();
+    fs::write(checkpoint.join("checkpoint.json"), manifest.to_string()).expect("a file");
+    let error = on_ranks::run(&on(&program, ONE), On::Doubles, true, None);
+    let error = error.expect_err("a part is missing").remove(0).message;
+    assert!(error.ends_with(&format!("the parts are not the whole of `{name}`")), "{error}");
+}
+
+/// The error with which three ranks end, of which the last one's program or device is another.
+fn disagreement(alter: impl Fn(Planned) -> Planned + Sync, stray: bool) -> Diag {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let planned = planned(&on(&program(folder.path()), (3, 1, 0)), On::Doubles);
+    let rank = |member: Member| {
+        let last = member.rank() == 2;
+        let own = if last { alter(planned.clone()) } else { planned.clone() };
+        let mut device = device(&own, On::Doubles, &member);
+        if last && stray {
+            let run = |device: &mut dyn Device, graph: &str, inputs: &[(&str, &Tensor)]| -> Outputs {
+                let mut outputs = device.run(graph, inputs)?;
+                for (_, loss) in outputs.iter_mut().filter(|(name, _)| name == "loss") {
+                    *loss = Tensor::f64(&[], vec![loss.scalar() + 1e-12]);
+                }
+                Ok(outputs)
+            };
+            device = Box::new(Watched { device, run });
+        }
+        let mut session = Session::open_as(own, device, member, &mut |_| Ok(()))?;
+        session.run(&mut |_| Ok(())).map_err(|e| vec![e])
+    };
+    on_threads(planned.mesh, rank, first_message).expect_err("they differ").remove(0)
+}
+
+#[test]
+fn ranks_that_run_another_program_do_not_begin() {
+    let other = |planned: Planned| {
+        let mut program = Program::clone(&planned);
+        program.stage.trainings[0].schedule.learning_rate *= 2.0;
+        Planned::new(program).expect("it is as good")
+    };
+    let error = disagreement(other, false).message;
+    assert!(error.starts_with("ranks differ in the planned program: "), "{error}");
+    assert!(error.contains(" on rank 0, ") && error.ends_with(" on rank 2"), "{error}");
+}
+
+#[test]
+fn ranks_with_another_loss_end() {
+    let error = disagreement(|planned| planned, true).message;
+    let (losses, step) = (error.split(": ").nth(1).expect("two losses"), "ranks differ in the `loss` of step 1: ");
+    let losses: Vec<f64> = losses.split(", ").map(|l| l.split(' ').next().unwrap().parse().expect("a loss")).collect();
+    assert!(error.starts_with(step) && error.contains(" on rank 0, ") && error.ends_with(" on rank 2"), "{error}");
+    assert!((losses[0] - losses[1]).abs() < 1e-11 && losses[0] != losses[1], "{error}");
+}
