@@ -14,8 +14,9 @@
 //! What else a piece uses of others becomes an input of it; the host hands it on ([`dsgc_ir::stage::Piece`]).
 //!
 //! A state is where it is used. Where gradients of a parameter come from several places, as those of a tied head do, each adds
-//! up its own, and their sum is taken where the accumulators are read, by all places that have the parameter. Everything
-//! that a graph writes at a place is written by the last piece there, so no piece reads what another one has written.
+//! up its own, and their sum is taken where the accumulators are read, by all places that have the parameter. One piece
+//! reads, adds to and writes an accumulator. Everything else that a graph writes at a place is written by the last piece
+//! there, so no piece reads what another one has written.
 
 mod cut;
 mod homes;

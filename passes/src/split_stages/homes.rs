@@ -16,7 +16,7 @@ pub(super) fn find(program: &Program, layers: &Layers) -> (Vec<Prepared>, Homes)
             homes.entry(state).or_default().extend(places);
         }
     };
-    let plain = |graph: &Graph| Prepared { graph: graph.clone(), pinned: BTreeMap::new(), last: BTreeSet::new() };
+    let plain = |graph: &Graph| Prepared { graph: graph.clone(), pinned: BTreeMap::new(), sums: BTreeSet::new() };
     let mut graphs: Vec<Prepared> = Vec::new();
     for graph in &program.graphs {
         if !has_layers(graph) {
@@ -147,7 +147,7 @@ fn sums(graph: &Graph, placed: &Placed) -> BTreeMap<OpId, Sum> {
 /// The graph in which each place adds to an accumulator of its own.
 fn apart(program: &Program, graph: &Graph, sums: &BTreeMap<OpId, Sum>) -> Prepared {
     let mut rebuild = Rebuild::same(graph);
-    let (mut pinned, mut last) = (BTreeMap::new(), BTreeSet::new());
+    let (mut pinned, mut adds) = (BTreeMap::new(), BTreeSet::new());
     for (id, op) in graph.ops() {
         let (Some(sum), Op::Write { state }) = (sums.get(&id), &op.op) else {
             rebuild.copy(op, program);
@@ -160,14 +160,14 @@ fn apart(program: &Program, graph: &Graph, sums: &BTreeMap<OpId, Sum>) -> Prepar
             let so_far = b.read(*state, ty);
             let first = b.graph.len() as u32;
             let sum = terms.into_iter().fold(so_far, |sum, term| b.one(Op::Add {}, &[sum, term]));
-            last.extend((first..b.graph.len() as u32).map(OpId));
+            adds.extend((first..b.graph.len() as u32).map(OpId));
             b.write(*state, ty, sum);
             pinned.insert(OpId(rebuild.new.len() as u32 - 1), Places::from([place]));
         }
     }
     // What only made the sums of all places is of no use any more.
     let graph = rebuild.finish();
-    without_dead(program, Prepared { graph, pinned, last })
+    without_dead(program, Prepared { graph, pinned, sums: adds })
 }
 
 /// The graph in which what several places have added up is added up.
@@ -195,7 +195,7 @@ fn finished(program: &Program, graph: &Graph, partial: &BTreeSet<StateId>, homes
         }
         rebuild.set(op.result(), sum);
     }
-    Prepared { graph: rebuild.finish(), pinned, last: BTreeSet::new() }
+    Prepared { graph: rebuild.finish(), pinned, sums: BTreeSet::new() }
 }
 
 /// The same without ops that nothing uses.
@@ -211,15 +211,15 @@ fn without_dead(program: &Program, prepared: Prepared) -> Prepared {
         }
     }
     let mut rebuild = Rebuild::same(graph);
-    let (mut pinned, mut last) = (BTreeMap::new(), BTreeSet::new());
+    let (mut pinned, mut adds) = (BTreeMap::new(), BTreeSet::new());
     for (id, op) in graph.ops().filter(|(id, _)| kept[id.0 as usize]) {
         if let Some(places) = prepared.pinned.get(&id) {
             pinned.insert(OpId(rebuild.new.len() as u32), places.clone());
         }
-        if prepared.last.contains(&id) {
-            last.insert(OpId(rebuild.new.len() as u32));
+        if prepared.sums.contains(&id) {
+            adds.insert(OpId(rebuild.new.len() as u32));
         }
         rebuild.copy(op, program);
     }
-    Prepared { graph: rebuild.finish(), pinned, last }
+    Prepared { graph: rebuild.finish(), pinned, sums: adds }
 }

@@ -34,9 +34,11 @@ pub(super) fn cut(program: &Program, prepared: &Prepared, layers: &Layers, homes
         return None;
     }
     let placed = Placed::of(program, prepared, layers, homes);
-    let mut cutting = Cutting { program, prepared, homes, placed, needed: BTreeMap::new(), keys: BTreeMap::new() };
+    let (needed, keys, adds) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+    let mut cutting = Cutting { program, prepared, homes, placed, needed, keys, adds };
     cutting.need();
     cutting.join();
+    cutting.add_up();
     Some(cutting.finish())
 }
 
@@ -49,6 +51,8 @@ struct Cutting<'a> {
     needed: BTreeMap<OpId, Places>,
     /// The piece of such an op at a place.
     keys: BTreeMap<(OpId, usize), Key>,
+    /// The piece that adds to an accumulator, by the write; other writes are in the last piece of a place.
+    adds: BTreeMap<OpId, Key>,
 }
 
 /// Where a piece has a value from.
@@ -147,6 +151,34 @@ impl Cutting<'_> {
         }
     }
 
+    /// Accumulators are read, added to and written in one piece: between two of them those of other parts may run.
+    fn add_up(&mut self) {
+        for (&id, places) in &self.prepared.pinned {
+            let op = self.prepared.graph.op(id);
+            let Some(sum) = op.args.first().and_then(|&arg| self.prepared.graph.def(arg)) else { continue };
+            if !matches!(op.op, Op::Write { .. }) || !self.prepared.sums.contains(&sum) {
+                continue;
+            }
+            let &place = places.first().expect("it is somewhere");
+            let key = self.keys[&(sum, place)];
+            self.adds.insert(id, key);
+            let mut open = vec![sum];
+            while let Some(sum) = open.pop() {
+                self.keys.insert((sum, place), key);
+                let args = self.prepared.graph.op(sum).args.iter().filter_map(|&arg| self.prepared.graph.def(arg));
+                open.extend(args.filter(|def| self.prepared.sums.contains(def)));
+            }
+        }
+    }
+
+    /// Whether a piece writes this.
+    fn is_written(&self, id: OpId, key: Key, last: bool) -> bool {
+        match self.adds.get(&id) {
+            Some(of) => *of == key,
+            None => last && self.writers(id).contains(&key.2),
+        }
+    }
+
     fn finish(self) -> Cut {
         let graph = self.graph();
         let mut keys: BTreeSet<Key> = self.keys.values().copied().collect();
@@ -236,10 +268,8 @@ impl Cutting<'_> {
         let own = self.keys.iter().filter(|(_, of)| **of == key).map(|((id, _), _)| *id);
         let mut roots: Vec<Value> = own.flat_map(|id| graph.op(id).args.clone()).collect();
         roots.extend(graph.outputs.iter().map(|(_, value)| *value).filter(|&value| self.gives(value, key, last)));
-        if last {
-            let writes = graph.ops().filter(|(_, op)| matches!(op.op, Op::Write { .. }));
-            roots.extend(writes.filter(|(id, _)| self.writers(*id).contains(&key.2)).map(|(_, op)| op.args[0]));
-        }
+        let writes = graph.ops().filter(|(_, op)| matches!(op.op, Op::Write { .. }));
+        roots.extend(writes.filter(|(id, _)| self.is_written(*id, key, last)).map(|(_, op)| op.args[0]));
         roots
     }
 
@@ -289,7 +319,7 @@ impl Cutting<'_> {
         }
         for (id, op) in graph.ops() {
             let own = match op.op {
-                Op::Write { .. } => last && self.writers(id).contains(&key.2),
+                Op::Write { .. } => self.is_written(id, key, last),
                 _ => anew.contains(&id) || self.keys.get(&(id, key.2)) == Some(&key),
             };
             if own {

@@ -17,9 +17,8 @@ pub(super) struct Prepared {
     pub graph: Graph,
     /// Ops that run at these places: parts of what several places add up.
     pub pinned: BTreeMap<OpId, Places>,
-    /// Ops that add to an accumulator. They run in the piece that writes it, since between two pieces of a part those of
-    /// other parts may run.
-    pub last: BTreeSet<OpId>,
+    /// Ops that add to an accumulator.
+    pub sums: BTreeSet<OpId>,
 }
 
 /// What is known of the values of a graph.
@@ -94,7 +93,7 @@ impl Placed {
                 }
             };
             let own = match op.site.phase {
-                _ if prepared.last.contains(&id) => 1 + u8::from(apart),
+                _ if prepared.sums.contains(&id) => 1 + u8::from(apart),
                 Phase::Forward | Phase::Update => 0,
                 Phase::BackwardInput => 1,
                 Phase::BackwardWeight => 1 + u8::from(apart),
