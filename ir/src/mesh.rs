@@ -171,6 +171,9 @@ impl Placement {
             *held = first..(first + len).min(held.end);
             local[cut.dim] = len;
         }
+        if !self.is_at(mesh.place(Axis::Pipeline, rank)) {
+            region[0] = 0..0;
+        }
         region
     }
 
@@ -354,6 +357,7 @@ mod tests {
         assert_eq!(shapes, [[0, 2], [0, 2], [2, 2], [2, 2], [2, 2], [2, 2]]);
         for (rank, part) in parts.iter().enumerate() {
             assert_eq!(part.shape, placement.local_at(&mesh, mesh.place(Axis::Pipeline, rank)));
+            assert_eq!(placement.region(&mesh, rank)[0].is_empty(), rank < 2);
         }
         assert_eq!(placement.whole(&mesh, &parts), tensor);
     }

@@ -4,15 +4,15 @@
 //! messages, which follow from what the pieces take from each other. One function makes each [`PipelineOrder`];
 //! [`timeline`] finds out whether it ends, and how long it takes.
 //!
-//! With `p` places, `m` parts, `v` runs of layers at each place, and equal times for work of every kind, places wait for
-//! this share of what they work:
+//! With `p` places, `v` runs of layers at each of them, `m >= p` parts, and equal times for work of every kind, places wait this
+//! share of the time, their bubble ([`bubble`]):
 //!
-//! | order | waiting | parts that a place has under way |
+//! | order | bubble | parts that a place has under way |
 //! |---|---|---|
-//! | `gpipe` | `(p - 1) / m` | `m` |
-//! | `1f1b` | `(p - 1) / m` | `p` less the places before it |
-//! | `interleaved_1f1b` | `(p - 1) / (v m)` | about `p` and `(p - 1) / v` more |
-//! | `zero_bubble` | `(p - 1) / (3 m)` | `p` |
+//! | `gpipe` | `(p - 1) / (m + p - 1)` | `m` |
+//! | `1f1b` | `(p - 1) / (m + p - 1)` | `p` less the places before it |
+//! | `interleaved_1f1b` | `(p - 1) / (v m + p - 1)` | at most `p + (p - 1) / v`, where `m` is a multiple of `p` |
+//! | `zero_bubble` | `(p - 1) / (3 m + p - 1)` | `p` |
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -209,20 +209,34 @@ pub fn order_of_pieces(
     };
     let all: Vec<Vec<(usize, usize)>> = scheduled.into_iter().enumerate().map(run).collect();
     let is_complete = all.iter().map(Vec::len).sum::<usize>() == pieces.len() * parts;
-    if is_complete && timeline(&all, |piece| pieces[piece].takes.iter().map(|t| t.piece).collect()).is_ok() {
+    if is_complete && timeline(&all, pieces, |_| 1).is_ok() {
         return all;
     }
     let own = |place: usize| (0..pieces.len()).filter(move |&at| pieces[at].place == place);
     (0..places).map(|place| (0..parts).flat_map(|part| own(place).map(move |piece| (part, piece))).collect()).collect()
 }
 
-/// When each of the actions of all ranks ends, if each takes one unit of time and begins when those that it needs have
-/// ended: an action is a part and a piece, and needs some pieces on the same part. Messages are kept until somebody takes them,
-/// so nobody waits for a receiver.
+/// The share of the time that ranks wait for each other, all of them together, if pieces take so long.
+///
+/// # Errors
+/// Those of [`timeline`].
+pub fn bubble(ranks: &[Vec<(usize, usize)>], pieces: &[Piece], time: impl Fn(usize) -> u64) -> Result<f64, String> {
+    let last = timeline(ranks, pieces, &time)?.into_iter().flatten().max().unwrap_or(0);
+    let busy: u64 = ranks.iter().flatten().map(|&(_, piece)| time(piece)).sum();
+    Ok(1.0 - busy as f64 / (last * ranks.len() as u64).max(1) as f64)
+}
+
+/// When each of the actions of all ranks ends, if pieces take so long and an action begins when those that it needs have
+/// ended: an action is a part and a piece, and needs what the piece takes of the same part. Messages are kept until somebody
+/// takes them, so nobody waits for a receiver.
 ///
 /// # Errors
 /// If some of them wait for each other: the actions, ranks and all.
-pub fn timeline(ranks: &[Vec<(usize, usize)>], needs: impl Fn(usize) -> Vec<usize>) -> Result<Vec<Vec<usize>>, String> {
+pub fn timeline(
+    ranks: &[Vec<(usize, usize)>],
+    pieces: &[Piece],
+    time: impl Fn(usize) -> u64,
+) -> Result<Vec<Vec<u64>>, String> {
     let mut graph = DiGraph::<(usize, usize), ()>::new();
     let mut nodes = BTreeMap::new();
     for (rank, actions) in ranks.iter().enumerate() {
@@ -237,7 +251,7 @@ pub fn timeline(ranks: &[Vec<(usize, usize)>], needs: impl Fn(usize) -> Vec<usiz
         }
     }
     for (&(part, piece), &node) in &nodes {
-        for needed in needs(piece) {
+        for needed in pieces[piece].takes.iter().map(|taken| taken.piece) {
             let Some(&before) = nodes.get(&(part, needed)) else {
                 return Err(format!("piece {piece} on part {part} needs piece {needed}, which nobody runs"));
             };
@@ -249,7 +263,7 @@ pub fn timeline(ranks: &[Vec<(usize, usize)>], needs: impl Fn(usize) -> Vec<usiz
         let (part, piece) = ranks[rank][at];
         format!("piece {piece} on part {part} of rank {rank} waits for itself")
     })?;
-    let mut ends: Vec<Vec<usize>> = ranks.iter().map(|actions| vec![0; actions.len()]).collect();
+    let mut ends: Vec<Vec<u64>> = ranks.iter().map(|actions| vec![0; actions.len()]).collect();
     for node in sorted {
         let before = graph.neighbors_directed(node, petgraph::Incoming).map(|n| {
             let (rank, at) = graph[n];
@@ -257,7 +271,7 @@ pub fn timeline(ranks: &[Vec<(usize, usize)>], needs: impl Fn(usize) -> Vec<usiz
         });
         let begin = before.max().unwrap_or(0);
         let (rank, at) = graph[node];
-        ends[rank][at] = begin + 1;
+        ends[rank][at] = begin + time(ranks[rank][at].1);
     }
     Ok(ends)
 }
@@ -317,7 +331,7 @@ mod tests {
             let what = format!("{} of {places} places, {chunks} runs and {parts} parts", order.name());
             let pieces = chain(places, chunks, order);
             let ranks = order_of_pieces(order, &pieces, places, parts);
-            let ends = timeline(&ranks, |piece| pieces[piece].takes.iter().map(|t| t.piece).collect());
+            let ends = timeline(&ranks, &pieces, |_| 1);
             let ends = ends.unwrap_or_else(|why| panic!("{what}: {why}"));
             let count: usize = ranks.iter().map(Vec::len).sum();
             assert_eq!(count, pieces.len() * parts, "{what}");
@@ -342,7 +356,9 @@ mod tests {
                 PipelineOrder::Interleaved => 2 * (m * v + p - 1) + 2 * (v - 1) * lacking,
                 PipelineOrder::ZeroBubble => 3 * m + p - 1 + lacking,
             };
-            assert_eq!(ends.into_iter().flatten().max(), Some(formula), "{what}");
+            assert_eq!(ends.into_iter().flatten().max(), Some(formula as u64), "{what}");
+            let share = 1.0 - (pieces.len() * m) as f64 / (formula * p) as f64;
+            assert_eq!(bubble(&ranks, &pieces, |_| 1), Ok(share), "{what}");
         }
     }
 
@@ -377,8 +393,9 @@ mod tests {
 
     #[test]
     fn ranks_that_wait_for_each_other_are_found() {
-        let needs = |piece: usize| vec![1 - piece];
-        let why = timeline(&[vec![(0, 0)], vec![(0, 1)]], needs).expect_err("each needs the other first");
+        let mut pieces = chain(2, 1, PipelineOrder::Gpipe);
+        pieces[0].takes = vec![Taken { piece: 1, values: vec![] }];
+        let why = timeline(&[vec![(0, 0)], vec![(0, 1)]], &pieces, |_| 1).expect_err("each needs the other first");
         assert!(why.ends_with("waits for itself"), "{why}");
     }
 }

@@ -4,11 +4,14 @@
 //! rank, or kept where that is this one, and is gone when it is taken. At the end all ranks get all outputs. So nothing else
 //! of the runtime knows of pieces.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::schedule::order_of_pieces;
+use dsgc_ir::schedule::{Work, order_of_pieces};
 use dsgc_ir::stage::Piece;
 use dsgc_ir::{Axis, Planned, StateId, Tensor};
 use dsgc_kernels::ranks::{Member, pack, unpack};
@@ -22,6 +25,18 @@ pub(crate) struct InPieces {
     device: Box<dyn Device>,
     program: Arc<Planned>,
     member: Member,
+    /// Bytes of tensors that went to other ranks.
+    sent: u64,
+    spent: Rc<Cell<Spent>>,
+}
+
+/// Time that a rank has spent on graphs with gradients in pieces.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Spent {
+    /// From the first piece of a batch to the last.
+    pub all: Duration,
+    /// Of it, waiting for what other ranks along `pipeline` hand on.
+    pub waiting: Duration,
 }
 
 /// What a message between ranks is: outputs of this piece for this part, or what a place gives in the end.
@@ -32,16 +47,19 @@ enum What {
 }
 
 impl InPieces {
-    /// The device itself where the program has no pieces.
-    pub fn wrap(device: Box<dyn Device>, program: &Planned, member: &Member) -> Box<dyn Device> {
-        match program.stage.pieces.is_empty() {
-            true => device,
-            false => Box::new(InPieces { device, program: Arc::new(program.clone()), member: member.clone() }),
+    /// The device itself where the program has no pieces; and where it is told how much time is spent on them.
+    pub fn wrap(device: Box<dyn Device>, program: &Planned, member: &Member) -> (Box<dyn Device>, Rc<Cell<Spent>>) {
+        let spent = Rc::new(Cell::new(Spent::default()));
+        if program.stage.pieces.is_empty() {
+            return (device, spent);
         }
+        let (program, member) = (Arc::new(program.clone()), member.clone());
+        (Box::new(InPieces { device, program, member, sent: 0, spent: spent.clone() }), spent)
     }
 
     fn run_pieces(
         &mut self,
+        graph: &str,
         pieces: &[Piece],
         parts: &[Vec<(&str, &Tensor)>],
         wanted: Option<&[&str]>,
@@ -49,8 +67,9 @@ impl InPieces {
         let member = self.member.clone();
         let (places, here) = (member.mesh.pipeline, self.program.place);
         let order = order_of_pieces(self.program.stage.parallel.order, pieces, places, parts.len());
-        let mut mail =
-            Mail { member: &member, ranks: member.mesh.group(Axis::Pipeline, member.rank()), got: BTreeMap::new() };
+        let ranks = member.mesh.group(Axis::Pipeline, member.rank());
+        let (got, sent, waiting, started) = (BTreeMap::new(), 0, Duration::ZERO, Instant::now());
+        let mut mail = Mail { graph, member: &member, ranks, got, sent, waiting };
         let is_wanted = |name: &str| wanted.is_none_or(|wanted| wanted.contains(&name));
         // The places that take something from each piece.
         let mut takers: Vec<Vec<usize>> = vec![Vec::new(); pieces.len()];
@@ -112,7 +131,13 @@ impl InPieces {
             }
         }
         assert!(mail.got.is_empty(), "bug: values of pieces are left");
-        self.share(pieces, &mut mail, &is_wanted, outputs)
+        if pieces.iter().any(|piece| piece.work != Work::Forward) {
+            let Spent { all, waiting } = self.spent.get();
+            self.spent.set(Spent { all: all + started.elapsed(), waiting: waiting + mail.waiting });
+        }
+        let made = self.share(pieces, &mut mail, &is_wanted, outputs);
+        self.sent += mail.sent;
+        made
     }
 
     /// Gives the outputs of all places to all of them.
@@ -156,15 +181,20 @@ impl InPieces {
 
 /// Messages from and to the ranks along `pipeline`, and what has come and was not asked for yet.
 struct Mail<'a> {
+    /// The graph that is in pieces.
+    graph: &'a str,
     member: &'a Member,
     /// By place.
     ranks: Vec<usize>,
     got: BTreeMap<What, BTreeMap<String, Tensor>>,
+    /// Bytes of tensors that were posted.
+    sent: u64,
+    waiting: Duration,
 }
 
 impl Mail<'_> {
     fn post<'t>(
-        &self,
+        &mut self,
         place: usize,
         what: What,
         tensors: impl Iterator<Item = (&'t str, &'t Tensor)>,
@@ -180,17 +210,24 @@ impl Mail<'_> {
             message.extend((name.len() as u64).to_ne_bytes());
             message.extend(name.as_bytes());
             message.extend(pack(tensor));
+            self.sent += tensor.data.bytes() as u64;
         }
         self.member.transport.post(self.ranks[place], message)
     }
 
     /// Waits until this has come from a place.
     fn fetch(&mut self, what: What, place: usize) -> Result<(), Diag> {
+        if self.got.contains_key(&what) {
+            return Ok(());
+        }
+        self.member.transport.note(&format!("values of @{} from place {place} along `pipeline`", self.graph));
+        let since = Instant::now();
         while !self.got.contains_key(&what) {
             let message = self.member.transport.receive(self.ranks[place])?;
             let (found, tensors) = opened(&message);
             self.got.insert(found, tensors);
         }
+        self.waiting += since.elapsed();
         Ok(())
     }
 }
@@ -241,7 +278,7 @@ impl Device for InPieces {
     fn run_for(&mut self, graph: &str, inputs: &[(&str, &Tensor)], wanted: &[&str]) -> Result<Made, Diag> {
         let program = self.program.clone();
         match program.stage.pieces.get(graph) {
-            Some(pieces) => Ok(self.run_pieces(pieces, &[inputs.to_vec()], Some(wanted))?.swap_remove(0)),
+            Some(pieces) => Ok(self.run_pieces(graph, pieces, &[inputs.to_vec()], Some(wanted))?.swap_remove(0)),
             None => self.device.run_for(graph, inputs, wanted),
         }
     }
@@ -249,13 +286,17 @@ impl Device for InPieces {
     fn run_parts(&mut self, graph: &str, parts: &[Vec<(&str, &Tensor)>]) -> Result<Vec<Made>, Diag> {
         let program = self.program.clone();
         match program.stage.pieces.get(graph) {
-            Some(pieces) => self.run_pieces(pieces, parts, None),
+            Some(pieces) => self.run_pieces(graph, pieces, parts, None),
             None => self.device.run_parts(graph, parts),
         }
     }
 
     fn rest(&mut self) {
         self.device.rest();
+    }
+
+    fn sent(&self) -> u64 {
+        self.device.sent() + self.sent
     }
 
     fn measure(&mut self) -> bool {
