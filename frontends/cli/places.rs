@@ -47,15 +47,20 @@ impl PlacesReport {
         for (graph, parts) in gradients {
             let Some(pieces) = programs[0].stage.pieces.get(graph) else { continue };
             let actions = order_of_pieces(order, pieces, places.len(), *parts);
-            let time = |at: usize| {
+            let graph_of = |at: usize| {
                 let graph = programs[pieces[at].place].graph(&pieces[at].graph).expect("the pass made it");
-                graph_time(graph, &graph.upper_bounds()).unwrap_or(0)
+                (graph, graph.upper_bounds())
+            };
+            let time = |at: usize| {
+                let (graph, bounds) = graph_of(at);
+                graph_time(graph, &bounds).unwrap_or(0)
             };
             let times: Vec<u64> = (0..pieces.len()).map(time).collect();
             let bubble = bubble(&actions, pieces, |at| times[at]);
             let bubble = bubble.unwrap_or_else(|why| panic!("bug: the schedule of @{graph} has no end: {why}"));
             reports.push(Gradient { graph: graph.clone(), parts: *parts, bubble });
-            let handed = |at: usize| handed_on(&programs[pieces[at].place], pieces, at).unwrap_or_default();
+            let handed =
+                |at: usize| handed_on(&programs[pieces[at].place], pieces, at, &graph_of(at).1).unwrap_or_default();
             let handed: Vec<Vec<u64>> = (0..pieces.len()).map(handed).collect();
             for (at, place) in places.iter_mut().enumerate() {
                 place.held = place.held.max(most_held(pieces, &actions[at], at, &handed));

@@ -382,7 +382,8 @@ impl Work {
             let Some(pieces) = program.stage.pieces.get(name) else { return own(name) };
             let here = pieces.iter().enumerate().filter(|(_, piece)| piece.place == program.place);
             let handed = |at: usize| {
-                let by_place = handed_on(program, pieces, at).unwrap_or_default().into_iter().enumerate();
+                let bounds = program.graph(&pieces[at].graph).expect("the pass made it").upper_bounds();
+                let by_place = handed_on(program, pieces, at, &bounds).unwrap_or_default().into_iter().enumerate();
                 by_place.filter(|(place, _)| *place != program.place).map(|(_, bytes)| bytes).sum()
             };
             here.map(|(at, piece)| own(&piece.graph) + Amount { flops: 0, sent: handed(at) }).sum()

@@ -212,14 +212,13 @@ pub fn graph_sent(graph: &Graph, bindings: &Bindings, mesh: &Mesh) -> Result<u64
 /// Bytes that a piece of a graph hands on to ranks of each place along `pipeline` for a part of a batch, its own place among
 /// them, of a planned program of its place. Tensors lie on the host between pieces, where narrow floats are f32. Outputs of the
 /// graph, which all places get, count where they are sent. An unbound symbol otherwise.
-pub fn handed_on(program: &Program, pieces: &[Piece], at: usize) -> Result<Vec<u64>, Symbol> {
+pub fn handed_on(program: &Program, pieces: &[Piece], at: usize, bindings: &Bindings) -> Result<Vec<u64>, Symbol> {
     let piece = &pieces[at];
     let graph = program.graph(&piece.graph).unwrap_or_else(|| panic!("bug: @{} is of another place", piece.graph));
-    let bounds = graph.upper_bounds();
     let bytes = |name: &String| {
         let (_, value) = graph.outputs.iter().find(|(output, _)| output == name).expect("the piece gives it");
         let ty = graph.ty(*value);
-        if ty.dtype.is_narrow() { ty.with(DType::F32) } else { ty.clone() }.bytes(&bounds).map(|bytes| bytes as u64)
+        if ty.dtype.is_narrow() { ty.with(DType::F32) } else { ty.clone() }.bytes(bindings).map(|bytes| bytes as u64)
     };
     let all = |names: &BTreeSet<&String>| names.iter().map(|&name| bytes(name)).sum::<Result<u64, Symbol>>();
     let outputs = all(&piece.gives.iter().collect())?;

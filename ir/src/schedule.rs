@@ -289,6 +289,7 @@ mod tests {
             work,
             takes: takes.iter().map(|&piece| Taken { piece, values: vec![] }).collect(),
             gives: vec![],
+            writes: vec![],
         };
         let runs = places * chunks;
         let mut pieces: Vec<Piece> = Vec::new();

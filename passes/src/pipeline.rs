@@ -23,6 +23,8 @@ pub enum Fact {
     Adapted,
     /// Gradient and optimizer graphs exist; every update and evaluation of the plan names them.
     Differentiated,
+    /// Every rank has its parts of rows and layers.
+    Partitioned,
     /// Every value has a buffer.
     Planned,
 }

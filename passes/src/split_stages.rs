@@ -36,7 +36,7 @@ use places::Places;
 /// The pass.
 pub const PASS: Pass = Pass {
     name: "split_stages",
-    requires: &[Fact::Typed, Fact::Differentiated],
+    requires: &[Fact::Typed, Fact::Differentiated, Fact::Partitioned],
     provides: &[],
     // What adds to a gradient at several places is added up at each of them first.
     numerics: Numerics::Reassociating,

@@ -14,7 +14,7 @@ use dsgc_ir::diag::Diag;
 use dsgc_ir::schedule::{Work, order_of_pieces};
 use dsgc_ir::stage::Piece;
 use dsgc_ir::{Axis, Planned, StateId, Tensor};
-use dsgc_kernels::ranks::{Member, pack, unpack};
+use dsgc_kernels::ranks::{Group, Member, pack, unpack};
 use dsgc_kernels::{Device, Launches};
 
 /// Outputs of a graph.
@@ -67,9 +67,9 @@ impl InPieces {
         let member = self.member.clone();
         let (places, here) = (member.mesh.pipeline, self.program.place);
         let order = order_of_pieces(self.program.stage.parallel.order, pieces, places, parts.len());
-        let ranks = member.mesh.group(Axis::Pipeline, member.rank());
+        let group = member.group(Axis::Pipeline);
         let (got, sent, waiting, started) = (BTreeMap::new(), 0, Duration::ZERO, Instant::now());
-        let mut mail = Mail { graph, member: &member, ranks, got, sent, waiting };
+        let mut mail = Mail { graph, member: &member, group, got, sent, waiting };
         let is_wanted = |name: &str| wanted.is_none_or(|wanted| wanted.contains(&name));
         // The places that take something from each piece.
         let mut takers: Vec<Vec<usize>> = vec![Vec::new(); pieces.len()];
@@ -184,8 +184,8 @@ struct Mail<'a> {
     /// The graph that is in pieces.
     graph: &'a str,
     member: &'a Member,
-    /// By place.
-    ranks: Vec<usize>,
+    /// The ranks along `pipeline`.
+    group: Group<'a>,
     got: BTreeMap<What, BTreeMap<String, Tensor>>,
     /// Bytes of tensors that were posted.
     sent: u64,
@@ -212,7 +212,7 @@ impl Mail<'_> {
             message.extend(pack(tensor));
             self.sent += tensor.data.bytes() as u64;
         }
-        self.member.transport.post(self.ranks[place], message)
+        self.group.post(place, message)
     }
 
     /// Waits until this has come from a place.
@@ -223,7 +223,7 @@ impl Mail<'_> {
         self.member.transport.note(&format!("values of @{} from place {place} along `pipeline`", self.graph));
         let since = Instant::now();
         while !self.got.contains_key(&what) {
-            let message = self.member.transport.receive(self.ranks[place])?;
+            let message = self.group.receive(place)?;
             let (found, tensors) = opened(&message);
             self.got.insert(found, tensors);
         }

@@ -18,7 +18,10 @@ use crate::stages;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum On {
     Doubles,
+    /// With NaN where nothing lives.
     Cpu,
+    /// Without, which is faster.
+    Fast,
 }
 
 /// The program as the ranks of a mesh run it.
@@ -33,7 +36,7 @@ pub fn laid_out(program: &Program, mesh: Mesh, zero_stage: u8) -> Program {
 pub fn planned(program: &Program, on: On) -> Planned {
     match on {
         On::Doubles => stages::compile(program, &PassContext::new(&InterpTarget), None),
-        On::Cpu => stages::compile(program, &PassContext::new(&CpuTarget { threads: 1 }), None),
+        On::Cpu | On::Fast => stages::compile(program, &PassContext::new(&CpuTarget { threads: 1 }), None),
     }
 }
 
@@ -46,6 +49,7 @@ pub fn device(planned: &Planned, on: On, member: &Member) -> Box<dyn Device> {
     match on {
         On::Doubles => Box::new(Interp::planned(planned.clone(), Precision::F64).as_member(member.clone())),
         On::Cpu => Box::new(Cpu::poisoned(planned.clone(), 1).as_member(member.clone())),
+        On::Fast => Box::new(Cpu::new(planned.clone(), 1).as_member(member.clone())),
     }
 }
 
@@ -153,12 +157,17 @@ impl<F: FnMut(&mut dyn Device, &str, &[(&str, &Tensor)]) -> Outputs> Device for 
 /// The largest difference of the metrics, each relative to itself, and of the states: of moments relative to their largest
 /// elements, of weights, which are of the size of one or less, in absolute numbers.
 pub fn difference(a: &Ran, b: &Ran) -> (f64, f64) {
+    // Some metrics are differences of numbers of the size of one.
+    difference_above(a, b, 1e-3)
+}
+
+/// The same, where metrics are taken to be at least so large.
+pub fn difference_above(a: &Ran, b: &Ran, least: f64) -> (f64, f64) {
     let of_metrics = |a: &[Metrics], b: &[Metrics]| {
         assert_eq!(a.len(), b.len());
         let metric = |(a, b): (&Metrics, &Metrics)| {
             assert!(a.keys().eq(b.keys()), "{a:?} and {b:?}");
-            // Some are differences of numbers of the size of one.
-            let apart = |(x, y): (&f64, &f64)| (x - y).abs() / x.abs().max(y.abs()).max(1e-3);
+            let apart = |(x, y): (&f64, &f64)| (x - y).abs() / x.abs().max(y.abs()).max(least);
             a.values().zip(b.values()).map(apart).fold(0.0, f64::max)
         };
         a.iter().zip(b).map(metric).fold(0.0, f64::max)

@@ -309,6 +309,9 @@ pub struct Piece {
     /// The outputs of the graph that it gives.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub gives: Vec<String>,
+    /// The states that it writes.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub writes: Vec<String>,
 }
 
 /// What a piece takes from another.

@@ -242,10 +242,19 @@ impl Cutting<'_> {
                 work,
                 takes: takes.collect(),
                 gives: gives.map(|(name, _)| name.clone()).collect(),
+                writes: Vec::new(),
             });
         }
         let graphs = pieces.iter().zip(&keys).zip(&taken);
-        let graphs = graphs.map(|((piece, key), taken)| self.piece(piece, *key, is_last(key), taken)).collect();
+        let graphs: Vec<Graph> =
+            graphs.map(|((piece, key), taken)| self.piece(piece, *key, is_last(key), taken)).collect();
+        for (piece, graph) in pieces.iter_mut().zip(&graphs) {
+            let written = graph.ops().filter_map(|(_, op)| match op.op {
+                Op::Write { state } => Some(self.program.state(state).name.clone()),
+                _ => None,
+            });
+            piece.writes = written.collect();
+        }
         let mut inputs = Graph::like(graph, graph.name.clone());
         for input in graph.inputs() {
             inputs.input(graph.name_of(input), graph.ty(input).clone());
