@@ -119,9 +119,17 @@ fn beside(data: usize, tensor: usize, zero_stage: u8, layout: Layout) -> Layout 
 fn every_layout(pipeline: &str, sets: &[&str], layouts: &[Layout], device: On, least: f64, bound: f64) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = program(folder.path(), pipeline, sets);
-    let one = ran(&program, device, false, None);
+    let run = |program: &Program| {
+        let mut ran = ran(program, device, false, None);
+        if device != On::Doubles {
+            // A quotient of variances of a few numbers, which magnifies the rounding of these.
+            ran.steps.iter_mut().for_each(|metrics| metrics.retain(|name, _| name != "critic/explained_variance"));
+        }
+        ran
+    };
+    let one = run(&program);
     for &layout in layouts {
-        let found = ran(&on(&program, layout), device, false, None);
+        let found = run(&on(&program, layout));
         let (metrics, states) = difference_above(&found, &one, least);
         assert!(metrics <= bound && states <= bound, "{layout:?}: metrics differ by {metrics:e}, states by {states:e}");
     }

@@ -21,6 +21,7 @@ pub enum On {
     /// With NaN where nothing lives.
     Cpu,
     /// Without, which is faster.
+    #[allow(dead_code)] // Not every test of several ranks takes as many steps.
     Fast,
 }
 
