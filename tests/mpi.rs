@@ -265,6 +265,8 @@ stages:
 
 const ZERO: &str = "compile.parallel={data: 2, zero_stage: 3}";
 const TENSOR: &str = "compile.parallel={tensor: 2}";
+const EARLY: &str = "compile.parallel={pipeline: 2, microbatches: 2, schedule: 1f1b}";
+const LATE_WEIGHTS: &str = "compile.parallel={pipeline: 2, microbatches: 2, schedule: zero_bubble}";
 const ONE: &str = "compile.parallel={data: 1}";
 
 /// The lines of the metrics without times.
@@ -301,7 +303,7 @@ fn a_pipeline_has_the_numbers_of_threads() {
     let _alone = alone();
     let one = Place::with(PIPELINE);
     one.out(&["run", "pipeline.yaml"], &[]);
-    for layout in [ZERO, TENSOR] {
+    for layout in [ZERO, TENSOR, EARLY, LATE_WEIGHTS] {
         let as_threads = Place::with(PIPELINE);
         as_threads.out(&["run", "pipeline.yaml"], &[layout]);
         assert_near(&as_threads, &one, layout);

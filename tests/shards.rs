@@ -36,14 +36,14 @@ fn program(folder: &Path) -> Program {
     stages::program(folder, PIPELINE, &rows, &[])
 }
 
-/// Ranks along `data` and `tensor`, and the stage of ZeRO.
-type Layout = (usize, usize, u8);
+/// Ranks along `pipeline`, `data` and `tensor`, and the stage of ZeRO.
+type Layout = (usize, usize, usize, u8);
 
-const ONE: Layout = (1, 1, 0);
+const ONE: Layout = (1, 1, 1, 0);
 
 /// The program as these ranks run it.
-fn on(program: &Program, (data, tensor, zero_stage): Layout) -> Program {
-    laid_out(program, Mesh { data, tensor, ..Mesh::default() }, zero_stage)
+fn on(program: &Program, (pipeline, data, tensor, zero_stage): Layout) -> Program {
+    laid_out(program, Mesh { pipeline, data, tensor }, zero_stage)
 }
 
 /// Runs a stage, from the newest checkpoint if it is to be resumed; the last rank may be told to stop after a step.
@@ -62,22 +62,22 @@ fn what_ranks_write_any_number_of_ranks_reads() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = program(folder.path());
     let one = run(&program, ONE, false, None);
-    for from in [(2, 1, 0), (2, 1, 3), (1, 2, 0), (2, 2, 3), ONE] {
+    for from in [(1, 2, 1, 0), (1, 2, 1, 3), (1, 1, 2, 0), (2, 2, 1, 3), ONE] {
         let whole = run(&program, from, false, None);
         let begun = run(&program, from, false, Some(2));
         let manifest = manifest(&program, 2);
-        let ranks = from.0 * from.1;
+        let ranks = from.0 * from.1 * from.2;
         assert_eq!(manifest["format"], if ranks == 1 { 1 } else { 2 });
         let files = manifest["files"].as_object().expect("files");
         assert_eq!(files.len(), ranks, "{files:?}");
         let bytes: Vec<u64> = files.values().map(|file| file["bytes"].as_u64().expect("a size")).collect();
         let all: u64 = bytes.iter().sum();
-        if from.2 == 3 {
+        if (from.0, from.3) == (1, 3) {
             // What is too small to be cut is written by one rank.
             let share = all / ranks as u64;
             assert!(bytes.iter().all(|&own| own < share * 5 / 4), "{bytes:?} are no equal shares");
         }
-        for to in [from, ONE, (4, 1, 1), (1, 2, 0)] {
+        for to in [from, ONE, (1, 4, 1, 1), (2, 1, 2, 0)] {
             let after = run(&program, to, true, None);
             let both = Ran {
                 steps: [begun.steps.clone(), after.steps].concat(),
@@ -92,11 +92,28 @@ fn what_ranks_write_any_number_of_ranks_reads() {
     }
 }
 
+/// States have the bits that were written, whoever has written and whoever reads them.
+#[test]
+fn what_is_read_is_what_was_written() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut program = program(folder.path());
+    (program.stage.max_steps, program.stage.checkpoints.every) = (Some(2), Some(2));
+    let layouts = [(2, 1, 1, 0), (2, 2, 1, 3), (2, 1, 2, 0), (1, 2, 2, 1), ONE];
+    for from in layouts {
+        let written = run(&program, from, false, None);
+        for to in layouts {
+            let read = run(&program, to, true, None);
+            assert_eq!(read.steps, [], "the last checkpoint is the end");
+            assert!(read.states == written.states, "from {from:?} to {to:?}");
+        }
+    }
+}
+
 #[test]
 fn what_is_wrong_with_a_share_is_named() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = program(folder.path());
-    run(&program, (2, 1, 3), false, Some(2));
+    run(&program, (1, 2, 1, 3), false, Some(2));
     let checkpoint = Path::new(&program.stage.output_dir).join("checkpoints/step-00000002");
     let keeper = || {
         static STOP: AtomicBool = AtomicBool::new(false);
@@ -130,7 +147,7 @@ fn what_is_wrong_with_a_share_is_named() {
 /// The error with which three ranks end, of which the last one's program or device is another.
 fn disagreement(alter: impl Fn(Planned) -> Planned + Sync, stray: bool) -> Diag {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let planned = planned(&on(&program(folder.path()), (3, 1, 0)), On::Doubles);
+    let planned = planned(&on(&program(folder.path()), (1, 3, 1, 0)), On::Doubles);
     let rank = |member: Member| {
         let last = member.rank() == 2;
         let own = if last { alter(planned.clone()) } else { planned.clone() };

@@ -10,6 +10,7 @@ mod console;
 mod device;
 mod host;
 mod measure;
+mod places;
 mod plan_text;
 mod profile;
 mod progress;

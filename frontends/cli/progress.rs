@@ -123,6 +123,10 @@ impl Progress {
             Event::Checkpoint { step, folder, seconds } => {
                 self.line(format!("step {step}: checkpoint {} ({seconds:.1} s)", folder.display()));
             }
+            Event::Waited { places } => {
+                let shares: Vec<String> = places.iter().map(|share| format!("{:.1} %", 100.0 * share)).collect();
+                self.line(format!("ranks along `pipeline` waited for each other, by place: {}", shares.join(", ")));
+            }
             Event::Saved { role, folder } => self.line(format!("wrote `{role}` to {}", folder.display())),
         }
     }

@@ -5,12 +5,14 @@ use std::fmt;
 use std::iter::Sum;
 use std::ops::Add;
 
-use dsgc_ir::cost::{graph_cost, graph_sent};
+use dsgc_ir::cost::{graph_cost, graph_sent, handed_on};
 use dsgc_ir::stage::{CallSteps, Role, Rows, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::verify::last_uses;
 use dsgc_ir::{Class, DType, Dim, Graph, Mesh, Planned, Program, Region, State, StateId, StateKind, Target, Type};
 use dsgc_passes::{Step, live_bytes};
 use serde_json::{Value, json};
+
+use crate::places::PlacesReport;
 
 /// What became of one stage.
 pub struct StageReport {
@@ -28,6 +30,8 @@ pub struct StageReport {
     kernels: Vec<KernelUse>,
     /// Bytes of parameters and state, values, workspace.
     memory: [usize; 3],
+    /// Where ranks have different layers, what they have.
+    places: Option<PlacesReport>,
 }
 
 /// Ops of one name that become kernels of one kind.
@@ -196,8 +200,9 @@ impl Extent {
 }
 
 impl StageReport {
-    /// Reads the report off a planned program.
-    pub fn new(program: &Planned, passes: Vec<PassReport>, target: &dyn Target) -> StageReport {
+    /// Reads the report off the planned programs of all places along `pipeline`, and what passes made of the first.
+    pub fn new(places: &[Planned], passes: Vec<PassReport>, target: &dyn Target) -> StageReport {
+        let program = &places[0];
         let count = |trained_only: bool| {
             let params = program.states.iter().filter(|s| match s.kind {
                 StateKind::Param { trained } => trained || !trained_only,
@@ -216,6 +221,7 @@ impl StageReport {
             })
             .collect();
         let arena = program.arena;
+        let places = (places.len() > 1).then(|| PlacesReport::new(places, &work.gradients));
         StageReport {
             name: program.stage.name.clone(),
             recipe: program.stage.recipe.clone(),
@@ -227,6 +233,7 @@ impl StageReport {
             graphs,
             kernels: KernelUse::all(program, target),
             memory: [arena.persistent, arena.values, arena.scratch],
+            places,
         }
     }
 
@@ -287,7 +294,7 @@ impl StageReport {
             .map(|k| json!({"op": k.op, "lowering": k.lowering, "count": k.count, "workspace_bytes": k.workspace}))
             .collect();
         let [persistent, values, scratch] = self.memory;
-        json!({
+        let mut report = json!({
             "stage": self.name,
             "recipe": self.recipe,
             "mesh": self.mesh,
@@ -302,7 +309,11 @@ impl StageReport {
             "memory": {
                 "persistent": persistent, "values": values, "scratch": scratch, "peak": persistent + values + scratch,
             },
-        })
+        });
+        if let Some(places) = &self.places {
+            report["pipeline"] = places.json();
+        }
+        report
     }
 }
 
@@ -315,7 +326,8 @@ impl fmt::Display for StageReport {
             writeln!(f, "    {role}")?;
         }
         if !self.mesh.is_single() {
-            writeln!(f, "  ranks           {}: {}; what follows is of one of them", self.mesh.ranks(), self.mesh)?;
+            let which = if self.places.is_some() { "the first" } else { "one" };
+            writeln!(f, "  ranks           {}: {}; what follows is of {which} of them", self.mesh.ranks(), self.mesh)?;
         }
         for (what, done) in &self.work.calls {
             writeln!(f, "  {what:<15} {done} per full batch")?;
@@ -353,7 +365,8 @@ impl fmt::Display for StageReport {
             size(persistent),
             size(values),
             size(scratch)
-        )
+        )?;
+        self.places.iter().try_for_each(|places| write!(f, "\n{places}"))
     }
 }
 
@@ -399,16 +412,28 @@ struct Work {
     updates: Vec<(String, String, Amount)>,
     /// Graphs that train nothing, and models that generate: what it is, for the largest batch.
     calls: Vec<(String, Amount)>,
+    /// Graphs of gradients, with the parts of a full batch.
+    gradients: Vec<(String, usize)>,
 }
 
 impl Work {
     /// Adds statements whose batch has this many rows, in calls of `micro`.
     fn collect(&mut self, program: &Program, plan: &[Statement], rows: usize, micro: usize) {
         let of = |name: &String| {
-            let graph = program.graph(name).expect("the passes made it");
-            let bounds = graph.upper_bounds();
-            let flops = graph_cost(graph, &bounds).map_or(0, |c| c.flops);
-            Amount { flops, sent: graph_sent(graph, &bounds, &program.mesh).unwrap_or(0) }
+            let own = |graph: &str| {
+                let graph = program.graph(graph).expect("the passes made it");
+                let bounds = graph.upper_bounds();
+                let flops = graph_cost(graph, &bounds).map_or(0, |c| c.flops);
+                Amount { flops, sent: graph_sent(graph, &bounds, &program.mesh).unwrap_or(0) }
+            };
+            let Some(pieces) = program.stage.pieces.get(name) else { return own(name) };
+            let here = pieces.iter().enumerate().filter(|(_, piece)| piece.place == program.place);
+            let handed = |at: usize| {
+                let bounds = program.graph(&pieces[at].graph).expect("the pass made it").upper_bounds();
+                let by_place = handed_on(program, pieces, at, &bounds).unwrap_or_default().into_iter().enumerate();
+                by_place.filter(|(place, _)| *place != program.place).map(|(_, bytes)| bytes).sum()
+            };
+            here.map(|(at, piece)| own(&piece.graph) + Amount { flops: 0, sent: handed(at) }).sum()
         };
         let all = |names: &[String]| names.iter().map(of).sum::<Amount>();
         // Ranks with different rows have equal shares of them.
@@ -430,6 +455,7 @@ impl Work {
                     let total = match update.steps.as_ref().expect("the passes filled it in") {
                         UpdateSteps::Whole { step } => of(step),
                         UpdateSteps::Split { terms, squares, apply } => {
+                            self.gradients.extend(terms.iter().map(|t| (t.grad.clone(), parts as usize)));
                             let term = |t: &TermSteps| (all(&t.count) + of(&t.grad)).times(parts) + of(&t.finish);
                             let last = of(apply) + squares.as_ref().map(of).unwrap_or_default();
                             terms.iter().map(term).sum::<Amount>() + last

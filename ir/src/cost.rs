@@ -6,13 +6,17 @@
 //!
 //! [`time`] makes one figure of both, by which passes choose between programs.
 
+use std::collections::BTreeSet;
+
 use crate::body::product_parts;
 use crate::dim::{Bindings, Symbol};
 use crate::graph::{Graph, OpData};
 use crate::infer::Contraction;
 use crate::mesh::Mesh;
 use crate::op::{Class, Op};
-use crate::types::Type;
+use crate::program::Program;
+use crate::stage::Piece;
+use crate::types::{DType, Type};
 
 /// Floating-point operations that a device does while it moves a byte: 487 GFLOP/s beside 57 GB/s on two cores of a
 /// Zen 5. Graphics cards have more of both, in about the same proportion.
@@ -203,6 +207,28 @@ pub fn graph_sent(graph: &Graph, bindings: &Bindings, mesh: &Mesh) -> Result<u64
         sent(&op.op, &args, &results, bindings, mesh)
     };
     graph.ops().map(|(_, op)| one(op)).try_fold(0, |sum, sent| Ok(sum + sent?))
+}
+
+/// Bytes that a piece of a graph hands on to ranks of each place along `pipeline` for a part of a batch, its own place among
+/// them, of a planned program of its place. Tensors lie on the host between pieces, where narrow floats are f32. Outputs of the
+/// graph, which all places get, count where they are sent. An unbound symbol otherwise.
+pub fn handed_on(program: &Program, pieces: &[Piece], at: usize, bindings: &Bindings) -> Result<Vec<u64>, Symbol> {
+    let piece = &pieces[at];
+    let graph = program.graph(&piece.graph).unwrap_or_else(|| panic!("bug: @{} is of another place", piece.graph));
+    let bytes = |name: &String| {
+        let (_, value) = graph.outputs.iter().find(|(output, _)| output == name).expect("the piece gives it");
+        let ty = graph.ty(*value);
+        if ty.dtype.is_narrow() { ty.with(DType::F32) } else { ty.clone() }.bytes(bindings).map(|bytes| bytes as u64)
+    };
+    let all = |names: &BTreeSet<&String>| names.iter().map(|&name| bytes(name)).sum::<Result<u64, Symbol>>();
+    let outputs = all(&piece.gives.iter().collect())?;
+    (0..program.mesh.pipeline)
+        .map(|place| {
+            let takes = pieces.iter().filter(|p| p.place == place).flat_map(|p| &p.takes);
+            let taken = takes.filter(|taken| taken.piece == at).flat_map(|taken| &taken.values).collect();
+            Ok(all(&taken)? + if place == piece.place { 0 } else { outputs })
+        })
+        .collect()
 }
 
 /// The types of an op's operands and results.

@@ -55,6 +55,7 @@ mod parse;
 pub mod print;
 mod program;
 mod quantized;
+pub mod schedule;
 pub mod segment;
 pub mod stage;
 mod target;

@@ -127,10 +127,32 @@ pub struct Placement {
     pub cuts: Vec<Cut>,
     /// An axis over which the ranks' values are added up to the value that is meant.
     pub partial: Option<Axis>,
+    /// Places along `pipeline` that have it, in their order; none where all have. A rank of another place has a part
+    /// without elements, whose first dim is 0.
+    pub places: Vec<usize>,
 }
 
 impl Placement {
-    /// Extents of a rank's part.
+    /// The whole on every rank.
+    pub fn of_whole(whole: Vec<usize>) -> Placement {
+        Placement { whole, cuts: Vec::new(), partial: None, places: Vec::new() }
+    }
+
+    /// Whether ranks of a place along `pipeline` have some of it.
+    pub fn is_at(&self, place: usize) -> bool {
+        self.places.is_empty() || self.places.contains(&place)
+    }
+
+    /// Extents of the part of a rank of a place along `pipeline`.
+    pub fn local_at(&self, mesh: &Mesh, place: usize) -> Vec<usize> {
+        let mut shape = self.local(mesh);
+        if !self.is_at(place) {
+            shape[0] = 0;
+        }
+        shape
+    }
+
+    /// Extents of the part of a rank that has some of it.
     pub fn local(&self, mesh: &Mesh) -> Vec<usize> {
         let mut shape = self.whole.clone();
         for cut in &self.cuts {
@@ -148,6 +170,9 @@ impl Placement {
             let first = (held.start + mesh.place(cut.over, rank) * len).min(held.end);
             *held = first..(first + len).min(held.end);
             local[cut.dim] = len;
+        }
+        if !self.is_at(mesh.place(Axis::Pipeline, rank)) {
+            region[0] = 0..0;
         }
         region
     }
@@ -169,7 +194,7 @@ impl Placement {
         for cut in &self.cuts {
             part = part.shard(cut.dim, mesh.size(cut.over), mesh.place(cut.over, rank));
         }
-        part
+        if self.is_at(mesh.place(Axis::Pipeline, rank)) { part } else { part.rows(0..0) }
     }
 
     /// The whole from the parts of all ranks, in their order.
@@ -185,7 +210,12 @@ impl Placement {
             shape[cut.dim] = shape[cut.dim].div_ceil(mesh.size(cut.over));
             before.push(shape);
         }
-        let mut parts = parts.to_vec();
+        // What a place does not have, its ranks take from the first one that does.
+        let owner = |rank: usize| match self.is_at(mesh.place(Axis::Pipeline, rank)) {
+            true => rank,
+            false => mesh.group(Axis::Pipeline, rank)[self.places[0]],
+        };
+        let mut parts: Vec<Tensor> = (0..parts.len()).map(|rank| parts[owner(rank)].clone()).collect();
         for (cut, shape) in self.cuts.iter().zip(&before).rev() {
             let join = |rank: usize| {
                 let group: Vec<&Tensor> = mesh.group(cut.over, rank).iter().map(|&r| &parts[r]).collect();
@@ -316,6 +346,22 @@ mod tests {
         }
     }
 
+    #[test]
+    fn places_that_have_nothing_have_no_elements() {
+        let mesh = Mesh { pipeline: 3, data: 2, tensor: 1 };
+        let tensor = Tensor::i32(&[3, 2], (1..=6).collect());
+        let cuts = vec![Cut { over: Axis::Data, dim: 0 }];
+        let placement = Placement { cuts, places: vec![1, 2], ..Placement::of_whole(vec![3, 2]) };
+        let parts: Vec<Tensor> = (0..6).map(|rank| placement.part(&mesh, rank, &tensor)).collect();
+        let shapes: Vec<&[usize]> = parts.iter().map(|part| part.shape.as_slice()).collect();
+        assert_eq!(shapes, [[0, 2], [0, 2], [2, 2], [2, 2], [2, 2], [2, 2]]);
+        for (rank, part) in parts.iter().enumerate() {
+            assert_eq!(part.shape, placement.local_at(&mesh, mesh.place(Axis::Pipeline, rank)));
+            assert_eq!(placement.region(&mesh, rank)[0].is_empty(), rank < 2);
+        }
+        assert_eq!(placement.whole(&mesh, &parts), tensor);
+    }
+
     /// Uneven dims, one cut after the other on one dim, and cuts of two dims.
     #[test]
     fn parts_of_all_ranks_are_the_whole() {
@@ -329,7 +375,7 @@ mod tests {
         ];
         for (cuts, shape) in all.into_iter().flat_map(|c| [[7, 5], [6, 4], [2, 3]].map(move |s| (c.clone(), s))) {
             let tensor = Tensor::i32(&shape, (1..=(shape[0] * shape[1]) as i32).collect());
-            let placement = Placement { whole: shape.to_vec(), cuts, partial: None };
+            let placement = Placement { cuts, ..Placement::of_whole(shape.to_vec()) };
             let parts: Vec<Tensor> = (0..6).map(|rank| placement.part(&mesh, rank, &tensor)).collect();
             assert!(parts.iter().all(|part| part.shape == placement.local(&mesh)));
             assert_eq!(placement.whole(&mesh, &parts), tensor, "{placement:?}");

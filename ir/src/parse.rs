@@ -59,6 +59,10 @@ impl<'a> Reader<'a> {
                     };
                     let [pipeline, data, tensor] = Axis::ALL.map(&mut size);
                     self.program.mesh = Mesh { pipeline: pipeline?, data: data?, tensor: tensor? };
+                    if self.take_word("place") {
+                        self.expect("=")?;
+                        self.program.place = self.number()?;
+                    }
                 }
                 "arena" => {
                     let mut field = |name: &str| -> Read<usize> {
@@ -123,9 +127,7 @@ impl<'a> Reader<'a> {
         if !self.take_word("of") {
             return Ok(None);
         }
-        let text = self.attribute_value()?;
-        let whole = Vec::<usize>::read(text).map_err(|why| self.error(why))?;
-        let mut placement = Placement { whole, cuts: Vec::new(), partial: None };
+        let mut placement = Placement::of_whole(self.numbers()?);
         while self.take_word("cut") {
             let over = self.axis()?;
             self.expect("/")?;
@@ -134,7 +136,15 @@ impl<'a> Reader<'a> {
         if self.take_word("partial") {
             placement.partial = Some(self.axis()?);
         }
+        if self.take_word("at") {
+            placement.places = self.numbers()?;
+        }
         Ok(Some(placement))
+    }
+
+    fn numbers(&mut self) -> Read<Vec<usize>> {
+        let text = self.attribute_value()?;
+        Vec::<usize>::read(text).map_err(|why| self.error(why))
     }
 
     fn axis(&mut self) -> Read<Axis> {

@@ -18,7 +18,11 @@ impl fmt::Display for Program {
             writeln!(f, "source {i} {}", quoted(name))?;
         }
         if !self.mesh.is_single() {
-            writeln!(f, "mesh {}", self.mesh)?;
+            write!(f, "mesh {}", self.mesh)?;
+            if self.mesh.pipeline > 1 {
+                write!(f, " place={}", self.place)?;
+            }
+            writeln!(f)?;
         }
         if self.level == Level::Planned {
             let a = self.arena;
@@ -62,10 +66,13 @@ fn write_placement(f: &mut fmt::Formatter<'_>, placement: Option<&Placement>) ->
     for cut in &placement.cuts {
         write!(f, " cut {}/{}", cut.over, cut.dim)?;
     }
-    match placement.partial {
-        Some(axis) => write!(f, " partial {axis}"),
-        None => Ok(()),
+    if let Some(axis) = placement.partial {
+        write!(f, " partial {axis}")?;
     }
+    if !placement.places.is_empty() {
+        write!(f, " at {:?}", placement.places)?;
+    }
+    Ok(())
 }
 
 /// The text form of one graph of a program.

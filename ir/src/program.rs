@@ -132,6 +132,9 @@ pub struct Program {
     pub level: Level,
     /// The ranks that run it.
     pub mesh: Mesh,
+    /// Where those that run this very program stand along `pipeline`: ranks of another place have other layers, and so
+    /// another program, but the same states in the same order, and the same plan.
+    pub place: usize,
     /// Names of the files that locations point into; their index is [`Span::source`].
     pub sources: Vec<String>,
     /// Parameters and state; [`StateId`] is the index.

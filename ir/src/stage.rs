@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::diag::Span;
+use crate::schedule::PipelineOrder;
 use crate::types::DType;
 
 pub use plan::*;
@@ -58,10 +59,13 @@ pub struct Stage {
     /// What rows of sequences have in common, for graphs that compute it once; filled in by the pass `share_prefix`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub prefixes: Vec<Prefix>,
+    /// Graphs that ranks with different layers run piece by piece, by their names; filled in by the pass `split_stages`.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub pieces: BTreeMap<String, Vec<Piece>>,
     /// What may be computed twice to need less memory.
     #[serde(skip_serializing_if = "Memory::is_default")]
     pub memory: Memory,
-    /// Where the user says how many ranks share layers.
+    /// What the user says of the ranks that run the stage.
     #[serde(skip_serializing_if = "Parallel::is_default")]
     pub parallel: Parallel,
     /// When the stage writes down where it stands.
@@ -129,11 +133,25 @@ impl Checkpoints {
 }
 
 /// What the user says of the ranks that run a stage, beside how many there are ([`crate::Mesh`]).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Parallel {
     /// Where it stands how many share every layer.
-    pub span: Span,
+    pub tensor: Span,
+    /// Where it stands how many share the layers out.
+    pub pipeline: Span,
+    /// The order in which ranks with different layers work on the parts of a batch.
+    #[serde(skip_serializing_if = "PipelineOrder::is_default")]
+    pub order: PipelineOrder,
+    /// How many runs of layers each of those ranks has, at least 1.
+    #[serde(skip_serializing_if = "is_one")]
+    pub virtual_stages: usize,
+}
+
+impl Default for Parallel {
+    fn default() -> Parallel {
+        Parallel { tensor: Span::NONE, pipeline: Span::NONE, order: PipelineOrder::default(), virtual_stages: 1 }
+    }
 }
 
 impl Parallel {

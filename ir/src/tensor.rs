@@ -17,6 +17,19 @@ pub enum Data {
     Key(Vec<[u32; 2]>),
 }
 
+impl Data {
+    /// Bytes of the elements.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Data::F32(v) => size_of_val(v.as_slice()),
+            Data::F64(v) => size_of_val(v.as_slice()),
+            Data::I32(v) => size_of_val(v.as_slice()),
+            Data::Bool(v) => size_of_val(v.as_slice()),
+            Data::Key(v) => size_of_val(v.as_slice()),
+        }
+    }
+}
+
 /// A dense row-major tensor with a shape of plain numbers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {

@@ -169,7 +169,13 @@ fn placements_fit(program: &Program) -> Result<(), String> {
         if placement.cuts.iter().any(|cut| cut.dim >= placement.whole.len()) {
             return Err(format!("a cut of `@{}` is along no dim of it", state.name));
         }
-        let local = placement.local(&program.mesh);
+        if !placement.places.is_empty() && placement.whole.is_empty() {
+            return Err(format!("`@{}` is one number, which every rank has", state.name));
+        }
+        if placement.places.iter().any(|&place| place >= program.mesh.pipeline) {
+            return Err(format!("`@{}` is at {:?} of {} ranks", state.name, placement.places, program.mesh.pipeline));
+        }
+        let local = placement.local_at(&program.mesh, program.place);
         if state.ty.dims.iter().map(Dim::constant).ne(local.iter().map(|&n| Some(n as i64))) {
             return Err(format!("`@{}` is {}, and a rank's part of it is {local:?}", state.name, state.ty));
         }

@@ -54,6 +54,12 @@ pub trait Device {
         Ok(outputs)
     }
 
+    /// The same for several parts of a batch, one after the other; of each part what it gives. A device that runs a graph in
+    /// pieces works on several parts at a time.
+    fn run_parts(&mut self, graph: &str, parts: &[Vec<(&str, &Tensor)>]) -> Result<Vec<Vec<(String, Tensor)>>, Diag> {
+        parts.iter().map(|inputs| self.run(graph, inputs)).collect()
+    }
+
     /// Bytes that it has sent to other ranks for ops of graphs.
     fn sent(&self) -> u64 {
         0

@@ -50,6 +50,12 @@ pub trait Transport: Send + Sync {
         take: &mut dyn FnMut(usize, &[u8]),
     ) -> Result<(), Diag>;
 
+    /// Sends a message of any length and keeps it until the other rank takes it by [`Transport::receive`], so nobody waits.
+    fn post(&self, to: usize, message: Vec<u8>) -> Result<(), Diag>;
+
+    /// The oldest message that a rank has posted to this one and this one has not received; waits for it.
+    fn receive(&self, from: usize) -> Result<Vec<u8>, Diag>;
+
     /// What this rank begins, which a message says where it waits too long: `` `all_reduce` %sum in @grad ``.
     fn note(&self, what: &str);
 
@@ -79,6 +85,14 @@ impl Transport for Alone {
     ) -> Result<(), Diag> {
         take(0, message);
         Ok(())
+    }
+
+    fn post(&self, _: usize, _: Vec<u8>) -> Result<(), Diag> {
+        panic!("bug: the only rank posts a message");
+    }
+
+    fn receive(&self, _: usize) -> Result<Vec<u8>, Diag> {
+        panic!("bug: the only rank waits for a message");
     }
 
     fn note(&self, _: &str) {}

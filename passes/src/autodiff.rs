@@ -232,6 +232,7 @@ impl Derive {
             && rows.fit()
             && !aligned
             && program.mesh.data == 1
+            && program.mesh.pipeline == 1
         {
             let Derived::Whole(step) = self.term(program, &update.role, term, *rows, false)? else {
                 unreachable!("bug: a whole step of `{}` was cut", term.graph)
@@ -248,6 +249,9 @@ impl Derive {
                 Ok(Derived::Whole(_)) => unreachable!("bug: a part of `{}` was not cut", term.graph),
                 Err(diag) if program.mesh.data > 1 => {
                     return Err(diag.help("ranks with different rows each compute a part: write `data: 1`"));
+                }
+                Err(diag) if program.mesh.pipeline > 1 => {
+                    return Err(diag.help("ranks with different layers work on parts: write `pipeline: 1`"));
                 }
                 Err(diag) if aligned && rows.fit() => {
                     return Err(diag.help("with `align_overflow: false`, the batch is one call and needs no sums"));

@@ -23,6 +23,7 @@ mod rebuild;
 pub mod rematerialize;
 pub mod share_prefix;
 pub mod simplify;
+pub mod split_stages;
 
 pub use pipeline::{Fact, Notes, Numerics, Observer, PIPELINE, Pass, PassContext, Step, compile, run_passes};
 pub use plan_memory::live_bytes;

@@ -40,7 +40,7 @@ use assign::Assigned;
 pub const PASS: Pass = Pass {
     name: "partition",
     requires: &[Fact::Typed, Fact::Differentiated],
-    provides: &[],
+    provides: &[Fact::Partitioned],
     // Sums over rows are taken of each rank's rows first.
     numerics: Numerics::Reassociating,
     run,

@@ -9,7 +9,7 @@ use dsgc_ir::{Level, Planned, Program, Target};
 
 use crate::{
     adapt, autodiff, canonicalize, copies, decode, fit, fuse, infer, join_updates, merge, order, partition,
-    plan_memory, precision, quantize, rematerialize, share_prefix, simplify,
+    plan_memory, precision, quantize, rematerialize, share_prefix, simplify, split_stages,
 };
 
 /// What a program satisfies at a point of the pipeline.
@@ -23,6 +23,8 @@ pub enum Fact {
     Adapted,
     /// Gradient and optimizer graphs exist; every update and evaluation of the plan names them.
     Differentiated,
+    /// Every rank has its parts of rows and layers.
+    Partitioned,
     /// Every value has a buffer.
     Planned,
 }
@@ -115,6 +117,8 @@ pub const PIPELINE: &[Pass] = &[
     partition::PASS,
     // Before regions are made, so that what is recomputed becomes part of what uses it.
     rematerialize::PASS,
+    // After it, so that what is recomputed becomes part of the piece that uses it.
+    split_stages::PASS,
     merge::PASS,
     fuse::PASS,
     order::PASS,

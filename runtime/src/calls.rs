@@ -37,6 +37,22 @@ pub(crate) fn call_for(
     Ok(device.run_for(&graph.name, &inputs_of(graph, given), wanted)?.into_iter().collect())
 }
 
+/// Runs a graph on several parts of a batch, with further tensors that all of them take.
+fn call_parts(
+    device: &mut dyn Device,
+    program: &Program,
+    graph: &str,
+    parts: &[Named],
+    all: &Named,
+) -> Result<Vec<Named>, Diag> {
+    let graph = graph_named(program, graph);
+    let prefixes: Vec<Named> =
+        parts.iter().map(|part| prefixes(program, graph, &[part, all])).collect::<Result<_, _>>()?;
+    let inputs: Vec<_> = parts.iter().zip(&prefixes).map(|(part, p)| inputs_of(graph, &[part, all, p])).collect();
+    let made = device.run_parts(&graph.name, &inputs)?;
+    Ok(made.into_iter().map(|outputs| outputs.into_iter().collect()).collect())
+}
+
 /// Those of the given tensors that a graph names.
 fn inputs_of<'a>(graph: &'a Graph, given: &[&'a Named]) -> Vec<(&'a str, &'a Tensor)> {
     let named = |v| {
@@ -188,10 +204,8 @@ impl<'a> Parts<'a> {
         parts: &[Named],
     ) -> Result<Outputs, Diag> {
         let group = member.group(Axis::Data);
-        let mut of_parts = |graph: &str, totals: &Named| {
-            let made = parts.iter().map(|part| call(device, program, graph, &[part, totals]));
-            of_all_parts(&group, made.collect::<Result<_, _>>()?)
-        };
+        let mut of_parts =
+            |graph: &str, totals: &Named| of_all_parts(&group, call_parts(device, program, graph, parts, totals)?);
         let mut totals = Named::new();
         for graph in self.count {
             let mut round = Named::new();

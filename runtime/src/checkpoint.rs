@@ -52,8 +52,8 @@ const FINISHED: &str = "finished.json";
 const STAGING: &str = ".writing";
 const REPLACED: &str = ".replaced";
 
-/// What makes two runs of a stage the same one: its settings, and its graphs before any pass. How many ranks run it, and what
-/// each of them holds, is no part of it.
+/// What makes two runs of a stage the same one: its settings, and its graphs before any pass. How many ranks run it, what
+/// each of them holds, and how many rows are in one call, is no part of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Identity {
     settings: Value,
@@ -116,11 +116,14 @@ impl Identity {
     }
 }
 
-/// Takes out places in files, and what ranks share out.
+/// Takes out places in files, what ranks share out, and how many rows are in one call.
 fn strip(value: &mut Value) {
     match value {
         Value::Object(entries) => {
-            entries.retain(|key, _| key != "span" && key != "zero_stage");
+            entries.retain(|key, _| !["span", "zero_stage", "micro_batch_size"].contains(&key.as_str()));
+            if let Some(Value::Object(generate)) = entries.get_mut("generate") {
+                generate.remove("rows");
+            }
             entries.values_mut().for_each(strip);
         }
         Value::Array(entries) => entries.iter_mut().for_each(strip),
@@ -438,10 +441,14 @@ fn kept(program: &Program) -> Vec<StateId> {
     let first: BTreeSet<&String> =
         stage.roles.iter().map(|role| &role.init).chain(&stage.init).chain(adapters).collect();
     let mut written = BTreeSet::new();
-    for graph in program.graphs.iter().filter(|graph| !first.contains(&graph.name)) {
+    let is_piece = |graph: &str| stage.pieces.values().flatten().any(|piece| piece.graph == graph);
+    for graph in program.graphs.iter().filter(|graph| !first.contains(&graph.name) && !is_piece(&graph.name)) {
         written
             .extend(graph.ops().filter_map(|(_, op)| if let Op::Write { state } = op.op { Some(state) } else { None }));
     }
+    // Of pieces, those of other places count too: all ranks keep the same states.
+    let pieces = stage.pieces.iter().filter(|(graph, _)| !first.contains(graph)).flat_map(|(_, pieces)| pieces);
+    written.extend(pieces.flat_map(|piece| &piece.writes).filter_map(|name| program.state_named(name)));
     let lasts = |id: &StateId| matches!(program.state(*id).kind, StateKind::Param { .. } | StateKind::State);
     written.into_iter().filter(lasts).collect()
 }

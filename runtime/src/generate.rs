@@ -180,7 +180,9 @@ pub(crate) fn generate(
     let device = device.as_mut();
     let steps = generate.steps.as_ref().unwrap_or_else(|| panic!("bug: `decode` left a generation as it was"));
     let graphs = [&steps.prefill, &steps.step].map(|graph| graph_named(program, graph));
-    let collective = graphs.iter().any(|graph| graph.ops().any(|(_, op)| op.op.class() == Class::Collective));
+    // Of graphs in pieces, other ranks along `pipeline` may have pieces that do.
+    let collective = program.mesh.data > 1 && program.mesh.pipeline > 1
+        || graphs.iter().any(|graph| graph.ops().any(|(_, op)| op.op.class() == Class::Collective));
     let mut decoder = Decoder::new(program, steps);
     let (ids, segments) = (member_of(generate, prompt, "tokens")?, member_of(generate, prompt, "segment")?);
     let width = prompt["tokens"].shape[1];

@@ -18,6 +18,7 @@ mod generate;
 mod generator;
 mod metrics;
 pub mod mpi;
+mod pieces;
 mod plan;
 mod rank;
 mod roles;

@@ -79,6 +79,7 @@ fn line(stage: &str, event: &Event) -> Option<Value> {
         | Event::New { .. }
         | Event::Health { .. }
         | Event::NoRows { .. }
+        | Event::Waited { .. }
         | Event::Checkpoint { .. }
         | Event::Saved { .. } => {
             return None;

@@ -80,6 +80,16 @@ struct Mpi {
     watch: Watch,
     /// Where chunks arrive that are taken one by one: words, since they hold numbers.
     chunks: Mutex<Vec<u64>>,
+    /// Messages that are on their way without anybody waiting, with MPI's handles of their chunks.
+    posted: Mutex<Vec<Posted>>,
+}
+
+/// A message that MPI reads until all of its chunks are sent.
+struct Posted {
+    /// Its length, which goes before it.
+    _head: Box<[u8; size_of::<u64>()]>,
+    _message: Vec<u8>,
+    requests: Vec<usize>,
 }
 
 /// What happens to bytes that arrive.
@@ -109,7 +119,14 @@ impl Mpi {
             let help = "the launcher is of another MPI; `DSGC_MPI` may name the library that belongs to it";
             return Err(Diag::error(message).help(help));
         }
-        Ok(Mpi { library, rank, size, watch: Watch::new(rank, least), chunks: Mutex::default() })
+        Ok(Mpi {
+            library,
+            rank,
+            size,
+            watch: Watch::new(rank, least),
+            chunks: Mutex::default(),
+            posted: Mutex::default(),
+        })
     }
 
     /// Sends and receives in chunks, a few at a time, and asks MPI again and again how far they are: only such calls move
@@ -255,6 +272,31 @@ impl Transport for Mpi {
         chunks.resize(WINDOW * CHUNK / size_of::<u64>(), 0);
         self.transfer(to, message, from, bytes, Arrival::Taken(chunks.as_mut_ptr().cast(), take));
         Ok(())
+    }
+
+    fn post(&self, to: usize, message: Vec<u8>) -> Result<(), Diag> {
+        let head = Box::new((message.len() as u64).to_ne_bytes());
+        // SAFETY: both lie on the heap, where they stay until MPI has sent them.
+        let mut requests = vec![unsafe { self.library.send(head.as_ptr().cast(), head.len(), to) }];
+        requests.extend(
+            // SAFETY: as above.
+            message.chunks(CHUNK).map(|chunk| unsafe { self.library.send(chunk.as_ptr().cast(), chunk.len(), to) }),
+        );
+        let mut posted = self.posted.lock().unwrap_or_else(PoisonError::into_inner);
+        posted.push(Posted { _head: head, _message: message, requests });
+        for message in posted.iter_mut() {
+            message.requests.retain_mut(|request| self.library.test(request).is_none());
+        }
+        posted.retain(|message| !message.requests.is_empty());
+        Ok(())
+    }
+
+    fn receive(&self, from: usize) -> Result<Vec<u8>, Diag> {
+        let mut head = [0; size_of::<u64>()];
+        self.exchange(self.rank, &[], from, &mut head)?;
+        let mut message = vec![0; u64::from_ne_bytes(head) as usize];
+        self.exchange(self.rank, &[], from, &mut message)?;
+        Ok(message)
     }
 
     fn note(&self, what: &str) {

@@ -1,7 +1,9 @@
 //! A stage that runs: its models in a device, its data, its plan.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -16,6 +18,7 @@ use sha2::{Digest, Sha256};
 use crate::calls::{self, Named, graph_named};
 use crate::checkpoint::{Keeper, hex};
 use crate::data::{DataReport, Dataset};
+use crate::pieces::{InPieces, Spent};
 use crate::plan::{Cache, Counters, Place, Told};
 use crate::rank::Rank;
 use crate::roles;
@@ -89,6 +92,11 @@ pub enum Event {
         /// Rows that it has.
         rows: usize,
     },
+    /// Ranks with different layers have waited for each other.
+    Waited {
+        /// For each place along `pipeline`, the share of the time of all gradients in which its ranks had nothing to do.
+        places: Vec<f64>,
+    },
     /// Where the stage stands was written.
     Checkpoint {
         /// Optimizer steps before it.
@@ -114,6 +122,8 @@ pub type Observer<'a> = &'a mut dyn FnMut(&Event) -> Result<(), Diag>;
 pub struct Session {
     pub(crate) program: Planned,
     pub(crate) rank: Rank,
+    /// On gradients that ranks with different layers compute together.
+    spent: Rc<Cell<Spent>>,
     pub(crate) data: BTreeMap<String, Dataset>,
     /// Optimizer steps taken, by role.
     pub(crate) taken: BTreeMap<String, u64>,
@@ -158,6 +168,12 @@ impl Session {
         observer: Observer,
     ) -> Result<Session, Vec<Diag>> {
         assert_eq!(program.mesh, member.mesh, "bug: a rank of another mesh than the program's");
+        assert_eq!(
+            program.place,
+            member.mesh.place(Axis::Pipeline, member.rank()),
+            "bug: a rank of another place than the program's"
+        );
+        let (device, spent) = InPieces::wrap(device, &program, &member);
         let mut rank = Rank { device, member };
         rank.agree(&planned(&program, &rank.member), false).map_err(|e| vec![e])?;
         outermost(&program.stage.plan).map_err(|e| vec![e])?;
@@ -192,6 +208,7 @@ impl Session {
         Ok(Session {
             program,
             rank,
+            spent,
             data,
             taken: BTreeMap::new(),
             ahead: VecDeque::new(),
@@ -236,6 +253,9 @@ impl Session {
             (_, Ended::Stopped(step)) => return Ok(Ended::Stopped(step)),
             (reached, Ended::Finished) => reached,
         };
+        if !self.program.stage.pieces.is_empty() {
+            observer(&Event::Waited { places: self.waited()? })?;
+        }
         // Writing needs memory of its own, which what trained before does not need any more.
         self.rank.device.rest();
         self.rank.on_first(&self.program, |states| roles::save_all(&self.program, states, observer))?;
@@ -244,6 +264,26 @@ impl Session {
             self.rank.on_first(&self.program, |_| keeper.finish(self.steps()))?;
         }
         Ok(Ended::Finished)
+    }
+
+    /// For each place along `pipeline`, the share of the time in which its ranks waited. All ranks call this.
+    fn waited(&self) -> Result<Vec<f64>, Diag> {
+        let (mesh, Spent { all, waiting }) = (self.program.mesh, self.spent.get());
+        let own = [all, all.saturating_sub(waiting)].map(|time| time.as_nanos() as u64).map(u64::to_ne_bytes);
+        let read = |message: Vec<u8>| {
+            let time = |bytes: &[u8]| u64::from_ne_bytes(bytes.try_into().expect("two times"));
+            let (all, busy) = message.split_at(size_of::<u64>());
+            (time(all), time(busy))
+        };
+        let times: Vec<(u64, u64)> = self.rank.member.all().messages(&own.concat())?.into_iter().map(read).collect();
+        // A rank that has no part left goes on and waits elsewhere.
+        let longest = times.iter().map(|(all, _)| *all).max().unwrap_or(0).max(1) as f64;
+        let of_place = |place: usize| {
+            let ranks = (0..mesh.ranks()).filter(|&rank| mesh.place(Axis::Pipeline, rank) == place);
+            let busy: Vec<f64> = ranks.map(|rank| times[rank].1 as f64).collect();
+            1.0 - busy.iter().sum::<f64>() / busy.len() as f64 / longest
+        };
+        Ok((0..mesh.pipeline).map(of_place).collect())
     }
 
     /// Optimizer batches of the stage: those of all epochs, or `max_steps`.

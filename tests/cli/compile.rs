@@ -197,3 +197,27 @@ fn a_batch_of_any_size_can_be_taken_in_parts() {
     };
     assert_eq!(memory("stages.sft.batch_size=1000000000000000000"), memory("stages.sft.batch_size=8"));
 }
+
+#[test]
+fn places_along_the_pipeline_are_told() {
+    let place = Workplace::new();
+    let parallel = "compile.parallel={pipeline: 2, microbatches: 4, schedule: 1f1b}";
+    let two = ["--stage", "more", "--set", parallel, "--set", "stages.sft.micro_batch_size=2"];
+    let report = json(&place, &two).remove(0);
+    let pipeline = &report["pipeline"];
+    assert_eq!(pipeline["schedule"], "1f1b");
+    for (at, found) in pipeline["places"].as_array().expect("places").iter().enumerate() {
+        assert_eq!(found["layers"], serde_json::json!({"model.decoder.layers": [at]}));
+        assert!(found["held"].as_u64().is_some_and(|bytes| bytes > 0), "{found}");
+    }
+    assert_eq!(pipeline["places"][0]["peak"], report["memory"]["peak"]);
+    let gradient = &pipeline["gradients"][0];
+    assert_eq!((&gradient["graph"], &gradient["parts"]), (&Value::from("model.loss.grad"), &Value::from(4)));
+    // One of five steps, where places were equally fast.
+    assert!(gradient["bubble"].as_f64().is_some_and(|share| (0.15..0.5).contains(&share)), "{gradient}");
+    assert!(report["updates"][0]["sent_bytes_per_step"].as_u64().is_some_and(|bytes| bytes > 0));
+    let words = place.out(&[&["compile", "pipeline.yaml"], &two[..]].concat());
+    has(&words, &["pipeline        1f1b", "    place 1       1 of model.decoder.layers: ", "in 4 parts"]);
+    let programs = place.out(&[&["compile", "pipeline.yaml", "--emit", "ir"], &two[..]].concat());
+    has(&programs, &["mesh pipeline=2 data=1 tensor=1 place=0", "mesh pipeline=2 data=1 tensor=1 place=1"]);
+}

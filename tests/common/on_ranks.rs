@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Mesh, Planned, Program, StateId, StateKind, Tensor};
+use dsgc_ir::{Axis, Mesh, Planned, Program, StateId, StateKind, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 #[cfg(feature = "wgpu")]
@@ -20,9 +20,13 @@ use crate::stages;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum On {
     Doubles,
+    /// With NaN where nothing lives.
     Cpu,
     #[cfg(feature = "wgpu")]
     Gpu,
+    /// Without, which is faster.
+    #[allow(dead_code)] // Not every test of several ranks takes as many steps.
+    Fast,
 }
 
 /// The program as the ranks of a mesh run it.
@@ -33,13 +37,19 @@ pub fn laid_out(program: &Program, mesh: Mesh, zero_stage: u8) -> Program {
     program
 }
 
+/// The plan of the ranks at the program's place along `pipeline`.
 pub fn planned(program: &Program, on: On) -> Planned {
     match on {
         On::Doubles => stages::compile(program, &PassContext::new(&InterpTarget), None),
-        On::Cpu => stages::compile(program, &PassContext::new(&CpuTarget { threads: 1 }), None),
+        On::Cpu | On::Fast => stages::compile(program, &PassContext::new(&CpuTarget { threads: 1 }), None),
         #[cfg(feature = "wgpu")]
         On::Gpu => stages::compile(program, &PassContext::new(&cube::target(Platform::Wgpu)), None),
     }
+}
+
+/// The plans of all places along `pipeline`.
+pub fn planned_at_all(program: &Program, on: On) -> Vec<Planned> {
+    (0..program.mesh.pipeline).map(|place| planned(&Program { place, ..program.clone() }, on)).collect()
 }
 
 pub fn device(planned: &Planned, on: On, member: &Member) -> Box<dyn Device> {
@@ -48,6 +58,7 @@ pub fn device(planned: &Planned, on: On, member: &Member) -> Box<dyn Device> {
         On::Cpu => Box::new(Cpu::poisoned(planned.clone(), 1).as_member(member.clone())),
         #[cfg(feature = "wgpu")]
         On::Gpu => cube::open(Platform::Wgpu, planned.clone(), member.clone(), None).expect("Vulkan is there"),
+        On::Fast => Box::new(Cpu::new(planned.clone(), 1).as_member(member.clone())),
     }
 }
 
@@ -63,17 +74,18 @@ pub struct Ran {
 /// Runs a stage on all ranks, from a checkpoint if there is one; `stops` says after which step somebody wants it to stop, and on
 /// which rank.
 pub fn run(program: &Program, on: On, resume: bool, stops: Option<(usize, u64)>) -> Result<Ran, Vec<Diag>> {
-    let planned = planned(program, on);
-    let cut = planned.states.iter().any(|state| state.placement.as_ref().is_some_and(|p| !p.cuts.is_empty()));
+    let plans = planned_at_all(program, on);
+    let cut = plans[0].states.iter().any(|state| state.placement.as_ref().is_some_and(|p| !p.cuts.is_empty()));
     let cuts = program.mesh.tensor > 1
         || (program.mesh.data > 1 && program.stage.roles.iter().any(|role| role.zero_stage > 0));
     assert_eq!(cut, cuts, "what is cut");
     let stop: Vec<AtomicBool> = (0..program.mesh.ranks()).map(|_| AtomicBool::new(false)).collect();
     let rank = |member: Member| -> Result<Ran, Vec<Diag>> {
         let at = member.rank();
+        let planned = &plans[program.mesh.place(Axis::Pipeline, at)];
         let keeper = Keeper::new(program, &stop[at]);
         let ignore: &mut dyn FnMut(&Event) -> Result<(), Diag> = &mut |_| Ok(());
-        let device = device(&planned, on, &member);
+        let device = device(planned, on, &member);
         let mut session = Session::open_as(planned.clone(), device, member, ignore)?;
         if resume {
             let newest = keeper.newest().map_err(|e| vec![e])?.expect("there is a checkpoint");
@@ -154,12 +166,17 @@ impl<F: FnMut(&mut dyn Device, &str, &[(&str, &Tensor)]) -> Outputs> Device for 
 /// The largest difference of the metrics, each relative to itself, and of the states: of moments relative to their largest
 /// elements, of weights, which are of the size of one or less, in absolute numbers.
 pub fn difference(a: &Ran, b: &Ran) -> (f64, f64) {
+    // Some metrics are differences of numbers of the size of one.
+    difference_above(a, b, 1e-3)
+}
+
+/// The same, where metrics are taken to be at least so large.
+pub fn difference_above(a: &Ran, b: &Ran, least: f64) -> (f64, f64) {
     let of_metrics = |a: &[Metrics], b: &[Metrics]| {
         assert_eq!(a.len(), b.len());
         let metric = |(a, b): (&Metrics, &Metrics)| {
             assert!(a.keys().eq(b.keys()), "{a:?} and {b:?}");
-            // Some are differences of numbers of the size of one.
-            let apart = |(x, y): (&f64, &f64)| (x - y).abs() / x.abs().max(y.abs()).max(1e-3);
+            let apart = |(x, y): (&f64, &f64)| (x - y).abs() / x.abs().max(y.abs()).max(least);
             a.values().zip(b.values()).map(apart).fold(0.0, f64::max)
         };
         a.iter().zip(b).map(metric).fold(0.0, f64::max)

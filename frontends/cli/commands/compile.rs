@@ -2,9 +2,10 @@
 
 use clap::ValueEnum;
 use dsgc_ir::diag::Diag;
+use dsgc_ir::{Planned, Program};
 
 use super::{Done, PipelineArgs, plan};
-use crate::console::say;
+use crate::console::{Failure, say};
 use crate::report::{PassReport, StageReport, memory_table};
 
 /// Arguments of `dsgc compile`.
@@ -43,28 +44,26 @@ pub fn run(args: &Args) -> Done {
         let target = device.target(&program.mesh)?;
         let (mut passes, mut changes) = (Vec::<PassReport>::new(), Vec::new());
         let explain = args.emit == Some(Emit::Changes);
-        let planned = plan(program, &loaded, device, explain, &mut |step| {
+        let first = plan(program, &loaded, device, explain, &mut |step| {
             passes.push(PassReport::new(step, passes.last(), target.as_ref()));
             changes.extend(step.notes.changes.iter().map(|text| format!("{}: {text}", step.pass.name)));
         })?;
+        let others = (1..program.mesh.pipeline)
+            .map(|place| plan(&Program { place, ..program.clone() }, &loaded, device, false, &mut |_| {}))
+            .collect::<Result<Vec<Planned>, Failure>>()?;
+        let places = [vec![first], others].concat();
         match (args.emit, args.json) {
-            (None, false) => say(StageReport::new(&planned, passes, target.as_ref())),
-            (None, true) => all.push(StageReport::new(&planned, passes, target.as_ref()).json()),
-            (Some(Emit::Ir), _) => say(planned.to_string().trim_end()),
-            (Some(Emit::Plan), false) => say(crate::plan_text::plan_text(&planned.stage)),
+            (None, false) => say(StageReport::new(&places, passes, target.as_ref())),
+            (None, true) => all.push(StageReport::new(&places, passes, target.as_ref()).json()),
+            (Some(Emit::Ir), _) => places.iter().for_each(|planned| say(planned.to_string().trim_end())),
+            (Some(Emit::Plan), false) => say(crate::plan_text::plan_text(&places[0].stage)),
             (Some(Emit::Plan), true) => {
-                all.push(serde_json::to_value(&planned.stage).expect("a stage is plain data"));
+                all.push(serde_json::to_value(&places[0].stage).expect("a stage is plain data"));
             }
             (Some(Emit::Changes), false) => changes.iter().for_each(say),
             (Some(Emit::Changes), true) => all.push(changes.into()),
-            (Some(Emit::Memory), json) => {
-                let table = memory_table(&planned);
-                if json {
-                    all.push(table.json());
-                } else {
-                    say(table);
-                }
-            }
+            (Some(Emit::Memory), true) => all.extend(places.iter().map(|planned| memory_table(planned).json())),
+            (Some(Emit::Memory), false) => places.iter().for_each(|planned| say(memory_table(planned))),
         }
     }
     if args.json {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Mesh, Planned};
+use dsgc_ir::{Axis, Mesh, Planned, Program};
 use dsgc_kernels::cpu::compile_time;
 use dsgc_kernels::ranks::{Member, enough_threads};
 use dsgc_runtime::{Checkpoint, Ended, Keeper, MetricsFile, Session, mpi, on_threads, stage_of};
@@ -106,15 +106,15 @@ fn train(loaded: &Loaded, device: DeviceName, args: &Args) -> Done {
     let signals = Signals::listen()?;
     let keepers: Vec<Keeper> = loaded.stages.iter().map(|program| Keeper::new(program, signals.stop())).collect();
     let stages = agreed(stages(loaded, &keepers, device, args))?;
-    let last = stages.last().map(|(planned, ..)| planned.stage.name.clone());
-    for (planned, keeper, begin) in stages {
-        let stage = &planned.stage;
-        let running = Running { planned: &planned, keeper, begin: &begin, device, profile: args.profile };
+    let last = stages.last().map(|(plans, ..)| plans[0].stage.name.clone());
+    for (plans, keeper, begin) in stages {
+        let (mesh, stage) = (plans[0].mesh, &plans[0].stage);
+        let running = Running { plans: &plans, keeper, begin: &begin, device, profile: args.profile };
         let run = |member: Member| running.run(member).map_err(fail);
         // All ranks end alike.
         let ended = match mpi::connect()? {
-            Some(transport) => run(Member { mesh: planned.mesh, transport })?,
-            None => on_threads(planned.mesh, run, |failure| failure.message().to_string())?[0],
+            Some(transport) => run(Member { mesh, transport })?,
+            None => on_threads(mesh, run, |failure| failure.message().to_string())?[0],
         };
         if let Some(signal) = signals.caught_by_any()? {
             let at = match ended {
@@ -129,13 +129,23 @@ fn train(loaded: &Loaded, device: DeviceName, args: &Args) -> Done {
     Ok(())
 }
 
+/// The plans of a stage that this process needs: of all places along `pipeline` whose ranks it runs.
+fn plans(program: &Program, loaded: &Loaded, device: DeviceName) -> Result<Vec<Planned>, Failure> {
+    let places: Vec<usize> = match mpi::connect()? {
+        Some(transport) => vec![program.mesh.place(Axis::Pipeline, transport.rank())],
+        None => (0..program.mesh.pipeline).collect(),
+    };
+    let at = |place| plan(&Program { place, ..program.clone() }, loaded, device, false, &mut |_| {});
+    places.into_iter().map(at).collect()
+}
+
 /// The stages that are to run, planned: an error of the last must not cost the time of the others.
 fn stages<'a>(
     loaded: &Loaded,
     keepers: &'a [Keeper<'a>],
     device: DeviceName,
     args: &Args,
-) -> Result<Vec<(Planned, &'a Keeper<'a>, Begin)>, Failure> {
+) -> Result<Vec<(Vec<Planned>, &'a Keeper<'a>, Begin)>, Failure> {
     let fail = |diag| Failure::new(vec![diag], &loaded.sources);
     let begun = resumed(loaded, keepers, args.resume.as_deref()).map_err(fail)?;
     if args.resume.is_some() && begun.iter().all(|begin| matches!(begin, Begin::Done(_))) {
@@ -148,11 +158,11 @@ fn stages<'a>(
             say(format_args!("{} {why}", program.stage.name));
             continue;
         }
-        stages.push((plan(program, loaded, device, false, &mut |_| {})?, keeper, begin));
+        stages.push((plans(program, loaded, device)?, keeper, begin));
     }
     match (mpi::connect()?, stages.first()) {
-        (Some(transport), Some((planned, ..))) => enough(planned.mesh, transport.size())?,
-        (None, Some((planned, ..))) => enough_threads(planned.mesh.ranks())?,
+        (Some(transport), Some((plans, ..))) => enough(plans[0].mesh, transport.size())?,
+        (None, Some((plans, ..))) => enough_threads(plans[0].mesh.ranks())?,
         (_, None) => {}
     }
     Ok(stages)
@@ -170,7 +180,8 @@ fn enough(mesh: Mesh, processes: usize) -> Done {
 
 /// A stage on its ranks, of which the first one writes and shows what happens.
 struct Running<'a> {
-    planned: &'a Planned,
+    /// Of all places along `pipeline` whose ranks this process runs.
+    plans: &'a [Planned],
     keeper: &'a Keeper<'a>,
     begin: &'a Begin,
     device: DeviceName,
@@ -180,19 +191,21 @@ struct Running<'a> {
 impl Running<'_> {
     /// Runs one rank.
     fn run(&self, member: Member) -> Result<Ended, Vec<Diag>> {
-        let stage = &self.planned.stage;
+        let place = member.mesh.place(Axis::Pipeline, member.rank());
+        let planned = self.plans.iter().find(|planned| planned.place == place).expect("its place is planned");
+        let stage = &planned.stage;
         let all = member.clone();
         let first = all.rank() == 0;
         let mut progress = first.then(|| Progress::new(stage));
         let before = compile_time();
-        let mut device = self.device.open(self.planned.clone(), member.clone()).map_err(|e| vec![e])?;
+        let mut device = self.device.open(planned.clone(), member.clone()).map_err(|e| vec![e])?;
         if self.profile && first {
             profile::begin(device.as_mut()).map_err(|e| vec![e])?;
         }
         if let Some(progress) = &progress {
             progress.compiled(compile_time() - before);
         }
-        let mut session = Session::open_as(self.planned.clone(), device, member, &mut |event| {
+        let mut session = Session::open_as(planned.clone(), device, member, &mut |event| {
             progress.iter_mut().for_each(|progress| progress.show(event));
             Ok(())
         })?;
@@ -201,7 +214,7 @@ impl Running<'_> {
 
     /// From the checkpoint, if there is one, to the end.
     fn go_on(&self, session: &mut Session, all: &Member, mut progress: Option<Progress>) -> Result<Ended, Diag> {
-        let stage = &self.planned.stage;
+        let stage = &self.plans[0].stage;
         if let Begin::At(checkpoint) = self.begin {
             session.resume(checkpoint)?;
         }

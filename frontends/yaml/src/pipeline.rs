@@ -269,10 +269,15 @@ pub const PARALLEL: Table = Table {
     keys: &[
         key("data", Form::Int, "ranks with different rows"),
         key("tensor", Form::Int, "ranks that share each layer"),
-        key("pipeline", Form::Int, "ranks that share the layers"),
         key("zero_stage", Form::Int, "what is split over data-parallel ranks"),
-        key("schedule", Form::Choice(&["gpipe", "1f1b", "interleaved", "zero_bubble"]), "order of the pipeline"),
-        key("microbatches", Form::Int, "parts of a batch in the pipeline"),
+        key("pipeline", Form::Int, "ranks that share the layers out"),
+        key(
+            "schedule",
+            Form::Choice(&["gpipe", "1f1b", "interleaved_1f1b", "zero_bubble"]),
+            "the order in which ranks with different layers work on parts of a batch",
+        ),
+        key("microbatches", Form::Int, "parts of a batch for them, in place of `micro_batch_size`"),
+        key("virtual_stages", Form::Int, "runs of layers of each of them in `interleaved_1f1b`; 2 unless given"),
     ],
 };
 

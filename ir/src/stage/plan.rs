@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::schedule::Work;
+
 /// A statement of the plan.
 ///
 /// Results have names; a name stands for a record, whose tensors are found by path: `exp.rows.seq.tokens`. The first
@@ -287,6 +289,38 @@ pub struct TermSteps {
     pub grad: String,
     /// Loss and metrics from the totals of all sums.
     pub finish: String,
+}
+
+/// A piece of a graph, which the ranks of one place along `pipeline` run.
+///
+/// It takes the inputs of the graph, and values of other pieces by their names there. A graph in pieces is itself left with its
+/// inputs alone.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Piece {
+    /// The graph of the piece, which only programs of its place have.
+    pub graph: String,
+    /// The place.
+    pub place: usize,
+    /// What it does.
+    pub work: Work,
+    /// What it takes from pieces before it, of its own place or of another.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub takes: Vec<Taken>,
+    /// The outputs of the graph that it gives.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub gives: Vec<String>,
+    /// The states that it writes.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub writes: Vec<String>,
+}
+
+/// What a piece takes from another.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Taken {
+    /// The number of that piece.
+    pub piece: usize,
+    /// Outputs there, and inputs here.
+    pub values: Vec<String>,
 }
 
 /// Calls on all held-out rows of a source; `B` is the whole set.

@@ -172,6 +172,16 @@ impl<'a> Group<'a> {
         Ok(())
     }
 
+    /// Sends a message to the rank at this place of the group, without waiting for it ([`Transport::post`]).
+    pub fn post(&self, to: usize, message: Vec<u8>) -> Result<(), Diag> {
+        self.transport.post(self.ranks[to], message)
+    }
+
+    /// The oldest message that the rank at this place of the group has posted to this one; waits for it.
+    pub fn receive(&self, from: usize) -> Result<Vec<u8>, Diag> {
+        self.transport.receive(self.ranks[from])
+    }
+
     /// Waits until all ranks have come here.
     pub fn barrier(&self) -> Result<(), Diag> {
         self.all_gather(&mut vec![1u8; self.size()], 1)

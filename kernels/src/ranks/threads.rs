@@ -74,6 +74,8 @@ struct Mail {
     taking: bool,
     /// Buffers for small messages.
     spare: Vec<Vec<u64>>,
+    /// Messages that wait until they are received, however many.
+    posted: VecDeque<Vec<u8>>,
 }
 
 enum Message {
@@ -134,7 +136,7 @@ impl Threads {
     fn wait<'a>(
         &self,
         pair: &'a Pair,
-        ready: impl Fn(usize) -> bool,
+        ready: impl Fn(&Mail) -> bool,
         what: impl Fn() -> String,
     ) -> Result<MutexGuard<'a, Mail>, Diag> {
         let mut mail = pair.mail();
@@ -143,7 +145,7 @@ impl Threads {
             if let Some(why) = self.hub.ended.get() {
                 return Err(Diag::error(why.clone()));
             }
-            if ready(mail.count()) {
+            if ready(&mail) {
                 self.watch.waited(since.elapsed());
                 return Ok(mail);
             }
@@ -167,7 +169,8 @@ impl Threads {
             pair.publish(mail);
             return Ok(Some(Lent(pair)));
         }
-        let mut mail = self.wait(pair, |count| count < STORED, || format!("rank {to} to take {STORED} messages"))?;
+        let mut mail =
+            self.wait(pair, |mail| mail.count() < STORED, || format!("rank {to} to take {STORED} messages"))?;
         let mut copy = mail.spare.pop().unwrap_or_default();
         copy.resize(message.len().div_ceil(size_of::<u64>()).max(copy.len()), 0);
         bytemuck::cast_slice_mut(&mut copy)[..message.len()].copy_from_slice(message);
@@ -177,10 +180,11 @@ impl Threads {
     }
 
     /// Receives a message.
-    fn receive(&self, pair: &Pair, from: usize, bytes: usize, take: &mut dyn FnMut(usize, &[u8])) -> Result<(), Diag> {
+    fn take(&self, pair: &Pair, from: usize, bytes: usize, take: &mut dyn FnMut(usize, &[u8])) -> Result<(), Diag> {
         let is_whole =
             |len| assert!(len == bytes, "bug: rank {from} sent {len} bytes to rank {}, expected {bytes}", self.rank);
-        let mut mail = self.wait(pair, |count| count > 0, || format!("{bytes} of {bytes} bytes from rank {from}"))?;
+        let mut mail =
+            self.wait(pair, |mail| mail.count() > 0, || format!("{bytes} of {bytes} bytes from rank {from}"))?;
         match mail.queue.pop_front().expect("there is a message") {
             Message::Stored(copy, len) => {
                 pair.publish(mail);
@@ -222,12 +226,26 @@ impl Transport for Threads {
         let (out, into) = (way(self.rank, to), way(from, self.rank));
         let lent = if message.is_empty() { None } else { self.send(out, to, message)? };
         if bytes > 0 {
-            self.receive(into, from, bytes, take)?;
+            self.take(into, from, bytes, take)?;
         }
         if lent.is_some() {
-            drop(self.wait(out, |count| count == 0, || format!("rank {to} to take {} bytes", message.len()))?);
+            drop(self.wait(out, |mail| mail.count() == 0, || format!("rank {to} to take {} bytes", message.len()))?);
         }
         Ok(())
+    }
+
+    fn post(&self, to: usize, message: Vec<u8>) -> Result<(), Diag> {
+        let pair = &self.hub.pairs[self.rank * self.hub.ranks + to];
+        let mut mail = pair.mail();
+        mail.posted.push_back(message);
+        pair.publish(mail);
+        Ok(())
+    }
+
+    fn receive(&self, from: usize) -> Result<Vec<u8>, Diag> {
+        let pair = &self.hub.pairs[from * self.hub.ranks + self.rank];
+        let mut mail = self.wait(pair, |mail| !mail.posted.is_empty(), || format!("a message from rank {from}"))?;
+        Ok(mail.posted.pop_front().expect("there is a message"))
     }
 
     fn note(&self, what: &str) {
@@ -264,6 +282,25 @@ mod tests {
         assert_eq!(a, b);
         assert!(a.contains("for 5 of 5 bytes from rank 2, at `all_gather` %w in @sft.grad"), "{a}");
         assert_eq!(ranks[2].exchange(0, &[1], 0, &mut [0]).expect_err("the run has ended").message, a);
+    }
+
+    /// Both post first, however much, and receive in the order of posting.
+    #[test]
+    fn posted_messages_wait_for_nobody() {
+        let ranks = threads(2);
+        for (from, to) in [(0, 1), (1, 0)] {
+            for part in 0..2 * STORED {
+                ranks[from].post(to, vec![part as u8; SMALL + part]).expect("the run goes on");
+            }
+        }
+        for (from, to) in [(0, 1), (1, 0)] {
+            for part in 0..2 * STORED {
+                let found = ranks[to].receive(from).expect("the run goes on");
+                assert_eq!(found, vec![part as u8; SMALL + part]);
+            }
+        }
+        ranks[1].abort("rank 1 found no file");
+        assert_eq!(ranks[0].receive(1).expect_err("the run has ended").message, "rank 1 found no file");
     }
 
     /// The sender's buffer may go away as soon as it has its answer, also where the run ends meanwhile.

@@ -51,6 +51,25 @@ pub fn check(group: &Group) {
         assert!(messages.into_iter().eq((0..ranks).map(|rank| vec![rank as u8; rank * len])), "{case}");
         group.barrier().expect("nobody ends the run");
     }
+    if ranks > 1 {
+        check_posts(group);
+    }
+}
+
+/// Everybody posts to the next one before anybody receives, and messages come in their order.
+fn check_posts(group: &Group) {
+    let (at, ranks) = (group.at(), group.size());
+    let message = |from: usize, len: usize| (0..3 * len).map(|i| (from * 7 + i) as u8).collect::<Vec<u8>>();
+    for _ in 0..2 {
+        for len in LENGTHS {
+            group.post((at + 1) % ranks, message(at, len)).expect("nobody ends the run");
+        }
+        let from = (at + ranks - 1) % ranks;
+        for len in LENGTHS {
+            assert!(group.receive(from).expect("nobody ends the run") == message(from, len), "{ranks} ranks, {len}");
+        }
+    }
+    group.barrier().expect("nobody ends the run");
 }
 
 /// Bits of sums, which depend on the order of additions: it must be the same on every transport.

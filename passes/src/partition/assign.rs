@@ -93,8 +93,7 @@ fn cut(program: &Program, id: StateId) -> Option<Placement> {
 
 /// What a rank holds of a state so far.
 fn placement(state: &State) -> Placement {
-    let whole = || Placement { whole: extents(state), cuts: vec![], partial: None };
-    state.placement.clone().unwrap_or_else(whole)
+    state.placement.clone().unwrap_or_else(|| Placement::of_whole(extents(state)))
 }
 
 fn extents(state: &State) -> Vec<usize> {

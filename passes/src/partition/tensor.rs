@@ -34,7 +34,7 @@ pub(super) fn run(program: Program, context: &PassContext) -> Result<Program, Ve
         let whole = state.ty.shape(&Bindings::new()).expect("states have constant dims");
         let cuts = vec![Cut { over: Axis::Tensor, dim }];
         state.ty.dims[dim] = Dim::from((whole[dim] / ranks) as i64);
-        state.placement = Some(Placement { whole, cuts, partial: None });
+        state.placement = Some(Placement { cuts, ..Placement::of_whole(whole) });
     }
     let share = |(at, graph): (usize, &Graph)| Share::of(graph, at, &cuts, &local, context);
     local.graphs = program.graphs.iter().enumerate().map(share).collect();
@@ -230,7 +230,7 @@ impl Classes {
         }
         if cuts.states.is_empty() {
             let message = format!("found nothing in the models that {ranks} ranks could share (`tensor: {ranks}`)");
-            let diag = Diag::error(message).label(program.stage.parallel.span, "asked for here");
+            let diag = Diag::error(message).label(program.stage.parallel.tensor, "asked for here");
             return Err(vec![diag.help("ranks can have different rows instead: `data`")]);
         }
         Ok(cuts)
@@ -266,7 +266,7 @@ fn uneven(program: &Program, place: Place, divisor: usize) -> (Span, Diag) {
     let would: Vec<String> = (1..=divisor).filter(|n| divisor.is_multiple_of(*n)).map(|n| n.to_string()).collect();
     let ranks = program.mesh.tensor;
     let message = format!("{ranks} ranks cannot share dim {dim} of `{name}`, which is {}", state.ty);
-    let diag = Diag::error(message).label(program.stage.parallel.span, "asked for here");
+    let diag = Diag::error(message).label(program.stage.parallel.tensor, "asked for here");
     let diag = diag.label(state.span, "declared here").help(format!(
         "what goes with it, such as heads, has the divisor {divisor}: `tensor` can be {}",
         would.join(", ")

@@ -241,7 +241,14 @@ fn pipeline(
             );
         }
     }
-    let around = Surroundings { pipeline, places, models: &models, output_dir: &output_dir, stage_names: &stage_names };
+    let around = Surroundings {
+        pipeline,
+        places,
+        models: &models,
+        output_dir: &output_dir,
+        stage_names: &stage_names,
+        parallel: &settings.parallel,
+    };
     let (mut earlier, mut prepared) = (Vec::new(), Vec::new());
     for stage in &pipeline.stages {
         if let Some(stage) = stage::prepare(documents, &around, stage, &earlier) {

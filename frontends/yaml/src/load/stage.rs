@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use dsgc_ir::DType;
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::stage::{Bounds, Origin, Parallel, Role, Stage as HostStage};
+use dsgc_ir::stage::{Bounds, Origin, Role, Stage as HostStage};
 
 use crate::expr::{BinaryOp, Expr, ExprKind, Word};
 use crate::graph::{Declaration, RoleDecl};
@@ -19,6 +19,7 @@ use super::documents::{Documents, ScopedRecipe};
 use super::graphs;
 use super::lora;
 use super::models::{Known, Weights};
+use super::parallel::Parallel;
 use super::plan::{Planned, Planning, SourceShape};
 use super::resolved;
 use super::roles::{self, BoundRole};
@@ -33,6 +34,7 @@ pub(super) struct Surroundings<'a> {
     pub models: &'a [(Word, Option<Known>)],
     pub output_dir: &'a str,
     pub stage_names: &'a [String],
+    pub parallel: &'a Parallel,
 }
 
 /// A stage before its graphs are lowered.
@@ -87,7 +89,7 @@ pub(super) fn prepare(
     let layers = Layers::new(&around.places.sets).with(&around.pipeline.defaults).with(&stage.settings);
     let run = run_settings(documents, around, &recipe, &layers);
     let (options, values) = options(documents, stage, &recipe, &layers);
-    let micro = sizes(documents, &layers, &run);
+    let micro = sizes(documents, &layers, &run).and_then(|sizes| around.parallel.sizes(documents, &run, sizes));
     let named = sources::named(documents, around.pipeline, stage, &recipe);
     let (mut roles, complete) = roles::roles(documents, around, stage, &recipe, &values, earlier, &blocks);
     roles::trainings(documents, around, stage, &recipe, &blocks, &mut roles);
@@ -416,8 +418,10 @@ pub(super) fn host_side(prepared: &Prepared, output_dir: &str, settings: &HostSe
         save: prepared.save.clone(),
         // The pass `share_prefix` says which.
         prefixes: Vec::new(),
+        // The pass `split_stages` says which.
+        pieces: BTreeMap::new(),
         memory: settings.memory.clone(),
-        parallel: Parallel { span: settings.parallel.tensor },
+        parallel: settings.parallel.said.clone(),
         checkpoints: settings.checkpoints.clone(),
         align_overflow: prepared.roles.iter().filter(in_fp16).count() > 1
             && find("align_overflow").is_some_and(|d| d.constant() == Constant::Bool(true)),
