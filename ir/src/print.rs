@@ -22,7 +22,8 @@ impl fmt::Display for Program {
         }
         if self.level == Level::Planned {
             let a = self.arena;
-            writeln!(f, "arena persistent={} values={} scratch={}", a.persistent, a.values, a.scratch)?;
+            write!(f, "arena persistent={} values={} scratch={}", a.persistent, a.values, a.scratch)?;
+            writeln!(f, "{}", if a.host == 0 { String::new() } else { format!(" host={}", a.host) })?;
         }
         for state in &self.states {
             let (kind, what) = match state.kind {
@@ -30,9 +31,11 @@ impl fmt::Display for Program {
                 StateKind::Copy { of } => ("state", format!(" copy @{}", self.state(of).name)),
                 StateKind::State => ("state", String::new()),
                 StateKind::Scratch => ("state", " scratch".into()),
+                StateKind::Generation => ("state", " generation".into()),
             };
             write!(f, "{kind} @{} : {}{what}", state.name, state.ty)?;
             write_placement(f, state.placement.as_ref())?;
+            write!(f, "{}", if state.on_host { " on_host" } else { "" })?;
             write_buffer(f, state.buffer)?;
             if state.span.is_some() {
                 let s = state.span;

@@ -19,6 +19,11 @@ pub trait Target {
     /// Bytes of workspace that the op's kernel needs at these bounds of the dims.
     fn workspace(&self, op: &Op, args: &[Type], bounds: &Bindings) -> usize;
 
+    /// Whether parameters and states may be at home in the host's memory: reads and writes of them are copies then.
+    fn offloads(&self) -> bool {
+        false
+    }
+
     /// Bytes of memory, where the device has a limit.
     fn memory(&self) -> Option<usize>;
 }

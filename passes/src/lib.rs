@@ -13,6 +13,7 @@ pub mod fuse;
 pub mod infer;
 pub mod join_updates;
 pub mod merge;
+pub mod offload;
 pub mod order;
 pub mod partition;
 mod pipeline;
@@ -21,6 +22,7 @@ pub mod precision;
 pub mod quantize;
 mod rebuild;
 pub mod rematerialize;
+pub mod reshard;
 pub mod share_prefix;
 pub mod simplify;
 

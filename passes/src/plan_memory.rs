@@ -6,20 +6,22 @@
 //! write @w %b                          write @w %b
 //! ```
 //!
-//! States lie one after the other in the persistent region. A read is its state's own bytes, a view its operand's; a
+//! States lie one after the other in the persistent region; what a generation keeps between its calls, at the beginning of
+//! the values region, because nothing else runs meanwhile: the values of its graphs follow, those of others lie over it.
+//! What is at home in the host's memory has a region there, and is a value of the graph while it is read. Else a read is its state's own bytes, a view its operand's; a
 //! value that is written to a state is made in the state's place where nobody reads the old value any more (an old value
 //! that is used after the write is copied before it); an elementwise result takes the place of an operand that dies. What is left is packed by live range: best fit in four
 //! orders, of which the smallest plan is kept. Sizes are those at the upper bounds of all dims. The peak is exact, as
 //! the device has no other memory.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::verify::{last_uses, may_be_overwritten, root};
 use dsgc_ir::{
-    Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpData, OpId, Program, Region, StateId, Target, Type,
-    Value,
+    Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpData, OpId, Program, Region, StateId, StateKind,
+    Target, Type, Value,
 };
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
@@ -46,10 +48,30 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         return Err(missing);
     }
     let mut arena = Arena::default();
-    for state in &mut program.states {
+    for state in program.states.iter_mut().filter(|state| state.kind != StateKind::Generation) {
+        let (region, used) = match state.on_host {
+            true => (Region::Host, &mut arena.host),
+            false => (Region::Persistent, &mut arena.persistent),
+        };
         let bytes = state.bytes();
-        state.buffer = Some(Buffer { region: Region::Persistent, offset: arena.persistent, bytes });
-        arena.persistent += bytes.next_multiple_of(target.alignment());
+        state.buffer = Some(Buffer { region, offset: *used, bytes });
+        *used += bytes.next_multiple_of(target.alignment());
+    }
+    // Those of all graphs of a generation are the same.
+    let kept: Vec<BTreeSet<StateId>> = program.graphs.iter().map(|graph| program.generation_of(graph)).collect();
+    for states in &kept {
+        let mut offset = 0;
+        for id in states {
+            let state = &mut program.states[id.0 as usize];
+            let bytes = state.bytes();
+            state.buffer = Some(Buffer { region: Region::Values, offset, bytes });
+            offset += bytes.next_multiple_of(target.alignment());
+        }
+    }
+    // One that no graph uses any more.
+    for state in program.states.iter_mut().filter(|state| state.buffer.is_none()) {
+        state.buffer = Some(Buffer { region: Region::Persistent, offset: arena.persistent, bytes: state.bytes() });
+        arena.persistent += state.bytes().next_multiple_of(target.alignment());
     }
     let mut graphs: Vec<Graph> = program.graphs.iter().map(|g| with_copies(g, &program).into_owned()).collect();
     let limit = limit(&program, target);
@@ -58,8 +80,10 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         graph.scratch = workspaces(graph, target);
         arena.scratch = arena.scratch.max(graph.scratch.iter().copied().max().unwrap_or(0));
         let storages = Storages::new(graph, &program, target);
-        let (offsets, used) = pack(&storages.all);
-        storages.place(graph, &program, &offsets);
+        let (offsets, packed) = pack(&storages.all);
+        let begin = generation_bytes(graph, &program, target);
+        storages.place(graph, &program, begin, &offsets);
+        let used = begin + packed;
         if let Some(memory) = limit
             && arena.persistent + used + arena.scratch > memory
         {
@@ -78,9 +102,16 @@ pub(crate) fn limit(program: &Program, target: &dyn Target) -> Option<usize> {
     [program.stage.memory.max, target.memory()].into_iter().flatten().min()
 }
 
-/// Bytes of parameters and state.
+/// Bytes of parameters and state on the device.
 pub(crate) fn persistent_bytes(program: &Program, target: &dyn Target) -> usize {
-    program.states.iter().map(|state| state.bytes().next_multiple_of(target.alignment())).sum()
+    let states = program.states.iter().filter(|state| state.kind != StateKind::Generation && !state.on_host);
+    states.map(|state| state.bytes().next_multiple_of(target.alignment())).sum()
+}
+
+/// Bytes at the beginning of the values region that a generation which runs this graph keeps between its calls.
+fn generation_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
+    let bytes = |id| program.state(id).bytes().next_multiple_of(target.alignment());
+    program.generation_of(graph).into_iter().map(bytes).sum()
 }
 
 /// Bytes of the largest workspace of a graph.
@@ -102,13 +133,13 @@ pub fn live_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usiz
         return usize::MAX;
     }
     let graph = with_copies(graph, program);
-    peak(&Storages::new(&graph, program, target).all).0
+    generation_bytes(&graph, program, target) + peak(&Storages::new(&graph, program, target).all).0
 }
 
 /// Bytes of the values region that a plan of the graph takes.
 pub(crate) fn planned_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
     let graph = with_copies(graph, program);
-    pack(&Storages::new(&graph, program, target).all).1
+    generation_bytes(&graph, program, target) + pack(&Storages::new(&graph, program, target).all).1
 }
 
 fn types(graph: &Graph, values: &[Value]) -> Vec<Type> {
@@ -160,6 +191,8 @@ fn with_copies<'a>(graph: &'a Graph, program: &Program) -> Cow<'a, Graph> {
     for value in graph.values() {
         if let Some(def) = graph.def(root(graph, value))
             && let Op::Read { state } = graph.op(def).op
+            // What is copied from the host stays what it was.
+            && !program.state(state).on_host
         {
             old.entry(state).or_default().push(value);
         }
@@ -244,7 +277,7 @@ impl Storages {
             let mut taken: Vec<usize> = Vec::new();
             for (r, result) in op.results().enumerate() {
                 let home = match op.op {
-                    Op::Read { state } => Home::State(state.0 as usize),
+                    Op::Read { state } if !program.state(state).on_host => Home::State(state.0 as usize),
                     _ if op.op.class() == Class::View => storages.of[op.args[0].0 as usize],
                     _ => match written[result.0 as usize] {
                         Some(state) => Home::State(state),
@@ -284,14 +317,14 @@ impl Storages {
         storages
     }
 
-    /// Writes the offsets into the graph.
-    fn place(&self, graph: &mut Graph, program: &Program, offsets: &[usize]) {
+    /// Writes the offsets into the graph, from the place where its values begin.
+    fn place(&self, graph: &mut Graph, program: &Program, begin: usize, offsets: &[usize]) {
         for value in graph.values() {
             let buffer = match self.of[value.0 as usize] {
                 Home::State(state) => program.states[state].buffer.expect("states are placed first"),
                 Home::Storage(s) => {
                     let bytes = graph.ty(value).bytes(&self.bounds).expect("the verifier saw every dim");
-                    Buffer { region: Region::Values, offset: offsets[s], bytes }
+                    Buffer { region: Region::Values, offset: begin + offsets[s], bytes }
                 }
             };
             graph.set_buffer(value, buffer);
@@ -347,6 +380,9 @@ fn written_in_place(graph: &Graph, program: &Program, last: &[u32]) -> Vec<Optio
     }
     for (_, write) in graph.ops() {
         let Op::Write { state } = write.op else { continue };
+        if program.state(state).on_host {
+            continue;
+        }
         let made = root(graph, write.args[0]);
         let Some(def) = graph.def(made) else { continue };
         let op = graph.op(def);
@@ -487,7 +523,7 @@ fn does_not_fit(
 }
 
 /// `1.5 MiB`.
-fn size(bytes: usize) -> String {
+pub(crate) fn size(bytes: usize) -> String {
     let units = [("GiB", 1usize << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
     match units.iter().find(|(_, unit)| bytes >= *unit) {
         Some((name, unit)) => format!("{:.2} {name}", bytes as f64 / *unit as f64),

@@ -116,11 +116,14 @@ impl Identity {
     }
 }
 
-/// Takes out places in files, and what ranks share out.
+/// Places in files, and what is where in memory.
+const PLACES: [&str; 5] = ["span", "zero_stage", "gather_for_generation", "offload_optimizer", "offload_param"];
+
+/// Takes them out.
 fn strip(value: &mut Value) {
     match value {
         Value::Object(entries) => {
-            entries.retain(|key, _| key != "span" && key != "zero_stage");
+            entries.retain(|key, _| !PLACES.contains(&key.as_str()));
             entries.values_mut().for_each(strip);
         }
         Value::Array(entries) => entries.iter_mut().for_each(strip),

@@ -179,6 +179,9 @@ pub(crate) fn generate(
     let ranks = member.group(Axis::Data);
     let device = device.as_mut();
     let steps = generate.steps.as_ref().unwrap_or_else(|| panic!("bug: `decode` left a generation as it was"));
+    if let Some(gather) = &steps.gather {
+        calls::call(device, program, gather, &[])?;
+    }
     let graphs = [&steps.prefill, &steps.step].map(|graph| graph_named(program, graph));
     let collective = graphs.iter().any(|graph| graph.ops().any(|(_, op)| op.op.class() == Class::Collective));
     let mut decoder = Decoder::new(program, steps);

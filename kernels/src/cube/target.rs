@@ -62,6 +62,7 @@ impl Target for CubeTarget {
                 (2 + part.operands.len() + part.results.len() > MOST_TENSORS)
                     .then(|| format!("a region of more than {MOST_TENSORS} operands and results behind a product"))
             }),
+            op if op.class() == Class::Collective && args.len() > 1 => Some("several operands sent together".into()),
             op if op.class() == Class::Collective => Some("several GPUs".into()),
             Op::Shard { .. } => Some("several GPUs".into()),
             _ => None,
