@@ -6,12 +6,14 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use dsgc_ir::cost::graph_sent;
+use dsgc_ir::cost::graph_sending;
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::Statement;
-use dsgc_ir::{Mesh, Program, Tensor};
+use dsgc_ir::stage::{Generate, Statement};
+use dsgc_ir::{Mesh, Planned, Program, Tensor};
+use dsgc_kernels::cpu::CpuTarget;
 use dsgc_kernels::ranks::Member;
 use dsgc_kernels::{Device, bind};
+use dsgc_passes::{PassContext, run_passes};
 use dsgc_runtime::{Session, on_threads};
 
 #[path = "common/on_ranks.rs"]
@@ -22,7 +24,7 @@ mod place;
 #[allow(dead_code)] // Other tests use the rest.
 mod stages;
 
-use on_ranks::{On, Outputs, Ran, Watched, assert_near, device, first_message, laid_out, planned, ran};
+use on_ranks::{On, Outputs, Ran, Watched, assert_near, device, difference, first_message, laid_out, planned, ran};
 use place::Place;
 
 const SFT: &str = "
@@ -184,18 +186,6 @@ fn every_layout_of(program: &Program, layouts: &[(usize, u8)], on: On, bound: f6
     one
 }
 
-/// The plan with another token at which answers end.
-fn stop_at(mut body: Vec<Statement>, token: i32) -> Vec<Statement> {
-    for statement in &mut body {
-        match statement {
-            Statement::For { body, .. } => *body = stop_at(std::mem::take(body), token),
-            Statement::Generate(generate) => generate.stop = Some(token),
-            _ => {}
-        }
-    }
-    body
-}
-
 /// Long enough for what differs to grow.
 const TWENTY: [&str; 1] = ["stages.sft.max_steps=20"];
 
@@ -238,7 +228,7 @@ fn answers_that_end_early_have_one_ranks_numbers() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let sets = ["stages.ppo.max_steps=2", "stages.ppo.max_new_tokens=10", "stages.ppo.micro_batch_size=1"];
     let mut program = program(folder.path(), PPO, &sets);
-    program.stage.plan = stop_at(program.stage.plan, 460);
+    generations(&mut program.stage.plan, &mut |generate| generate.stop = Some(460));
     let one = every_layout_of(&program, &[(2, 0), (3, 3)], On::Doubles, 1e-9);
     assert_eq!(one.steps[0]["answer_length"], 9.0);
 }
@@ -329,6 +319,231 @@ fn every_role_has_a_layout_of_its_own() {
     assert_near(&ran(&mixed, On::Doubles, false, None), &one, 1e-9, "actor 3, critic 2");
 }
 
+/// Runs a stage on all ranks of its mesh; per graph, how often the first rank ran it, and the bytes that it sent for it, which
+/// are those of the formula.
+fn counted(planned: &Planned, on: On) -> BTreeMap<String, (u64, u64)> {
+    let counted: Vec<Arc<Mutex<BTreeMap<String, (u64, u64)>>>> =
+        (0..planned.mesh.ranks()).map(|_| Arc::default()).collect();
+    let rank = |member: Member| {
+        let (planned_too, counted) = (planned.clone(), counted[member.rank()].clone());
+        let is_first = member.rank() == 0;
+        let run = move |device: &mut dyn Device, name: &str, inputs: &[(&str, &Tensor)]| -> Outputs {
+            let graph = planned_too.graph(name).expect("the plan names it");
+            let sending = graph_sending(graph, &bind(graph, inputs)?, &planned_too.mesh);
+            let expected = sending.expect("all dims are bound").bytes;
+            let before = device.sent();
+            let outputs = device.run(name, inputs)?;
+            // Where parts are uneven, the formula is that of the first rank.
+            assert!(!is_first || device.sent() - before == expected, "@{name}");
+            let mut counted = counted.lock().expect("no rank panics");
+            let (runs, sent) = counted.entry(name.into()).or_default();
+            (*runs, *sent) = (*runs + 1, *sent + expected);
+            Ok(outputs)
+        };
+        let device = Watched { device: device(planned, on, &member), run };
+        let mut session = Session::open_as(planned.clone(), Box::new(device), member, &mut |_| Ok(()))?;
+        session.run(&mut |_| Ok(())).map_err(|e| vec![e])
+    };
+    on_threads(planned.mesh, rank, first_message).unwrap_or_else(|e| panic!("{e:?}"));
+    let first = counted[0].lock().expect("no rank panics");
+    first.clone()
+}
+
+/// With parameters in parts, a generation gathers them once, and nothing else of the run is another bit: sampled answers, greedy
+/// ones, weights after them.
+#[test]
+fn parameters_gathered_once_for_a_generation_change_no_bit() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let narrow = ["stages.ppo.bf16=true"];
+    let adapted = ["stages.ppo.actor.weights=int8", "stages.ppo.actor.lora_r=2"];
+    for (sets, temperature) in [(&[][..], 1.0), (&[], 0.0), (&narrow, 1.0), (&adapted, 1.0)] {
+        let sets = [&["stages.ppo.max_steps=2"], sets].concat();
+        let mut once = laid_out(&program(folder.path(), PPO, &sets), of_data(2), 3);
+        generations(&mut once.stage.plan, &mut |generate| generate.sampling.temperature = temperature);
+        let (a, b) = (ran(&once, On::Cpu, false, None), ran(&gathering(&once, false), On::Cpu, false, None));
+        assert!(a == b, "gathered once and in every call differ: {sets:?}, temperature {temperature}");
+    }
+}
+
+/// One gathering for each generation, which sends what one call of a graph sends otherwise; and what is gathered lies where
+/// updates have their values.
+#[test]
+fn a_generation_sends_parameters_once() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let steps = 2;
+    let once = laid_out(&program(folder.path(), PPO, &["stages.ppo.max_steps=2"]), of_data(2), 3);
+    let plans = [true, false].map(|on| planned(&gathering(&once, on), On::Cpu));
+    let [once, every] = plans.each_ref().map(|plan| counted(plan, On::Cpu));
+    let (runs, sent) = once["actor.gather"];
+    assert_eq!((runs, once["actor.prefill"].1, once["actor.step"].1), (steps, 0, 0));
+    assert!(!every.contains_key("actor.gather"));
+    for graph in ["actor.prefill", "actor.step"] {
+        let (runs, of_all) = every[graph];
+        assert_eq!(of_all / runs, sent / steps, "@{graph}");
+    }
+    assert!(every["actor.step"].0 > 3 * steps);
+    // All others are what they were.
+    for (graph, of_all) in once.iter().filter(|(graph, _)| !graph.starts_with("actor.")) {
+        assert_eq!(every[graph], *of_all, "@{graph}");
+    }
+    let [a, b] = plans.map(|plan| plan.arena);
+    assert_eq!(a.persistent, b.persistent);
+    assert!(a.total() <= b.total(), "{a:?} and {b:?}");
+}
+
+/// What is gathered lies where updates have their values: a limit that leaves no more room than those need is kept with it.
+#[test]
+fn a_limit_of_memory_is_kept_with_what_is_gathered() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut program = laid_out(&program(folder.path(), PPO, &["stages.ppo.max_steps=1"]), of_data(2), 3);
+    let limit = planned(&gathering(&program, false), On::Cpu).arena.total();
+    program.stage.memory.max = Some(limit);
+    let plan = planned(&program, On::Cpu);
+    assert!(plan.graph("actor.gather").is_some() && plan.arena.total() <= limit, "{:?} of {limit}", plan.arena);
+}
+
+/// The program whose roles gather their parameters once for a generation, or in every call.
+fn gathering(program: &Program, once: bool) -> Program {
+    let mut program = program.clone();
+    program.stage.roles.iter_mut().for_each(|role| role.gather_for_generation = once);
+    program
+}
+
+/// Does something with all generations of a plan.
+fn generations(body: &mut [Statement], each: &mut dyn FnMut(&mut Generate)) {
+    for statement in body {
+        match statement {
+            Statement::For { body, .. } => generations(body, each),
+            Statement::Generate(generate) => each(generate),
+            _ => {}
+        }
+    }
+}
+
+/// Under ZeRO 3 parameters are gathered for the backward pass again, and `max_memory` has that among the bytes that it limits: what is
+/// computed again to keep it is the same bit by bit.
+#[test]
+fn a_limit_of_memory_is_kept_with_gathers_and_changes_no_bit() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let wide = SFT.replace("hidden: 16, layers: 2, heads: 2, ffn: 32", "hidden: 64, layers: 4, heads: 4, ffn: 256");
+    let program = program(folder.path(), &wide, &["stages.sft.max_steps=2", "stages.sft.eval_steps=100"]);
+    let free = laid_out(&program, of_data(2), 3);
+    let mut least = free.clone();
+    least.stage.memory.gradient_checkpointing = true;
+    let bytes = |program: &Program| planned(program, On::Cpu).arena.total();
+    let (most, least) = (bytes(&free), bytes(&least));
+    let expected = ran(&free, On::Cpu, false, None);
+    for share in [2, 4] {
+        let mut limited = free.clone();
+        let limit = least + (most - least) / share;
+        limited.stage.memory.max = Some(limit);
+        let plan = planned(&limited, On::Cpu);
+        assert!(plan.arena.total() <= limit, "{} of {limit}", plan.arena.total());
+        let gathers = |plan: &Planned| plan.op_counts()["all_gather"];
+        assert!(gathers(&plan) >= gathers(&planned(&free, On::Cpu)));
+        assert!(ran(&limited, On::Cpu, false, None) == expected, "{limit} of {least} to {most}: other bits");
+    }
+}
+
+/// What is short of a layer is sent in one message: fewer of them, and as many bytes.
+#[test]
+fn short_messages_of_a_layer_are_one() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let wide = SFT.replace("hidden: 16, layers: 2, heads: 2, ffn: 32", "hidden: 64, layers: 2, heads: 4, ffn: 256");
+    let sets = ["stages.sft.max_steps=2", "stages.sft.eval_steps=100", "data.texts.eval=none"];
+    let program = laid_out(&program(folder.path(), &wide, &sets), of_data(3), 3);
+    let together = planned(&program, On::Cpu);
+    let names: Vec<&str> = dsgc_passes::PIPELINE.iter().map(|pass| pass.name).filter(|&name| name != "merge").collect();
+    let apart = run_passes(program.clone(), &names, &PassContext::new(&CpuTarget { threads: 1 }));
+    let apart = Planned::new(apart.unwrap_or_else(|e| panic!("{e:?}"))).unwrap_or_else(|fault| panic!("{fault}"));
+    let sending = |plan: &Planned| {
+        let graph = plan.graph("model.loss.grad").expect("parts of a batch");
+        graph_sending(graph, &graph.upper_bounds(), &plan.mesh).expect("all dims are bound")
+    };
+    let (few, many) = (sending(&together), sending(&apart));
+    assert_eq!(few.bytes, many.bytes);
+    assert!(2 * few.messages < many.messages, "{} and {} messages", few.messages, many.messages);
+    counted(&together, On::Cpu);
+}
+
+/// The program whose roles keep states in the host's memory.
+fn offloaded(program: &Program, optimizer: bool, param: bool) -> Program {
+    let mut program = program.clone();
+    for role in &mut program.stage.roles {
+        (role.offload_optimizer, role.offload_param) = (optimizer, param);
+    }
+    program
+}
+
+/// What the host keeps changes no bit, whatever else is in parts; and the device has as much less of parameters and states.
+#[test]
+fn offloading_changes_no_bit() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let dropout = ["stages.sft.max_steps=3", "stages.sft.lora_r=4", "stages.sft.lora_dropout=0.5"];
+    let runs: [(&str, &[&str], usize, u8); 4] = [
+        (SFT, &["stages.sft.max_steps=3", "stages.sft.bf16=true"], 1, 0),
+        (SFT, &dropout, 2, 3),
+        (PPO, &["stages.ppo.max_steps=2", "stages.ppo.fp16=true"], 2, 3),
+        (DPO, &["stages.dpo.max_steps=2"], 2, 2),
+    ];
+    for (pipeline, sets, data, zero_stage) in runs {
+        let kept = laid_out(&program(folder.path(), pipeline, sets), of_data(data), zero_stage);
+        let expected = ran(&kept, On::Cpu, false, None);
+        let plan = planned(&kept, On::Cpu).arena;
+        for (optimizer, param) in [(true, false), (true, true)] {
+            let what = format!("{sets:?}, {data} ranks, zero {zero_stage}, parameters {param}");
+            let off = offloaded(&kept, optimizer, param);
+            let arena = planned(&off, On::Cpu).arena;
+            assert!(arena.host > 0, "{what}");
+            assert_eq!(arena.persistent + arena.host, plan.persistent, "{what}");
+            assert!(ran(&off, On::Cpu, false, None) == expected, "{what}: other bits");
+        }
+    }
+}
+
+/// A stage whose parameters and states alone are more than its limit fits where the host keeps them: no layer has those of another
+/// on the device, also where it is computed again. The interpreter runs it among poison.
+#[test]
+fn what_the_host_keeps_counts_only_while_it_is_used() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let wide = SFT.replace("hidden: 16, layers: 2, heads: 2, ffn: 32", "hidden: 64, layers: 6, heads: 4, ffn: 256");
+    let sets = ["stages.sft.max_steps=2", "stages.sft.eval_steps=100", "stages.sft.batch_size=2"];
+    let mut kept = laid_out(&program(folder.path(), &wide, &sets), of_data(1), 0);
+    kept.stage.memory.gradient_checkpointing = true;
+    let limit = planned(&kept, On::Cpu).arena.persistent;
+    let mut off = offloaded(&kept, true, true);
+    off.stage.memory.max = Some(limit);
+    let arena = planned(&off, On::Cpu).arena;
+    assert!(arena.total() <= limit, "{arena:?} of {limit}");
+    assert!(ran(&off, On::Cpu, false, None) == ran(&kept, On::Cpu, false, None), "other bits");
+    off.stage.memory.max = None;
+    assert_near(&ran(&off, On::Doubles, false, None), &ran(&kept, On::Doubles, false, None), 0.0, "in doubles");
+}
+
+/// Ranks, gathering for a generation, offloading and LoRA: DeepSpeed-Chat's matrix of its third stage.
+#[test]
+fn every_combination_of_memory_savers_has_the_same_losses() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let sets = ["stages.ppo.max_steps=5", "stages.ppo.unsup_coef=0", "stages.ppo.enable_ema=false"];
+    let lora = [&sets[..], &["stages.ppo.actor.lora_r=16", "stages.ppo.critic.lora_r=16"]].concat();
+    for sets in [&sets[..], &lora] {
+        let program = program(folder.path(), PPO, sets);
+        let one = ran(&laid_out(&program, of_data(1), 0), On::Cpu, false, None);
+        for (zero_stage, gathered, offload) in [2, 3]
+            .into_iter()
+            .flat_map(|z| [false, true].map(|g| (z, g)))
+            .flat_map(|(z, g)| [(z, g, false), (z, g, true)])
+        {
+            let laid_out = gathering(&laid_out(&program, of_data(2), zero_stage), gathered);
+            let found = ran(&offloaded(&laid_out, offload, offload), On::Cpu, false, None);
+            let what = format!("{sets:?}, zero {zero_stage}, gathered once {gathered}, offload {offload}");
+            assert_eq!(found.steps.len(), 5, "{what}");
+            let (losses, _) = difference(&found, &one);
+            assert!(losses <= 1e-3, "{what}: they differ by {losses:e}");
+        }
+    }
+}
+
 /// Ranks that share layers, alone and beside others with other rows: data, tensor, stage of ZeRO.
 fn shared_layers(pipeline: &str, sets: &[&str], layouts: &[(usize, usize, u8)], on: On, bound: f64) {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -390,24 +605,8 @@ fn ranks_send_what_the_formulas_say() {
     let (ranks, parts, steps) = (2, 2, 2);
     for zero_stage in 0..=3 {
         let planned = planned(&laid_out(&program, of_data(ranks), zero_stage), On::Cpu);
-        let counted: Vec<Arc<Mutex<BTreeMap<String, u64>>>> = (0..ranks).map(|_| Arc::default()).collect();
-        let rank = |member: Member| {
-            let (planned_too, counted) = (planned.clone(), counted[member.rank()].clone());
-            let run = move |device: &mut dyn Device, name: &str, inputs: &[(&str, &Tensor)]| -> Outputs {
-                let graph = planned_too.graph(name).expect("the plan names it");
-                let expected = graph_sent(graph, &bind(graph, inputs)?, &planned_too.mesh).expect("all dims are bound");
-                let before = device.sent();
-                let outputs = device.run(name, inputs)?;
-                assert_eq!(device.sent() - before, expected, "@{name}");
-                *counted.lock().expect("no rank panics").entry(name.into()).or_default() += expected;
-                Ok(outputs)
-            };
-            let device = Watched { device: device(&planned, On::Cpu, &member), run };
-            let mut session = Session::open_as(planned.clone(), Box::new(device), member, &mut |_| Ok(()))?;
-            session.run(&mut |_| Ok(())).map_err(|e| vec![e])
-        };
-        on_threads(planned.mesh, rank, first_message).unwrap_or_else(|e| panic!("{e:?}"));
-        let of = |graph: &str| counted[0].lock().expect("no rank panics").get(graph).map_or(0, |n| n / steps);
+        let counted = counted(&planned, On::Cpu);
+        let of = |graph: &str| counted.get(graph).map_or(0, |(_, sent)| sent / steps);
         let (grad, apply) = (of("model.loss.grad"), of("model.apply"));
         let bytes: usize = planned
             .params_of("model")

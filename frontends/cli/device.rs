@@ -69,7 +69,7 @@ impl DeviceName {
             return gpu::open(self, planned, member);
         }
         let ranks = ranks_here(&member.mesh);
-        let bytes = planned.arena.total().saturating_mul(ranks);
+        let bytes = (planned.arena.total() + planned.arena.host).saturating_mul(ranks);
         // An allocation that fails within the device would end the program; the box keeps this trial from being
         // optimised away.
         let mut trial = Vec::<u8>::new();

@@ -69,8 +69,9 @@ fn statements(plan: &[Statement], depth: usize, lines: &mut Vec<String>) {
             }
             Statement::Generate(generate) => {
                 let steps = generate.steps.as_ref().expect("the passes filled it in");
+                let gather = steps.gather.as_ref().map(|gather| format!("{gather}, ")).unwrap_or_default();
                 lines.push(format!(
-                    "{indent}{} = generate {} x {} from {}, {} rows at once, up to {} tokens: {}, then {}",
+                    "{indent}{} = generate {} x {} from {}, {} rows at once, up to {} tokens: {gather}{}, then {}",
                     generate.name,
                     generate.samples,
                     generate.role,

@@ -5,7 +5,7 @@ use std::fmt;
 use std::iter::Sum;
 use std::ops::Add;
 
-use dsgc_ir::cost::{graph_cost, graph_sent, handed_on};
+use dsgc_ir::cost::{Sending, graph_cost, graph_sending, handed_on};
 use dsgc_ir::stage::{CallSteps, Role, Rows, Statement, TermSteps, UpdateSteps};
 use dsgc_ir::verify::last_uses;
 use dsgc_ir::{Class, DType, Dim, Graph, Mesh, Planned, Program, Region, State, StateId, StateKind, Target, Type};
@@ -30,6 +30,8 @@ pub struct StageReport {
     kernels: Vec<KernelUse>,
     /// Bytes of parameters and state, values, workspace.
     memory: [usize; 3],
+    /// Bytes of parameters and state in the host's memory.
+    host: usize,
     /// Where ranks have different layers, what they have.
     places: Option<PlacesReport>,
 }
@@ -206,7 +208,7 @@ impl StageReport {
         let count = |trained_only: bool| {
             let params = program.states.iter().filter(|s| match s.kind {
                 StateKind::Param { trained } => trained || !trained_only,
-                StateKind::Copy { .. } | StateKind::State | StateKind::Scratch => false,
+                StateKind::Copy { .. } | StateKind::State | StateKind::Scratch | StateKind::Generation => false,
             });
             params.map(numbers).sum()
         };
@@ -234,6 +236,7 @@ impl StageReport {
             kernels: KernelUse::all(program, target),
             memory: [arena.persistent, arena.values, arena.scratch],
             places,
+            host: arena.host,
         }
     }
 
@@ -244,14 +247,22 @@ impl StageReport {
             .updates
             .iter()
             .map(|(role, graph, done)| {
-                json!({"role": role, "graph": graph, "flops_per_step": done.flops, "sent_bytes_per_step": done.sent})
+                json!({
+                    "role": role, "graph": graph, "flops_per_step": done.flops,
+                    "sent_bytes_per_step": done.sending.bytes, "messages_per_step": done.sending.messages,
+                })
             })
             .collect();
         let calls: Vec<Value> = self
             .work
             .calls
             .iter()
-            .map(|(what, done)| json!({"what": what, "flops_per_batch": done.flops, "sent_bytes_per_batch": done.sent}))
+            .map(|(what, done)| {
+                json!({
+                    "what": what, "flops_per_batch": done.flops,
+                    "sent_bytes_per_batch": done.sending.bytes, "messages_per_batch": done.sending.messages,
+                })
+            })
             .collect();
         let passes: Vec<Value> = self
             .passes
@@ -308,6 +319,7 @@ impl StageReport {
             "kernels": kernels,
             "memory": {
                 "persistent": persistent, "values": values, "scratch": scratch, "peak": persistent + values + scratch,
+                "host": self.host,
             },
         });
         if let Some(places) = &self.places {
@@ -366,6 +378,9 @@ impl fmt::Display for StageReport {
             size(values),
             size(scratch)
         )?;
+        if self.host > 0 {
+            write!(f, "\n  host memory     {} of parameters and state", size(self.host))?;
+        }
         self.places.iter().try_for_each(|places| write!(f, "\n{places}"))
     }
 }
@@ -375,20 +390,20 @@ impl fmt::Display for StageReport {
 struct Amount {
     /// Floating-point operations.
     flops: u64,
-    /// Bytes that graphs send to other ranks.
-    sent: u64,
+    /// What graphs send to other ranks.
+    sending: Sending,
 }
 
 impl Amount {
     fn times(self, n: u64) -> Amount {
-        Amount { flops: self.flops.saturating_mul(n), sent: self.sent.saturating_mul(n) }
+        Amount { flops: self.flops.saturating_mul(n), sending: self.sending.times(n) }
     }
 }
 
 impl Add for Amount {
     type Output = Amount;
     fn add(self, other: Amount) -> Amount {
-        Amount { flops: self.flops.saturating_add(other.flops), sent: self.sent.saturating_add(other.sent) }
+        Amount { flops: self.flops.saturating_add(other.flops), sending: self.sending + other.sending }
     }
 }
 
@@ -401,7 +416,12 @@ impl Sum for Amount {
 impl fmt::Display for Amount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.3} GFLOP", self.flops as f64 / 1e9)?;
-        if self.sent > 0 { write!(f, " and {} sent", size(self.sent as usize)) } else { Ok(()) }
+        let Sending { messages, bytes } = self.sending;
+        if bytes > 0 {
+            write!(f, " and {} sent in {} messages", size(bytes as usize), grouped(messages))
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -424,16 +444,17 @@ impl Work {
                 let graph = program.graph(graph).expect("the passes made it");
                 let bounds = graph.upper_bounds();
                 let flops = graph_cost(graph, &bounds).map_or(0, |c| c.flops);
-                Amount { flops, sent: graph_sent(graph, &bounds, &program.mesh).unwrap_or(0) }
+                Amount { flops, sending: graph_sending(graph, &bounds, &program.mesh).unwrap_or_default() }
             };
             let Some(pieces) = program.stage.pieces.get(name) else { return own(name) };
             let here = pieces.iter().enumerate().filter(|(_, piece)| piece.place == program.place);
             let handed = |at: usize| {
                 let bounds = program.graph(&pieces[at].graph).expect("the pass made it").upper_bounds();
                 let by_place = handed_on(program, pieces, at, &bounds).unwrap_or_default().into_iter().enumerate();
-                by_place.filter(|(place, _)| *place != program.place).map(|(_, bytes)| bytes).sum()
+                let to_others = by_place.filter(|&(place, bytes)| place != program.place && bytes > 0);
+                to_others.fold(Sending::default(), |sum, (_, bytes)| sum + Sending { messages: 1, bytes })
             };
-            here.map(|(at, piece)| own(&piece.graph) + Amount { flops: 0, sent: handed(at) }).sum()
+            here.map(|(at, piece)| own(&piece.graph) + Amount { flops: 0, sending: handed(at) }).sum()
         };
         let all = |names: &[String]| names.iter().map(of).sum::<Amount>();
         // Ranks with different rows have equal shares of them.
@@ -482,7 +503,8 @@ impl Work {
                     let after = if generate.samples > 1 { generate.samples as u64 * tokens } else { tokens - 1 };
                     let one = of(&steps.prefill) + of(&steps.step).times(after);
                     let calls = rows_of_rank.div_ceil(generate.rows.max(1)) as u64;
-                    self.calls.push((format!("generate {}", generate.role), one.times(calls)));
+                    let gather = steps.gather.as_ref().map(of).unwrap_or_default();
+                    self.calls.push((format!("generate {}", generate.role), one.times(calls) + gather));
                 }
                 Statement::Next { .. } | Statement::Join { .. } | Statement::Recent { .. } => {}
             }

@@ -25,6 +25,14 @@ pub const FLOPS_PER_BYTE: u64 = 8;
 /// Bytes that a device moves while it starts a kernel: a few hundred nanoseconds on a CPU.
 const BYTES_PER_LAUNCH: u64 = 16 << 10;
 
+/// Seconds of a message between two ranks beside those of its bytes, and bytes that a rank sends in a second: threads on
+/// two cores of a Zen 5, by `dsgc bench comm`.
+const SECONDS_PER_MESSAGE: f64 = 5e-6;
+const SENT_PER_SECOND: f64 = 5e9;
+
+/// Bytes that a device moves in a second: that machine's memory.
+const BYTES_PER_SECOND: f64 = 57e9;
+
 /// Work of an op.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cost {
@@ -178,35 +186,102 @@ pub fn sent(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings, mes
     let bytes = |ty: &Type| ty.bytes(bindings).map(|bytes| bytes as u64);
     // The part of the place `at` of so many elements in parts of equal length, of which the last ones may be shorter.
     let part = |all: u64, len: u64, at: u64| (at * len).min(all).abs_diff(((at + 1) * len).min(all));
-    match *op {
-        Op::AllReduce { over } => {
-            let (ranks, width) = (mesh.size(over) as u64, args[0].dtype.bytes() as u64);
-            let all = bytes(args[0])? / width;
-            let len = all.div_ceil(ranks);
-            // Every part but its own, then every part but the next one's.
-            let sent = 2 * all - part(all, len, 0) - part(all, len, 1 % ranks);
-            // Sums of narrow floats are sent as f32.
-            Ok(if ranks == 1 { 0 } else { sent * if args[0].dtype.is_narrow() { 4 } else { width } })
-        }
-        Op::AllGather { over, .. } => {
-            let (ranks, all, len) = (mesh.size(over) as u64, bytes(results[0])?, bytes(args[0])?);
-            Ok(if ranks == 1 { 0 } else { all - part(all, len, 1) })
-        }
-        Op::ReduceScatter { over, .. } => {
-            let (ranks, all, len) = (mesh.size(over) as u64, bytes(args[0])?, bytes(results[0])?);
-            Ok(if ranks == 1 { 0 } else { all - part(all, len, 0) })
-        }
-        _ => Ok(0),
+    let over = match op {
+        Op::AllReduce { over } | Op::AllGather { over, .. } | Op::ReduceScatter { over, .. } => *over,
+        _ => return Ok(0),
+    };
+    let ranks = mesh.size(over) as u64;
+    if ranks == 1 {
+        return Ok(0);
+    }
+    let mut sum = 0;
+    for (&arg, &result) in args.iter().zip(results) {
+        sum += match op {
+            Op::AllReduce { .. } => {
+                let width = arg.dtype.bytes() as u64;
+                let all = bytes(arg)? / width;
+                let len = all.div_ceil(ranks);
+                // Every part but its own, then every part but the next one's.
+                let sent = 2 * all - part(all, len, 0) - part(all, len, 1);
+                // Sums of narrow floats are sent as f32.
+                sent * if arg.dtype.is_narrow() { 4 } else { width }
+            }
+            Op::AllGather { .. } => {
+                let (all, len) = (bytes(result)?, bytes(arg)?);
+                all - part(all, len, 1)
+            }
+            _ => {
+                let (all, len) = (bytes(arg)?, bytes(result)?);
+                all - part(all, len, 0)
+            }
+        };
+    }
+    Ok(sum)
+}
+
+/// What a rank sends, and how often.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sending {
+    /// Messages to the next rank of a ring.
+    pub messages: u64,
+    /// Bytes of all messages.
+    pub bytes: u64,
+}
+
+impl Sending {
+    /// So many times as much.
+    pub fn times(self, n: u64) -> Sending {
+        Sending { messages: self.messages.saturating_mul(n), bytes: self.bytes.saturating_mul(n) }
+    }
+
+    /// Predicted seconds.
+    pub fn seconds(self) -> f64 {
+        self.messages as f64 * SECONDS_PER_MESSAGE + self.bytes as f64 / SENT_PER_SECOND
     }
 }
 
-/// [`sent`] of all ops of a graph.
-pub fn graph_sent(graph: &Graph, bindings: &Bindings, mesh: &Mesh) -> Result<u64, Symbol> {
+impl std::ops::Add for Sending {
+    type Output = Sending;
+    fn add(self, other: Sending) -> Sending {
+        Sending {
+            messages: self.messages.saturating_add(other.messages),
+            bytes: self.bytes.saturating_add(other.bytes),
+        }
+    }
+}
+
+/// Whether an op sends so little that it is sooner sent in one message with another, which costs two passes over its bytes.
+pub fn joins_messages(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings, mesh: &Mesh) -> bool {
+    let copied = args.iter().chain(results).map(|ty| ty.bytes(bindings).map_or(u64::MAX, |bytes| bytes as u64));
+    let copied = copied.fold(0, u64::saturating_add) as f64 / BYTES_PER_SECOND;
+    sending(op, args, results, bindings, mesh)
+        .is_ok_and(|sending| sending.messages as f64 * SECONDS_PER_MESSAGE > copied)
+}
+
+/// What the first rank of a group sends for an op; see [`sent`].
+pub fn sending(
+    op: &Op,
+    args: &[&Type],
+    results: &[&Type],
+    bindings: &Bindings,
+    mesh: &Mesh,
+) -> Result<Sending, Symbol> {
+    let others = |over| mesh.size(over) as u64 - 1;
+    let messages = match *op {
+        Op::AllReduce { over } => 2 * others(over),
+        Op::AllGather { over, .. } | Op::ReduceScatter { over, .. } => others(over),
+        _ => 0,
+    };
+    Ok(Sending { messages, bytes: sent(op, args, results, bindings, mesh)? })
+}
+
+/// [`sending`] of all ops of a graph.
+pub fn graph_sending(graph: &Graph, bindings: &Bindings, mesh: &Mesh) -> Result<Sending, Symbol> {
     let one = |op: &OpData| {
         let (args, results) = types(graph, op);
-        sent(&op.op, &args, &results, bindings, mesh)
+        sending(&op.op, &args, &results, bindings, mesh)
     };
-    graph.ops().map(|(_, op)| one(op)).try_fold(0, |sum, sent| Ok(sum + sent?))
+    graph.ops().map(|(_, op)| one(op)).try_fold(Sending::default(), |sum, one| Ok(sum + one?))
 }
 
 /// Bytes that a piece of a graph hands on to ranks of each place along `pipeline` for a part of a batch, its own place among

@@ -147,11 +147,13 @@ pub enum Region {
     Values,
     /// Workspace of the running kernel.
     Scratch,
+    /// Parameters and state in the host's memory, which no kernel sees.
+    Host,
 }
 
 impl Region {
     /// All of them.
-    pub const ALL: [Region; 3] = [Region::Persistent, Region::Values, Region::Scratch];
+    pub const ALL: [Region; 4] = [Region::Persistent, Region::Values, Region::Scratch, Region::Host];
 
     /// The name in the text form.
     pub fn name(self) -> &'static str {
@@ -159,6 +161,7 @@ impl Region {
             Region::Persistent => "persistent",
             Region::Values => "values",
             Region::Scratch => "scratch",
+            Region::Host => "host",
         }
     }
 }

@@ -368,13 +368,19 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             place(op, &args[3])?;
             one(rows)
         }
-        Op::AllReduce { .. } => one(number(op, &args[0])?.clone()),
-        Op::AllGather { axis, len, .. } => one(with_extent(not_key(op, &args[0])?, *axis, |_| *len)?),
+        Op::AllReduce { .. } => args.iter().map(|arg| number(op, arg).cloned()).collect(),
+        Op::AllGather { lens, .. } if lens.len() != args.len() => {
+            Err(format!("`all_gather` of {} operands has {} numbers of places", args.len(), lens.len()))
+        }
+        Op::AllGather { axis, lens, .. } => {
+            args.iter().zip(lens).map(|(arg, &len)| with_extent(movable(op, arg)?, *axis, |_| len)).collect()
+        }
         Op::ReduceScatter { axis, ranks, .. } => {
-            one(with_extent(number(op, &args[0])?, *axis, |extent| extent.div_ceil((*ranks).max(1)))?)
+            let part = |extent: usize| extent.div_ceil((*ranks).max(1));
+            args.iter().map(|arg| with_extent(number(op, arg)?, *axis, part)).collect()
         }
         Op::Shard { axis, ranks, .. } => {
-            one(with_extent(not_key(op, &args[0])?, *axis, |extent| extent.div_ceil((*ranks).max(1)))?)
+            one(with_extent(movable(op, &args[0])?, *axis, |extent| extent.div_ceil((*ranks).max(1)))?)
         }
         Op::Adamw { .. } => {
             let (each, settings) = args.split_at(args.len().saturating_sub(3));
@@ -554,6 +560,11 @@ fn not_key<'a>(op: &Op, ty: &'a Type) -> Result<&'a Type, String> {
         DType::Quantized(_) => Err(format!("`{}` of {ty}, which is for products only", op.name())),
         DType::F32 | DType::Bf16 | DType::F16 | DType::I32 | DType::Bool => Ok(ty),
     }
+}
+
+/// What can be moved as it lies.
+fn movable<'a>(op: &Op, ty: &'a Type) -> Result<&'a Type, String> {
+    if ty.dtype.is_quantized() { Ok(ty) } else { not_key(op, ty) }
 }
 
 fn rank(op: &Op, ty: &Type, rank: usize) -> Result<(), String> {

@@ -504,15 +504,15 @@ ops! {
 
     // Ranks. Made by the pass `partition`. Places are numbered along the axis as in [`crate::mesh`].
     /// The sum of the operands of all ranks along an axis of the mesh, on each of them; that of narrow floats is taken in f32.
-    AllReduce "all_reduce" Collective 1 { /// The axis of the mesh.
+    AllReduce "all_reduce" Collective many { /// The axis of the mesh.
         over: Axis }
-    /// The parts of all ranks along an axis of the mesh one after the other, and of that the first places.
-    AllGather "all_gather" Collective 1 { /// The axis of the mesh.
+    /// Of each operand, the parts of all ranks along an axis of the mesh one after the other, and of that the first places.
+    AllGather "all_gather" Collective many { /// The axis of the mesh.
         over: Axis, /// The dim.
-        axis: usize, /// How many places.
-        len: usize }
-    /// A rank's part of the sum of the operands of all ranks along an axis of the mesh; parts as in [`crate::mesh::Cut`].
-    ReduceScatter "reduce_scatter" Collective 1 { /// The axis of the mesh.
+        axis: usize, /// How many places, of each operand.
+        lens: Vec<usize> }
+    /// Of each operand, a rank's part of the sum over all ranks along an axis of the mesh; parts as in [`crate::mesh::Cut`].
+    ReduceScatter "reduce_scatter" Collective many { /// The axis of the mesh.
         over: Axis, /// The dim.
         axis: usize, /// Ranks along the axis of the mesh.
         ranks: usize }
@@ -574,9 +574,8 @@ impl Op {
             Op::Adamw { .. } => (0..operands / 4)
                 .flat_map(|i| [0, 2, 3].into_iter().enumerate().map(move |(r, a)| (3 * i + r, 4 * i + a)))
                 .collect(),
-            Op::Cast { .. } | Op::WriteAt { .. } | Op::Rope { .. } | Op::AddRows {} | Op::AllReduce { .. } => {
-                vec![(0, 0)]
-            }
+            Op::Cast { .. } | Op::WriteAt { .. } | Op::Rope { .. } | Op::AddRows {} => vec![(0, 0)],
+            Op::AllReduce { .. } => (0..operands).map(|i| (i, i)).collect(),
             Op::Fused { body, .. } => {
                 (0..body.results().len()).flat_map(|result| (0..operands).map(move |arg| (result, arg))).collect()
             }

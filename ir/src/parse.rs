@@ -74,8 +74,13 @@ impl<'a> Reader<'a> {
                         persistent: field("persistent")?,
                         values: field("values")?,
                         scratch: field("scratch")?,
+                        host: 0,
                         allocation: None,
                     };
+                    if self.take_word("host") {
+                        self.expect("=")?;
+                        self.program.arena.host = self.number()?;
+                    }
                     if self.take("allocation") {
                         self.expect("=")?;
                         let bytes = self.number()?;
@@ -104,14 +109,17 @@ impl<'a> Reader<'a> {
         let ty = self.ty()?;
         let trained = self.take_word("trained");
         let scratch = self.take_word("scratch");
+        let generation = self.take_word("generation");
         let copied = if self.take_word("copy") { Some(self.declared()?) } else { None };
         let placement = self.placement()?;
+        let on_host = self.take_word("on_host");
         let buffer = self.buffer()?;
         let span = if self.take_word("loc") { self.span()? } else { Span::NONE };
         let kind = match copied {
             _ if is_param => StateKind::Param { trained },
             Some(of) => StateKind::Copy { of },
             None if scratch => StateKind::Scratch,
+            None if generation => StateKind::Generation,
             None => StateKind::State,
         };
         if self.program.state_named(&name).is_some() {
@@ -119,7 +127,7 @@ impl<'a> Reader<'a> {
         }
         let id = self.program.declare(name, ty, kind, span);
         let state = &mut self.program.states[id.0 as usize];
-        (state.placement, state.buffer) = (placement, buffer);
+        (state.placement, state.on_host, state.buffer) = (placement, on_host, buffer);
         Ok(())
     }
 

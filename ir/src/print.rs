@@ -27,6 +27,9 @@ impl fmt::Display for Program {
         if self.level == Level::Planned {
             let a = self.arena;
             write!(f, "arena persistent={} values={} scratch={}", a.persistent, a.values, a.scratch)?;
+            if a.host > 0 {
+                write!(f, " host={}", a.host)?;
+            }
             if let Some(allocation) = a.allocation {
                 write!(f, " allocation={allocation}")?;
             }
@@ -38,9 +41,11 @@ impl fmt::Display for Program {
                 StateKind::Copy { of } => ("state", format!(" copy @{}", self.state(of).name)),
                 StateKind::State => ("state", String::new()),
                 StateKind::Scratch => ("state", " scratch".into()),
+                StateKind::Generation => ("state", " generation".into()),
             };
             write!(f, "{kind} @{} : {}{what}", state.name, state.ty)?;
             write_placement(f, state.placement.as_ref())?;
+            write!(f, "{}", if state.on_host { " on_host" } else { "" })?;
             write_buffer(f, state.buffer)?;
             if state.span.is_some() {
                 let s = state.span;

@@ -1,11 +1,12 @@
 //! Programs: what one stage of a pipeline runs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::diag::Span;
 use crate::dim::{Bindings, Dim};
-use crate::graph::{Buffer, Graph, StateId};
+use crate::graph::{Buffer, Graph, Region, StateId};
 use crate::mesh::{Mesh, Placement};
+use crate::op::Op;
 use crate::stage::{Origin, Stage};
 use crate::types::Type;
 
@@ -25,9 +26,13 @@ pub enum StateKind {
     },
     /// Anything else that outlives a call: moments, a recipe's states. Zero when a session begins.
     State,
-    /// What calls of one step hand to each other, and no step to the next: accumulators, which are zero between steps,
-    /// and keys and values of earlier columns. Zero when a session begins.
+    /// What calls of one step hand to each other, and no step to the next: accumulators, which are zero between steps. Zero
+    /// when a session begins.
     Scratch,
+    /// What the calls of one generation hand to each other: keys and values of earlier columns, parameters gathered for
+    /// it. While it runs no other graph does, so the values of others may lie in its place: when it begins, nobody knows
+    /// what it holds.
+    Generation,
 }
 
 /// A parameter or state.
@@ -43,6 +48,8 @@ pub struct State {
     pub span: Span,
     /// What each rank holds of it; `None` where that is all of it.
     pub placement: Option<Placement>,
+    /// Whether it is at home in the host's memory: then a read copies it to the device, and a write copies it back.
+    pub on_host: bool,
     /// Where it lies; `None` before `plan_memory`.
     pub buffer: Option<Buffer>,
 }
@@ -104,16 +111,18 @@ impl Level {
 pub struct Arena {
     /// Parameters and state.
     pub persistent: usize,
-    /// Values of the graph that needs most.
+    /// Values of the graph that needs most, with what a generation keeps between its calls.
     pub values: usize,
     /// Workspace of the kernel that needs most.
     pub scratch: usize,
+    /// Parameters and state in the host's memory.
+    pub host: usize,
     /// Where a region is made of several allocations, the bytes of each but the last: no value lies in two.
     pub allocation: Option<usize>,
 }
 
 impl Arena {
-    /// Bytes of all regions: the exact peak.
+    /// Bytes of all regions of the device: the exact peak.
     pub fn total(&self) -> usize {
         self.persistent + self.values + self.scratch
     }
@@ -150,7 +159,7 @@ pub struct Program {
 impl Program {
     /// Declares a parameter or state.
     pub fn declare(&mut self, name: impl Into<String>, ty: Type, kind: StateKind, span: Span) -> StateId {
-        self.states.push(State { name: name.into(), ty, kind, span, placement: None, buffer: None });
+        self.states.push(State { name: name.into(), ty, kind, span, placement: None, on_host: false, buffer: None });
         StateId(self.states.len() as u32 - 1)
     }
 
@@ -172,6 +181,36 @@ impl Program {
     /// All states with their ids.
     pub fn state_ids(&self) -> impl Iterator<Item = (StateId, &State)> {
         self.states.iter().enumerate().map(|(i, s)| (StateId(i as u32), s))
+    }
+
+    /// The states that a generation which runs this graph keeps between its calls: those of the graph, and of all graphs
+    /// that have one in common with it.
+    pub fn generation_of(&self, graph: &Graph) -> BTreeSet<StateId> {
+        if !self.states.iter().any(|state| state.kind == StateKind::Generation) {
+            return BTreeSet::new();
+        }
+        let of = |graph: &Graph| -> BTreeSet<StateId> {
+            let states = graph.ops().filter_map(|(_, op)| match op.op {
+                Op::Read { state } | Op::Write { state } => Some(state),
+                _ => None,
+            });
+            states.filter(|&id| self.state(id).kind == StateKind::Generation).collect()
+        };
+        let mut kept = of(graph);
+        let mut others: Vec<BTreeSet<StateId>> = self.graphs.iter().map(of).collect();
+        while let Some(at) = others.iter().position(|other| !other.is_disjoint(&kept)) {
+            kept.append(&mut others.swap_remove(at));
+        }
+        kept
+    }
+
+    /// The places among a graph's values where such states lie.
+    ///
+    /// # Panics
+    /// If the program is not planned.
+    pub fn kept_by_generation(&self, graph: &Graph) -> Vec<Buffer> {
+        let placed = |id| self.state(id).buffer.expect("a planned program has a buffer for every state");
+        self.generation_of(graph).into_iter().map(placed).filter(|b| b.region == Region::Values).collect()
     }
 
     /// A graph by name.

@@ -90,6 +90,14 @@ pub struct Prefix {
     pub input: String,
 }
 
+fn yes() -> bool {
+    true
+}
+
+fn is_yes(on: &bool) -> bool {
+    *on
+}
+
 fn one() -> usize {
     1
 }
@@ -203,6 +211,15 @@ pub struct Role {
     /// What ranks with different rows share out of it (ZeRO): 0 nothing, 1 the optimizer's moments, 2 gradients too, 3 parameters too.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub zero_stage: u8,
+    /// Whether parameters in parts are gathered once for a generation, where there is memory for it, and not in every call.
+    #[serde(default = "yes", skip_serializing_if = "is_yes")]
+    pub gather_for_generation: bool,
+    /// Whether its optimizer's moments, and parameters that only the optimizer reads, are at home in the host's memory.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub offload_optimizer: bool,
+    /// Whether its parameters and their copies are.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub offload_param: bool,
     /// Folder with its `tokenizer.json`, as the user gave it.
     pub tokenizer: Option<String>,
     /// Parameters of a snapshot that are those of the role it is taken of, by their Hugging Face names: nothing changes

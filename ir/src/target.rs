@@ -24,6 +24,11 @@ pub trait Target {
         None
     }
 
+    /// Whether parameters and states may be at home in the host's memory: reads and writes of them are copies then.
+    fn offloads(&self) -> bool {
+        false
+    }
+
     /// Bytes of memory, where the device has a limit.
     fn memory(&self) -> Option<usize>;
 

@@ -132,7 +132,7 @@ fn logical(program: &Program, graph: &Graph) -> Result<(), Fault> {
     }
     let behind = program.state_ids().find(|(id, state)| match state.kind {
         StateKind::Copy { of } => written.contains(&of) != written.contains(id),
-        StateKind::Param { .. } | StateKind::State | StateKind::Scratch => false,
+        StateKind::Param { .. } | StateKind::State | StateKind::Scratch | StateKind::Generation => false,
     });
     if let Some((_, copy)) = behind {
         return fault(None, format!("`@{}` and what it copies are not written together", copy.name));
@@ -187,11 +187,14 @@ fn placements_fit(program: &Program) -> Result<(), String> {
 fn collectives_fit(program: &Program, graph: &Graph) -> Result<(), Fault> {
     for (id, op) in graph.ops() {
         let fault = |message: String| Err(Fault { graph: graph.name.clone(), op: Some(id), message });
-        let extent = |axis: usize| graph.ty(op.args[0]).dims[axis].constant().unwrap_or_default() as usize;
-        let fits = match op.op {
+        let extent = |arg: Value, axis: usize| graph.ty(arg).dims[axis].constant().unwrap_or_default() as usize;
+        let fits = match &op.op {
             Op::AllReduce { .. } => true,
-            Op::AllGather { over, axis, len } => extent(axis) == len.div_ceil(program.mesh.size(over)),
-            Op::ReduceScatter { over, ranks, .. } | Op::Shard { over, ranks, .. } => ranks == program.mesh.size(over),
+            Op::AllGather { over, axis, lens } => {
+                let part = |len: &usize| len.div_ceil(program.mesh.size(*over));
+                op.args.iter().zip(lens).all(|(&arg, len)| extent(arg, *axis) == part(len))
+            }
+            Op::ReduceScatter { over, ranks, .. } | Op::Shard { over, ranks, .. } => *ranks == program.mesh.size(*over),
             _ => continue,
         };
         if program.level == Level::Logical {
@@ -223,10 +226,16 @@ fn states_are_placed(program: &Program) -> Result<(), Fault> {
         let Some(buffer) = state.buffer else {
             return fault(format!("`@{}` has no buffer", state.name));
         };
-        if buffer.region != Region::Persistent || buffer.bytes < state.bytes() {
+        let among_values = buffer.region == Region::Values && state.kind == StateKind::Generation;
+        let home = if state.on_host { Region::Host } else { Region::Persistent };
+        if !(buffer.region == home || among_values) || buffer.bytes < state.bytes() {
             return fault(format!("`@{}` does not fit its buffer", state.name));
         }
-        if buffer.offset + buffer.bytes > program.arena.persistent {
+        if among_values {
+            continue;
+        }
+        let end = if state.on_host { program.arena.host } else { program.arena.persistent };
+        if buffer.offset + buffer.bytes > end {
             return fault(format!("`@{}` leaves the arena", state.name));
         }
         if !program.arena.is_whole(buffer.offset, buffer.bytes) {
@@ -234,8 +243,9 @@ fn states_are_placed(program: &Program) -> Result<(), Fault> {
         }
         placed.push((buffer, &state.name));
     }
-    placed.sort_by_key(|(b, _)| b.offset);
-    match placed.windows(2).find(|w| w[0].0.offset + w[0].0.bytes > w[1].0.offset) {
+    placed.sort_by_key(|(b, _)| (b.region, b.offset));
+    let overlap = |a: Buffer, b: Buffer| a.region == b.region && a.offset + a.bytes > b.offset;
+    match placed.windows(2).find(|w| overlap(w[0].0, w[1].0)) {
         Some(w) => fault(format!("`@{}` and `@{}` overlap", w[0].1, w[1].1)),
         None => Ok(()),
     }
@@ -273,13 +283,17 @@ fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
         Region::Persistent => program.arena.persistent,
         Region::Values => program.arena.values,
         Region::Scratch => program.arena.scratch,
+        Region::Host => program.arena.host,
     };
     for value in graph.values() {
         let Some(b) = graph.buffer(value) else {
             return fault(graph.def(value), format!("%{} has no buffer", names[value.0 as usize]));
         };
         let bytes = graph.ty(value).bytes(&bounds).unwrap_or(usize::MAX);
-        if bytes > b.bytes || b.offset + b.bytes > size_of(b.region) || b.region == Region::Scratch {
+        if bytes > b.bytes
+            || b.offset + b.bytes > size_of(b.region)
+            || matches!(b.region, Region::Scratch | Region::Host)
+        {
             return fault(graph.def(value), format!("%{} does not fit its buffer", names[value.0 as usize]));
         }
         if !program.arena.is_whole(b.offset, b.bytes) {
@@ -298,15 +312,27 @@ fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
             && b.offset < a.offset + a.bytes
     };
     let buffer = |v: Value| graph.buffer(v).expect("checked above");
+    let kept = program.kept_by_generation(graph);
+    for (i, &place) in kept.iter().enumerate() {
+        let apart = kept[..i].iter().all(|&other| !overlap(place, other));
+        if !apart || place.offset + place.bytes > program.arena.values {
+            return fault(None, "what a generation keeps overlaps, or leaves the arena".into());
+        }
+        let wrong =
+            |v: Value| overlap(buffer(v), place) && (buffer(v).offset, buffer(v).bytes) != (place.offset, place.bytes);
+        if let Some(v) = graph.values().find(|&v| wrong(v)) {
+            return fault(graph.def(v), format!("%{} lies in what a generation keeps", names[v.0 as usize]));
+        }
+    }
     // Values whose bytes are still needed after the op in hand.
     let mut live: Vec<Value> = graph.inputs().collect();
     if let Some((a, b)) = pairs(&live).find(|&(a, b)| overlap(buffer(a), buffer(b))) {
         return fault(None, format!("inputs %{} and %{} overlap", names[a.0 as usize], names[b.0 as usize]));
     }
     for (id, op) in graph.ops() {
-        // A read looks at the state's own bytes, a view at its operand's.
+        // A read looks at the state's own bytes, if the device has them, and a view at its operand's.
         match op.op {
-            Op::Read { state } => {
+            Op::Read { state } if !program.state(state).on_host => {
                 if Some(buffer(op.result())) != program.state(state).buffer {
                     return fault(Some(id), "a read must be its state's buffer".into());
                 }

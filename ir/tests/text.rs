@@ -27,6 +27,9 @@ fn stages_and_sources_read_back() {
         precision: None,
         weights: None,
         zero_stage: 0,
+        gather_for_generation: false,
+        offload_optimizer: true,
+        offload_param: false,
         tokenizer: None,
         shared: vec![],
     };

@@ -126,7 +126,7 @@ param @w : f32[3, 4] trained of [5, 4] cut data/0
 state @w.grad : f32[5, 4] scratch of [5, 4] partial data
 graph @g(%x: f32[5, 4]) {
   %w = read @w : f32[3, 4]
-  %all = all_gather %w over=data axis=0 len=5 : f32[5, 4]
+  %all = all_gather %w over=data axis=0 lens=[5] : f32[5, 4]
   %sum = all_reduce %x over=data : f32[5, 4]
   %part = reduce_scatter %x over=data axis=0 ranks=2 : f32[3, 4]
   %own = shard %all over=data axis=0 ranks=2 : f32[3, 4]
@@ -146,8 +146,8 @@ fn partitioned_programs_must_fit_their_mesh() {
             ("a cut of `@w` is along no dim of it", |p| {
                 p.states[0].placement.as_mut().expect("it is in parts").cuts[0].dim = 2;
             }),
-            ("`all_gather over=data axis=0 len=7` does not fit the mesh", |p| {
-                push(p, Op::AllGather { over: Axis::Data, axis: 0, len: 7 }, &[Value(1)], None);
+            ("`all_gather over=data axis=0 lens=[7]` does not fit the mesh", |p| {
+                push(p, Op::AllGather { over: Axis::Data, axis: 0, lens: vec![7] }, &[Value(1)], None);
             }),
             ("`shard over=tensor axis=0 ranks=2` does not fit the mesh", |p| {
                 push(p, Op::Shard { over: Axis::Tensor, axis: 0, ranks: 2 }, &[Value(2)], None);

@@ -5,7 +5,7 @@
 //! `cuda` GPUs (`cube`). What the passes must know of a device beforehand is its [`dsgc_ir::Target`].
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Bindings, Graph, StateId, Tensor};
+use dsgc_ir::{Bindings, Buffer, Graph, Region, StateId, Tensor};
 
 pub mod cpu;
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
@@ -74,6 +74,16 @@ pub trait Device {
     fn measured(&self) -> Vec<Launches> {
         Vec::new()
     }
+}
+
+/// The places of the values region, which has so many bytes, between those that a generation keeps.
+fn between(kept: &[Buffer], end: usize) -> Vec<Buffer> {
+    let mut kept: Vec<(usize, usize)> = kept.iter().map(|b| (b.offset, b.offset + b.bytes)).collect();
+    kept.sort_unstable();
+    let begins = std::iter::once(0).chain(kept.iter().map(|k| k.1));
+    let ends = kept.iter().map(|k| k.0).chain([end]);
+    let gap = |(begin, end): (usize, usize)| Buffer { region: Region::Values, offset: begin, bytes: end - begin };
+    begins.zip(ends).map(gap).collect()
 }
 
 /// The values of a graph's symbols from the shapes of its inputs, checked against the declared types and ranges.

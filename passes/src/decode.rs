@@ -113,7 +113,8 @@ impl Derive {
             program.graphs.push(graph);
             Ok(name)
         };
-        let steps = GenerateSteps { prefill: add("prefill", generate.prompt_width)?, step: add("step", 1)? };
+        let (prefill, step) = (add("prefill", generate.prompt_width)?, add("step", 1)?);
+        let steps = GenerateSteps { gather: None, prefill, step };
         self.done.push((generate.clone(), steps.clone()));
         Ok(steps)
     }
@@ -313,7 +314,7 @@ fn cache(program: &mut Program, role: &str, name: &str, ty: &Type, site: &Site) 
         match program.state_named(&name) {
             Some(id) if program.state(id).ty == *ty => return id,
             Some(_) => {}
-            None => return program.declare(name, ty.clone(), StateKind::Scratch, site.loc.span),
+            None => return program.declare(name, ty.clone(), StateKind::Generation, site.loc.span),
         }
     }
     unreachable!("there are fewer shapes than numbers")

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Products with one operand in common are such: queries, keys and values; gate and up; the gradients of their weights. So
-//! are the optimizer's updates of one layer with equal settings (`together`). Sums of squares, which make up the
+//! are the optimizer's updates of one layer with equal settings, and what is sent between ranks for one layer in one direction, as
+//! far as starting a message takes longer than passing over its bytes twice more (`together`). Sums of squares, which make up the
 //! gradient's norm, become one op, and the rows that an embedding's gradient has are added to the gradient that the table
 //! has already, with no table of zeros in between (`chains`). The log-probabilities of a head are made with its logits,
 //! which are then never stored whole, and where the loss lets them, with their gradients (`head`).

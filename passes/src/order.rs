@@ -65,7 +65,7 @@ pub(crate) fn order(graph: &Graph, program: &Program, target: &dyn Target) -> Op
     if too_large(graph).is_some() {
         return None;
     }
-    let work = Work::of(graph);
+    let work = Work::of(graph, program);
     let same: Vec<OpId> = graph.ops().map(|(id, _)| id).collect();
     let late = work.late();
     let orders = [late.clone(), work.early(&same, false), work.early(&late, false), work.early(&late, true)];
@@ -102,7 +102,7 @@ struct Work {
 }
 
 impl Work {
-    fn of(graph: &Graph) -> Work {
+    fn of(graph: &Graph, program: &Program) -> Work {
         let bounds = graph.upper_bounds();
         let last = last_uses(graph);
         let n = graph.len();
@@ -110,7 +110,7 @@ impl Work {
         for (id, op) in graph.ops() {
             op.args.iter().for_each(|&arg| users[root(graph, arg).0 as usize].push(id));
         }
-        let in_state = in_states(graph);
+        let in_state = in_states(graph, program);
         let own = |v: Value| !in_state[v.0 as usize] && root(graph, v) == v;
         let mut work = Work {
             after: dependences(graph, &users),
@@ -210,10 +210,11 @@ fn bytes(graph: &Graph, value: Value, bounds: &Bindings) -> usize {
 
 /// Per value, whether it has no bytes of its own: it is a state's old value, or is made in the place of the state that it
 /// is written to.
-fn in_states(graph: &Graph) -> Vec<bool> {
+fn in_states(graph: &Graph, program: &Program) -> Vec<bool> {
     let mut in_state = vec![false; graph.values().len()];
     for (_, op) in graph.ops() {
         match op.op {
+            Op::Read { state } | Op::Write { state } if program.state(state).on_host => {}
             Op::Read { .. } => in_state[op.result().0 as usize] = true,
             Op::Write { .. } => in_state[root(graph, op.args[0]).0 as usize] = true,
             _ => {}

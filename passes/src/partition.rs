@@ -4,7 +4,7 @@
 //! mesh data=2                                     with ZeRO 3
 //! param @model/w : f32[8, 4] trained       =>     param @model/w : f32[4, 4] of [8, 4] cut data/0 trained
 //! %w = read @model/w : f32[8, 4]                  %p = read @model/w : f32[4, 4]
-//!                                                 %w = all_gather %p over=data axis=0 len=8 : f32[8, 4]
+//!                                                 %w = all_gather %p over=data axis=0 lens=[8] : f32[8, 4]
 //! %y = contract %x, %w spec=bt,vt->bv             %y = contract %x, %w spec=bt,vt->bv
 //! ```
 //!
@@ -296,7 +296,7 @@ impl<'a> Partition<'a> {
                 }
                 (Op::Shard { over, axis: 0, ranks: self.ranks() }, Has::Cut(extent))
             }
-            (Has::Cut(extent), Want::Same) => (Op::AllGather { over, axis: 0, len: extent }, Has::Same),
+            (Has::Cut(extent), Want::Same) => (Op::AllGather { over, axis: 0, lens: vec![extent] }, Has::Same),
             (Has::Partial, Want::Same) => (Op::AllReduce { over }, Has::Same),
             (Has::Partial, Want::Cut(extent)) => {
                 (Op::ReduceScatter { over, axis: 0, ranks: self.ranks() }, Has::Cut(extent))

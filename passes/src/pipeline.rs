@@ -8,8 +8,8 @@ use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
 use crate::{
-    adapt, autodiff, canonicalize, copies, decode, fit, fuse, infer, join_updates, merge, order, partition,
-    plan_memory, precision, quantize, rematerialize, share_prefix, simplify, split_stages,
+    adapt, autodiff, canonicalize, copies, decode, fit, fuse, infer, join_updates, merge, offload, order, partition,
+    plan_memory, precision, quantize, rematerialize, reshard, share_prefix, simplify, split_stages,
 };
 
 /// What a program satisfies at a point of the pipeline.
@@ -115,6 +115,8 @@ pub const PIPELINE: &[Pass] = &[
     simplify::PASS,
     copies::PASS,
     partition::PASS,
+    offload::PASS,
+    reshard::PASS,
     // Before regions are made, so that what is recomputed becomes part of what uses it.
     rematerialize::PASS,
     // After it, so that what is recomputed becomes part of the piece that uses it.

@@ -6,7 +6,9 @@
 //! write @w %b                          write @w %b
 //! ```
 //!
-//! States lie one after the other in the persistent region. A read is its state's own bytes, a view its operand's; a
+//! States lie one after the other in the persistent region; what a generation keeps between its calls, at the beginning of
+//! the values region, because nothing else runs meanwhile: the values of its graphs follow, those of others lie over it.
+//! What is at home in the host's memory has a region there, and is a value of the graph while it is read. Else a read is its state's own bytes, a view its operand's; a
 //! value that is written to a state is made in the state's place where nobody reads the old value any more (an old value
 //! that is used after the write is copied before it); an elementwise result takes the place of an operand that dies. What is left is packed by live range: best fit in four
 //! orders, of which the smallest plan is kept. Sizes are those at the upper bounds of all dims. The peak is exact, as
@@ -19,8 +21,8 @@ use std::collections::BTreeMap;
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::verify::{last_uses, may_be_overwritten, root};
 use dsgc_ir::{
-    Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpData, OpId, Program, Region, StateId, Target, Type,
-    Value,
+    Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpData, OpId, Program, Region, State, StateId,
+    StateKind, Target, Type, Value,
 };
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
@@ -52,11 +54,19 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     }
     let allocation = target.allocation();
     let mut arena = Arena { allocation, ..Arena::default() };
-    for state in &mut program.states {
-        let bytes = state.bytes();
-        let offset = whole(arena.persistent, bytes, allocation);
-        state.buffer = Some(Buffer { region: Region::Persistent, offset, bytes });
-        arena.persistent = offset + bytes.next_multiple_of(target.alignment());
+    for state in program.states.iter_mut().filter(|state| state.kind != StateKind::Generation) {
+        place_state(state, &mut arena, target);
+    }
+    // Those of all graphs of a generation are the same.
+    for graph in 0..program.graphs.len() {
+        for (id, offset) in kept_by_generation(&program.graphs[graph], &program, target).0 {
+            let state = &mut program.states[id.0 as usize];
+            state.buffer = Some(Buffer { region: Region::Values, offset, bytes: state.bytes() });
+        }
+    }
+    // One that no graph uses any more.
+    for state in program.states.iter_mut().filter(|state| state.buffer.is_none()) {
+        place_state(state, &mut arena, target);
     }
     let mut graphs: Vec<Graph> = program.graphs.iter().map(|g| with_copies(g, &program).into_owned()).collect();
     let limit = limit(&program, target);
@@ -65,7 +75,8 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         graph.scratch = workspaces(graph, target);
         arena.scratch = arena.scratch.max(graph.scratch.iter().copied().max().unwrap_or(0));
         let storages = Storages::new(graph, &program, target);
-        let (offsets, used) = pack(&storages.all, allocation);
+        let begin = kept_by_generation(graph, &program, target).1;
+        let (offsets, used) = pack(&storages.all, begin, allocation);
         storages.place(graph, &program, &offsets);
         if let Some(memory) = limit
             && arena.persistent + used + arena.scratch > memory
@@ -85,9 +96,35 @@ pub(crate) fn limit(program: &Program, target: &dyn Target) -> Option<usize> {
     [program.stage.memory.max, target.memory()].into_iter().flatten().min()
 }
 
-/// Bytes of parameters and state.
+/// Bytes of parameters and state on the device.
 pub(crate) fn persistent_bytes(program: &Program, target: &dyn Target) -> usize {
-    program.states.iter().map(|state| state.bytes().next_multiple_of(target.alignment())).sum()
+    let states = program.states.iter().filter(|state| state.kind != StateKind::Generation && !state.on_host);
+    states.map(|state| state.bytes().next_multiple_of(target.alignment())).sum()
+}
+
+/// Places what the device or the host keeps of a program's whole life behind what it keeps so far.
+fn place_state(state: &mut State, arena: &mut Arena, target: &dyn Target) {
+    let bytes = state.bytes();
+    let (region, used, allocation) = match state.on_host {
+        true => (Region::Host, &mut arena.host, None),
+        false => (Region::Persistent, &mut arena.persistent, arena.allocation),
+    };
+    let offset = whole(*used, bytes, allocation);
+    state.buffer = Some(Buffer { region, offset, bytes });
+    *used = offset + bytes.next_multiple_of(target.alignment());
+}
+
+/// Where the states of the generation that a graph belongs to lie among values, and where its values begin.
+fn kept_by_generation(graph: &Graph, program: &Program, target: &dyn Target) -> (Vec<(StateId, usize)>, usize) {
+    let mut end = 0;
+    let place = |id: StateId| {
+        let bytes = program.state(id).bytes();
+        let offset = whole(end, bytes, target.allocation());
+        end = offset + bytes.next_multiple_of(target.alignment());
+        (id, offset)
+    };
+    let places = program.generation_of(graph).into_iter().map(place).collect();
+    (places, end)
 }
 
 /// Bytes of the largest workspace of a graph.
@@ -109,13 +146,14 @@ pub fn live_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usiz
         return usize::MAX;
     }
     let graph = with_copies(graph, program);
-    peak(&Storages::new(&graph, program, target).all).0
+    kept_by_generation(&graph, program, target).1 + peak(&Storages::new(&graph, program, target).all).0
 }
 
 /// Bytes of the values region that a plan of the graph takes.
 pub(crate) fn planned_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
     let graph = with_copies(graph, program);
-    pack(&Storages::new(&graph, program, target).all, target.allocation()).1
+    let begin = kept_by_generation(&graph, program, target).1;
+    pack(&Storages::new(&graph, program, target).all, begin, target.allocation()).1
 }
 
 fn types(graph: &Graph, values: &[Value]) -> Vec<Type> {
@@ -202,6 +240,8 @@ fn with_copies<'a>(graph: &'a Graph, program: &Program) -> Cow<'a, Graph> {
     for value in graph.values() {
         if let Some(def) = graph.def(root(graph, value))
             && let Op::Read { state } = graph.op(def).op
+            // What is copied from the host stays what it was.
+            && !program.state(state).on_host
         {
             old.entry(state).or_default().push(value);
         }
@@ -286,7 +326,7 @@ impl Storages {
             let mut taken: Vec<usize> = Vec::new();
             for (r, result) in op.results().enumerate() {
                 let home = match op.op {
-                    Op::Read { state } => Home::State(state.0 as usize),
+                    Op::Read { state } if !program.state(state).on_host => Home::State(state.0 as usize),
                     _ if op.op.class() == Class::View => storages.of[op.args[0].0 as usize],
                     _ => match written[result.0 as usize] {
                         Some(state) => Home::State(state),
@@ -326,7 +366,7 @@ impl Storages {
         storages
     }
 
-    /// Writes the offsets into the graph.
+    /// Writes the offsets into the graph, from the place where its values begin.
     fn place(&self, graph: &mut Graph, program: &Program, offsets: &[usize]) {
         for value in graph.values() {
             let buffer = match self.of[value.0 as usize] {
@@ -389,6 +429,9 @@ fn written_in_place(graph: &Graph, program: &Program, last: &[u32]) -> Vec<Optio
     }
     for (_, write) in graph.ops() {
         let Op::Write { state } = write.op else { continue };
+        if program.state(state).on_host {
+            continue;
+        }
         let made = root(graph, write.args[0]);
         let Some(def) = graph.def(made) else { continue };
         let op = graph.op(def);
@@ -419,7 +462,7 @@ fn uses(args: &[Value], graph: &Graph, value: Value) -> usize {
 }
 
 /// Offsets of all storages and the size of the region: the best of four orders.
-fn pack(storages: &[Storage], allocation: Option<usize>) -> (Vec<usize>, usize) {
+fn pack(storages: &[Storage], begin: usize, allocation: Option<usize>) -> (Vec<usize>, usize) {
     let span = |s: &Storage| s.live.1 - s.live.0;
     let area = |s: &Storage| s.bytes as i64 * (span(s) + 1);
     let orders: [&dyn Fn(usize) -> (i64, i64); 4] = [
@@ -428,12 +471,12 @@ fn pack(storages: &[Storage], allocation: Option<usize>) -> (Vec<usize>, usize) 
         &|i| (-span(&storages[i]), -(storages[i].bytes as i64)),
         &|i| (storages[i].live.0, -(storages[i].bytes as i64)),
     ];
-    let bound = peak(storages).0;
+    let bound = begin + peak(storages).0;
     let mut best: Option<(Vec<usize>, usize)> = None;
     for key in orders {
         let mut order: Vec<usize> = (0..storages.len()).collect();
         order.sort_by_key(|&i| (key(i), i));
-        let plan = best_fit(storages, &order, allocation);
+        let plan = best_fit(storages, &order, begin, allocation);
         if best.as_ref().is_none_or(|b| plan.1 < b.1) {
             best = Some(plan);
         }
@@ -441,18 +484,18 @@ fn pack(storages: &[Storage], allocation: Option<usize>) -> (Vec<usize>, usize) 
             break;
         }
     }
-    best.unwrap_or_default()
+    best.unwrap_or((Vec::new(), begin))
 }
 
 /// Places storages in this order, each in the smallest gap between those that it meets, or behind them.
-fn best_fit(storages: &[Storage], order: &[usize], allocation: Option<usize>) -> (Vec<usize>, usize) {
-    let mut offsets = vec![0usize; storages.len()];
+fn best_fit(storages: &[Storage], order: &[usize], begin: usize, allocation: Option<usize>) -> (Vec<usize>, usize) {
+    let mut offsets = vec![begin; storages.len()];
     let mut placed: Vec<usize> = Vec::with_capacity(storages.len());
-    let mut total = 0;
+    let mut total = begin;
     for &i in order {
         let storage = &storages[i];
         // `placed` is sorted by offset.
-        let (mut end, mut gap): (usize, Option<(usize, usize)>) = (0, None);
+        let (mut end, mut gap): (usize, Option<(usize, usize)>) = (begin, None);
         for &j in placed.iter().filter(|&&j| storages[j].meets(storage) && storages[j].bytes > 0) {
             let start = whole(end, storage.bytes, allocation);
             let room = offsets[j].saturating_sub(start);
@@ -538,7 +581,7 @@ fn does_not_fit(
 }
 
 /// `1.5 MiB`.
-fn size(bytes: usize) -> String {
+pub(crate) fn size(bytes: usize) -> String {
     let units = [("GiB", 1usize << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
     match units.iter().find(|(_, unit)| bytes >= *unit) {
         Some((name, unit)) => format!("{:.2} {name}", bytes as f64 / *unit as f64),
@@ -573,14 +616,14 @@ mod tests {
                     Storage { bytes: 64 * (1 + next(40)) as usize, live: (start, start + next(15) as i64) }
                 })
                 .collect();
-            let (offsets, total) = pack(&storages, None);
+            let (offsets, total) = pack(&storages, 0, None);
             let apart = |offsets: &[usize], i: usize, j: usize| {
                 let (a, b) = (offsets[i], offsets[j]);
                 a + storages[i].bytes <= b || b + storages[j].bytes <= a
             };
             // The largest storage fills an allocation.
             let each = 64 * 40;
-            let (cut, most) = pack(&storages, Some(each));
+            let (cut, most) = pack(&storages, 0, Some(each));
             for i in 0..count {
                 assert!(cut[i] / each == (cut[i] + storages[i].bytes - 1) / each, "seed {seed}: storage {i} is cut");
                 assert!(cut[i] + storages[i].bytes <= most);

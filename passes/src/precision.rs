@@ -199,7 +199,7 @@ impl Plan {
                 StateKind::Param { .. } | StateKind::Copy { .. } => {
                     asked(program, state).map_or(Nature::Plain, Nature::Param)
                 }
-                StateKind::State | StateKind::Scratch => Nature::Free,
+                StateKind::State | StateKind::Scratch | StateKind::Generation => Nature::Free,
             };
         }
         if constant(graph, op.results().next().expect("it has a result")).is_some() {
@@ -310,7 +310,7 @@ fn narrow_states(program: &Program, plans: &[Plan]) -> BTreeMap<StateId, DType> 
     }
     let states = found
         .into_iter()
-        .filter(|(state, _)| matches!(program.state(*state).kind, StateKind::State | StateKind::Scratch));
+        .filter(|(state, _)| !matches!(program.state(*state).kind, StateKind::Param { .. } | StateKind::Copy { .. }));
     states.filter_map(|(state, dtype)| Some((state, dtype?))).collect()
 }
 

@@ -30,6 +30,7 @@ use dsgc_ir::{Builder, Class, Graph, OpId, Phase, Program, Site, Target, Value};
 
 use crate::fuse::fuse;
 use crate::merge::merge;
+use crate::offload::with_reads;
 use crate::order::order;
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::plan_memory::{limit, persistent_bytes, planned_bytes, scratch_bytes, too_large};
@@ -91,7 +92,7 @@ fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies
 
 /// Bytes of the arena that this graph takes after the passes that follow. Its workspace is that of the graph that needs
 /// most.
-fn arena(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
+pub(crate) fn arena(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
     let quiet = PassContext::new(target);
     let fused = |graph: &Graph| {
         let merged = merge(&without_dead_ops(graph, program), program, &quiet);
@@ -181,7 +182,8 @@ fn with_cuts(graph: &Graph, program: &Program, groups: &[Group], choice: &[usize
             .collect();
         rebuild.push(op, op.op.clone(), &args, program);
     }
-    without_dead_ops(&rebuild.finish(), program)
+    // What runs again reads what the host has again.
+    with_reads(&without_dead_ops(&rebuild.finish(), program), program)
 }
 
 /// Says what runs again.

@@ -116,11 +116,15 @@ impl Identity {
     }
 }
 
-/// Takes out places in files, what ranks share out, and how many rows are in one call.
+/// Places in files, what is where in memory, and how many rows are in one call.
+const FREE_ANYWHERE: [&str; 6] =
+    ["span", "zero_stage", "gather_for_generation", "offload_optimizer", "offload_param", "micro_batch_size"];
+
+/// Takes them out.
 fn strip(value: &mut Value) {
     match value {
         Value::Object(entries) => {
-            entries.retain(|key, _| !["span", "zero_stage", "micro_batch_size"].contains(&key.as_str()));
+            entries.retain(|key, _| !FREE_ANYWHERE.contains(&key.as_str()));
             if let Some(Value::Object(generate)) = entries.get_mut("generate") {
                 generate.remove("rows");
             }

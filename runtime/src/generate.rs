@@ -179,6 +179,9 @@ pub(crate) fn generate(
     let ranks = member.group(Axis::Data);
     let device = device.as_mut();
     let steps = generate.steps.as_ref().unwrap_or_else(|| panic!("bug: `decode` left a generation as it was"));
+    if let Some(gather) = &steps.gather {
+        calls::call(device, program, gather, &[])?;
+    }
     let graphs = [&steps.prefill, &steps.step].map(|graph| graph_named(program, graph));
     // Of graphs in pieces, other ranks along `pipeline` may have pieces that do.
     let collective = program.mesh.data > 1 && program.mesh.pipeline > 1

@@ -1,11 +1,13 @@
 //! What tests of passes share: passes by name with everything that must hold after each, and exact comparison.
 
+use std::collections::BTreeMap;
+
 use dsgc_ir::diag::Diag;
 use dsgc_ir::fuzz::{Rng, random_bindings, random_inputs, random_tensor};
 use dsgc_ir::verify::verify;
-use dsgc_ir::{Bindings, Data, Graph, Level, Planned, Program, StateKind, Tensor, parse};
+use dsgc_ir::{Bindings, Data, Graph, Level, Planned, Program, State, StateId, StateKind, Tensor, parse};
 use dsgc_kernels::Device;
-use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
+use dsgc_kernels::interp::{Evaluated, Given, Interp, InterpTarget, Precision, eval_ranks};
 use dsgc_passes::{Numerics, Pass, PassContext};
 
 /// How many bindings of the dims a graph is run with.
@@ -30,8 +32,11 @@ pub fn run(pass: &Pass, program: &Program) -> Result<Program, Vec<Diag>> {
 }
 
 /// Runs the graphs that both programs have on random inputs and states, in f64: results and states are equal bit by
-/// bit. A planned program runs in its arena.
+/// bit. A planned program runs in its arena. Ranks run in lockstep.
 pub fn equal_values(before: &Program, after: &Program, what: &str) {
+    if after.level == Level::Partitioned {
+        return equal_on_ranks(before, after, what);
+    }
     for graph in before.graphs.iter().filter(|g| after.graph(&g.name).is_some()) {
         for seed in 0..RUNS {
             let bindings = random_bindings(graph, seed);
@@ -50,6 +55,50 @@ pub fn equal_values(before: &Program, after: &Program, what: &str) {
     }
 }
 
+/// The same on all ranks of a mesh. What graphs that the pass adds write into states is there when the others run.
+fn equal_on_ranks(before: &Program, after: &Program, what: &str) {
+    let added: Vec<&Graph> = after.graphs.iter().filter(|g| before.graph(&g.name).is_none()).collect();
+    for graph in before.graphs.iter().filter(|g| after.graph(&g.name).is_some()) {
+        for seed in 0..RUNS {
+            let bindings = random_bindings(graph, seed);
+            // Ranks that differ have other inputs and other parts of states.
+            let states = |rank: usize| -> BTreeMap<StateId, Tensor> {
+                let own = |name: &str| {
+                    name.bytes().fold(seed + 97 * rank as u64, |hash, b| hash.wrapping_mul(31).wrapping_add(b.into()))
+                };
+                let random =
+                    |state: &State| random_tensor(&state.ty, &Bindings::new(), &mut Rng::new(own(&state.name)));
+                before.state_ids().map(|(id, state)| (id, random(state))).collect()
+            };
+            let inputs: Vec<_> =
+                (0..after.mesh.ranks()).map(|rank| random_inputs(graph, &bindings, seed + 97 * rank as u64)).collect();
+            let run = |program: &Program, added: &[&Graph]| {
+                let given = |rank: usize| Given { inputs: Vec::new(), states: states(rank) };
+                let mut ranks: Vec<Given> = (0..inputs.len()).map(given).collect();
+                for graph in added {
+                    let made = eval_ranks(program, &graph.name, &ranks, Precision::F64);
+                    let made = made.unwrap_or_else(|e| panic!("{e} {what}"));
+                    ranks.iter_mut().zip(made).for_each(|(rank, made)| rank.states.extend(made.written));
+                }
+                for (rank, own) in ranks.iter_mut().zip(&inputs) {
+                    rank.inputs = own.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+                }
+                eval_ranks(program, &graph.name, &ranks, Precision::F64).unwrap_or_else(|e| panic!("{e} {what}"))
+            };
+            let exact = |made: Vec<Evaluated>| -> Vec<_> {
+                let of = |made: Evaluated| {
+                    let written = made.written.into_iter().map(|(id, tensor)| (format!("@{}", id.0), tensor));
+                    let all = made.outputs.into_iter().chain(written);
+                    all.map(|(name, tensor)| (name, (tensor.shape.clone(), bits(&tensor)))).collect::<Vec<_>>()
+                };
+                made.into_iter().map(of).collect()
+            };
+            let (a, b) = (exact(run(before, &[])), exact(run(after, &added)));
+            assert_eq!(a, b, "@{} with {bindings:?} {what}", graph.name);
+        }
+    }
+}
+
 /// Shape and bits of a tensor.
 type Exact = (Vec<usize>, Vec<u64>);
 
@@ -64,8 +113,12 @@ fn values(program: &Program, graph: &Graph, bindings: &Bindings, seed: u64) -> V
     };
     // A parameter may become narrow, and must not become another number by that.
     let narrow = program.stage.roles.iter().any(|role| role.precision.is_some());
+    // What other generations keep may lie in one place.
+    let kept = program.generation_of(graph);
+    let is_there = |id: &StateId| program.state(*id).kind != StateKind::Generation || kept.contains(id);
     // Copies follow what they copy.
-    for (id, state) in program.state_ids().filter(|(_, state)| !matches!(state.kind, StateKind::Copy { .. })) {
+    let set = |(id, state): &(StateId, &State)| is_there(id) && !matches!(state.kind, StateKind::Copy { .. });
+    for (id, state) in program.state_ids().filter(set) {
         // Equal names have equal values in both programs.
         let own = state.name.bytes().fold(seed, |hash, byte| hash.wrapping_mul(31).wrapping_add(u64::from(byte)));
         let value = random_tensor(&state.ty, &Bindings::new(), &mut Rng::new(own));
@@ -74,7 +127,8 @@ fn values(program: &Program, graph: &Graph, bindings: &Bindings, seed: u64) -> V
     let inputs = random_inputs(graph, bindings, seed);
     let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(n, t)| (n.as_str(), t)).collect();
     let outputs = interp.run(&graph.name, &inputs).unwrap_or_else(|e| panic!("{e} in\n{program}"));
-    let states = program.state_ids().map(|(id, state)| (format!("@{}", state.name), interp.state(id)));
+    let states = program.state_ids().filter(|(id, _)| is_there(id));
+    let states = states.map(|(id, state)| (format!("@{}", state.name), interp.state(id)));
     let mut all: Vec<(String, Tensor)> = outputs.into_iter().chain(states).collect();
     all.sort_by(|a, b| a.0.cmp(&b.0));
     all.into_iter().map(|(name, tensor)| (name, (tensor.shape.clone(), bits(&tensor)))).collect()

@@ -131,7 +131,9 @@ impl On<'_> {
             On::Cpu(threads) => Box::new(Cpu::new(planned.clone(), threads)),
             On::Rank(rank) => Box::new(Whole::new(planned.clone(), rank)),
             #[cfg(any(feature = "wgpu", feature = "cuda"))]
-            On::Gpu(platform) => open(platform, planned.clone(), Member::alone(), None).unwrap_or_else(|e| panic!("{}", e.message)),
+            On::Gpu(platform) => {
+                open(platform, planned.clone(), Member::alone(), None).unwrap_or_else(|e| panic!("{}", e.message))
+            }
         };
         (planned, device)
     }

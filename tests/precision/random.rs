@@ -23,6 +23,9 @@ fn program(seed: u64, dtype: DType) -> Program {
         precision: Some(dtype),
         weights: None,
         zero_stage: 0,
+        gather_for_generation: true,
+        offload_optimizer: false,
+        offload_param: false,
         tokenizer: None,
         shared: vec![],
     });

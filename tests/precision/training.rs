@@ -65,7 +65,7 @@ fn copies_are_their_parameters_rounded_after_every_step() {
         .state_ids()
         .filter_map(|(id, state)| match state.kind {
             StateKind::Copy { of } => Some((id, of, state.ty.dtype)),
-            StateKind::Param { .. } | StateKind::State | StateKind::Scratch => None,
+            StateKind::Param { .. } | StateKind::State | StateKind::Scratch | StateKind::Generation => None,
         })
         .collect();
     assert!(copies.len() > 20, "{} copies", copies.len());

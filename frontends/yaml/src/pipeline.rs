@@ -204,6 +204,17 @@ pub const ROLE: Table = Table {
             COUNT_OR_NONE,
             "what ranks with different rows share out of it; `compile.zero_stage` unless given",
         ),
+        key(
+            "offload_optimizer",
+            Form::Bool,
+            "keep its optimizer's moments, and parameters that only the optimizer reads, in the host's memory",
+        ),
+        key("offload_param", Form::Bool, "keep its parameters in the host's memory, and copy them where they are used"),
+        key(
+            "gather_for_generation",
+            Form::Bool,
+            "where ranks have parts of its parameters: gather them once for a generation, if there is memory for it",
+        ),
     ],
 };
 

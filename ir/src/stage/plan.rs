@@ -199,6 +199,10 @@ pub struct Sampling {
 /// column and `token: i32[B]`. Keys and values of earlier columns are states of the program.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GenerateSteps {
+    /// What runs once before the others where ranks have parts of parameters: it gathers them for all calls. Filled in by
+    /// the pass `reshard`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gather: Option<String>,
     /// Any number of new columns up to the prompt's width.
     pub prefill: String,
     /// One new column.

@@ -36,15 +36,15 @@ impl Zeros {
     }
 }
 
-/// All memory that the device has.
+/// All memory that the device has, and what the host keeps for it, which is memory of the same kind here.
 pub(super) struct Memory {
-    regions: [Zeros; 3],
+    regions: [Zeros; 4],
 }
 
 impl Memory {
     /// Zeros, as large as planned.
     pub(super) fn new(arena: Arena) -> Memory {
-        Memory { regions: [arena.persistent, arena.values, arena.scratch].map(Zeros::new) }
+        Memory { regions: [arena.persistent, arena.values, arena.scratch, arena.host].map(Zeros::new) }
     }
 
     /// Gives a region whose bytes hold nothing back to the system, until they are written to again.

@@ -46,7 +46,7 @@ use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, 
 
 use crate::profile::Profile;
 use crate::ranks::Member;
-use crate::{Device, Launches, bind};
+use crate::{Device, Launches, between, bind};
 pub use fused::{CompileTime, compile_time};
 use memory::{ALIGNMENT, Memory, Ptr};
 use parallel::Threads;
@@ -80,6 +80,10 @@ impl Target for CpuTarget {
 
     fn memory(&self) -> Option<usize> {
         None
+    }
+
+    fn offloads(&self) -> bool {
+        true
     }
 }
 
@@ -116,7 +120,9 @@ fn own_workspace(op: &Op, args: &[Type], bounds: &Bindings, threads: usize) -> u
             tokens::workspace(args[0].dtype, shape(0).last().copied().unwrap_or(0), threads)
         }
         Op::Attention { .. } => attention::workspace(shape(0)[1], shape(0)[3], threads),
-        Op::ReduceScatter { .. } => collective::workspace(op, args, bounds),
+        Op::AllGather { .. } | Op::AllReduce { .. } | Op::ReduceScatter { .. } => {
+            collective::workspace(op, args, bounds)
+        }
         Op::AttentionGrad { .. } => attention::grad_workspace(&shape(0), &shape(1), threads),
         _ => 0,
     }
@@ -172,13 +178,13 @@ impl Cpu {
 
     /// The same, with all memory that holds nothing filled with NaN: a wrong plan shows in the results.
     pub fn poisoned(program: Planned, threads: usize) -> Cpu {
-        let dead = program.graphs.iter().map(dead_buffers).collect();
+        let dead = program.graphs.iter().map(|graph| dead_buffers(graph, &program.kept_by_generation(graph))).collect();
         Cpu { dead: Some(dead), ..Cpu::new(program, threads) }
     }
 }
 
-/// Per op, the buffers of values that die there and whose bytes no living value shares.
-fn dead_buffers(graph: &Graph) -> Vec<Vec<Buffer>> {
+/// Per op, the buffers of values that die there and whose bytes no living value shares, nor what a generation keeps.
+fn dead_buffers(graph: &Graph, kept: &[Buffer]) -> Vec<Vec<Buffer>> {
     let last = last_uses(graph);
     let buffer = |v: Value| graph.buffer(v).expect("a planned program has a buffer for every value");
     let mut live: Vec<Value> = graph.inputs().collect();
@@ -190,6 +196,7 @@ fn dead_buffers(graph: &Graph) -> Vec<Vec<Buffer>> {
         let shared = |b: Buffer| {
             live.iter()
                 .map(|&v| buffer(v))
+                .chain(kept.iter().copied())
                 .any(|l| l.region == b.region && l.offset < b.offset + b.bytes && b.offset < l.offset + l.bytes)
         };
         dead.push(die.into_iter().map(buffer).filter(|b| b.region == Region::Values && !shared(*b)).collect());
@@ -274,7 +281,8 @@ impl Cpu {
         let graph = &program.graphs[at];
         let dims = bind(graph, inputs)?;
         if self.dead.is_some() {
-            self.memory.poison_region(Region::Values);
+            let gaps = between(&program.kept_by_generation(graph), program.arena.values);
+            gaps.into_iter().for_each(|gap| self.memory.poison(gap));
         }
         for input in graph.inputs() {
             let tensor = inputs.iter().find(|(n, _)| *n == graph.name_of(input)).map(|(_, t)| *t);
@@ -362,7 +370,14 @@ impl Launch<'_> {
             return kept::run(self, program);
         }
         match &self.op.op {
-            Op::Read { .. } => Ok(()),
+            Op::Read { state } => {
+                let from = program.state(*state).buffer.expect("a planned program has a buffer for every state");
+                if from.region == Region::Host {
+                    let to = self.buffer(self.op.result());
+                    structure::copy(self, from, to);
+                }
+                Ok(())
+            }
             Op::Write { state } => {
                 let to = program.state(*state).buffer.expect("a planned program has a buffer for every state");
                 let from = self.buffer(self.op.args[0]);

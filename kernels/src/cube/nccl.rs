@@ -115,7 +115,9 @@ impl Nccl {
     ) -> Result<u64, String> {
         let (operand, output) = (l.op.args[0], l.op.result());
         let resource = |value| {
-            l.client.get_resource(l.memory.handle(l.buffer(value))).map_err(|why| format!("it gives no memory: {why:?}"))
+            l.client
+                .get_resource(l.memory.handle(l.buffer(value)))
+                .map_err(|why| format!("it gives no memory: {why:?}"))
         };
         let (from, to) = (resource(operand)?, resource(output)?);
         let (from, to) = (from.resource().ptr as *const _, to.resource().ptr as *mut _);

@@ -64,6 +64,7 @@ impl Target for CubeTarget {
                 (2 + part.operands.len() + part.results.len() > MOST_TENSORS)
                     .then(|| format!("a region of more than {MOST_TENSORS} operands and results behind a product"))
             }),
+            op if op.class() == Class::Collective && args.len() > 1 => Some("several operands sent together".into()),
             Op::AllGather { axis, .. } | Op::ReduceScatter { axis, .. } if *axis > 0 => {
                 Some("parts along other dims than the first".into())
             }

@@ -5,6 +5,7 @@ use half::{bf16, f16};
 
 use super::Precision;
 use super::real::Real;
+use crate::between;
 
 /// The poison: as floats of either width NaN, as an integer -336_211, which is no index, as a truth value neither.
 const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
@@ -14,7 +15,7 @@ const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
 /// buffers unused.
 #[derive(Clone, Debug)]
 pub(super) struct Memory {
-    regions: [Vec<u8>; 3],
+    regions: [Vec<u8>; 4],
     precision: Precision,
 }
 
@@ -23,10 +24,11 @@ impl Memory {
     pub(super) fn new(arena: Arena, precision: Precision) -> Memory {
         let mut memory = Memory { regions: Default::default(), precision };
         let scale = memory.scale();
-        for (region, bytes) in Region::ALL.into_iter().zip([arena.persistent, arena.values, arena.scratch]) {
+        for (region, bytes) in Region::ALL.into_iter().zip([arena.persistent, arena.values, arena.scratch, arena.host])
+        {
             memory.regions[region as usize] = vec![0; bytes * scale];
         }
-        memory.poison_all();
+        memory.poison_but(&[]);
         memory
     }
 
@@ -46,10 +48,12 @@ impl Memory {
         }
     }
 
-    /// Poisons everything that does not outlive a graph.
-    pub(super) fn poison_all(&mut self) {
-        for region in [Region::Values, Region::Scratch] {
-            poison(&mut self.regions[region as usize]);
+    /// Poisons everything that does not outlive a graph, but for these places among values.
+    pub(super) fn poison_but(&mut self, kept: &[Buffer]) {
+        poison(&mut self.regions[Region::Scratch as usize]);
+        let end = self.regions[Region::Values as usize].len() / self.scale();
+        for gap in between(kept, end) {
+            self.poison(gap);
         }
     }
 

@@ -266,7 +266,8 @@ fn run_planned<F: Real>(
         let shape = shape(graph, v, &dims).map_err(wrong)?;
         memory.read::<F>(buffer(v), graph.ty(v).dtype, &shape).map(Arc::new).map_err(wrong)
     };
-    memory.poison_all();
+    let kept = program.kept_by_generation(graph);
+    memory.poison_but(&kept);
     let mut live: Vec<Value> = graph.inputs().collect();
     for &value in &live {
         memory.write(buffer(value), graph.ty(value).dtype, &input::<F>(graph, value, inputs)?).map_err(wrong)?;
@@ -274,6 +275,14 @@ fn run_planned<F: Real>(
     for (id, op) in graph.ops() {
         // Reads and views compute nothing: the bytes must be there already.
         let computes = !matches!(op.op, Op::Read { .. }) && op.op.class() != Class::View;
+        if let Op::Read { state } = op.op
+            && program.state(state).on_host
+        {
+            let home = program.state(state).buffer.expect("a planned program has a buffer for every state");
+            let (result, dtype) = (op.result(), program.state(state).ty.dtype);
+            let loaded = memory.read::<F>(home, dtype, &state_shape(program, state)).map_err(wrong)?;
+            memory.write(buffer(result), dtype, &loaded).map_err(wrong)?;
+        }
         if computes {
             let args = op.args.iter().map(|&a| read(memory, a)).collect::<Result<Vec<_>, _>>()?;
             if let Op::Write { state } = op.op {
@@ -289,7 +298,7 @@ fn run_planned<F: Real>(
         live = stay;
         for dead in die.into_iter().map(buffer) {
             // A value in place of a dead one, or a view of it, still needs the bytes. States are never dead.
-            let needed = |b: Buffer| live.iter().any(|&v| overlap(buffer(v), b));
+            let needed = |b: Buffer| live.iter().map(|&v| buffer(v)).chain(kept.iter().copied()).any(|l| overlap(l, b));
             if dead.region == Region::Values && !needed(dead) {
                 memory.poison(dead);
             }
@@ -309,10 +318,9 @@ fn on_rank<F: Real>(
     if op.op.class() == Class::Collective {
         member.note(graph, op);
     }
-    if let Some(operand) = args.first()
-        && let Some(result) = ranks::as_member::<F>(member, &op.op, operand)?
-    {
-        return Ok(vec![F::rounded(result, graph.ty(op.result()).dtype)]);
+    if let Some(results) = ranks::as_member::<F>(member, &op.op, args)? {
+        let rounded = |(value, result)| F::rounded(result, graph.ty(value).dtype);
+        return Ok(op.results().zip(results).map(rounded).collect());
     }
     step::<F>(graph, op, args, dims)
 }

@@ -11,8 +11,8 @@ use super::{Evaluated, Precision, eval, input, step, zero_state};
 use crate::bind;
 use crate::ranks::{Member, pack, unpack};
 
-/// What a collective gives each rank of a group, from the operands of all of them in their order.
-fn collective<F: Real>(op: &Op, parts: &[&Tensor]) -> Vec<Tensor> {
+/// What a collective gives each rank of a group, from its operand with this number on all of them in their order.
+fn collective<F: Real>(op: &Op, number: usize, parts: &[&Tensor]) -> Vec<Tensor> {
     let sum = || {
         let add = |a: Tensor, b: &&Tensor| {
             let sum = eval::arithmetic::<F>(&[&a, b], |a, b| a + b, |a, b| Some(a.wrapping_add(b)));
@@ -22,7 +22,7 @@ fn collective<F: Real>(op: &Op, parts: &[&Tensor]) -> Vec<Tensor> {
     };
     match *op {
         Op::AllReduce { .. } => vec![sum(); parts.len()],
-        Op::AllGather { axis, len, .. } => vec![Tensor::unshard(axis, parts, len); parts.len()],
+        Op::AllGather { axis, ref lens, .. } => vec![Tensor::unshard(axis, parts, lens[number]); parts.len()],
         Op::ReduceScatter { axis, ranks, .. } => (0..ranks).map(|at| sum().shard(axis, ranks, at)).collect(),
         Op::Shard { axis, ranks, .. } => parts.iter().enumerate().map(|(at, x)| x.shard(axis, ranks, at)).collect(),
         _ => panic!("bug: `{}` concerns one rank", op.name()),
@@ -30,18 +30,25 @@ fn collective<F: Real>(op: &Op, parts: &[&Tensor]) -> Vec<Tensor> {
 }
 
 /// Runs a collective as one of its ranks; any other op gives `None`.
-pub(super) fn as_member<F: Real>(member: &Member, op: &Op, operand: &Tensor) -> Result<Option<Tensor>, Diag> {
+pub(super) fn as_member<F: Real>(
+    member: &Member,
+    op: &Op,
+    operands: &[Arc<Tensor>],
+) -> Result<Option<Vec<Tensor>>, Diag> {
     let over = match *op {
         Op::Shard { axis, over, ranks } => {
-            return Ok(Some(operand.shard(axis, ranks, member.mesh.place(over, member.rank()))));
+            return Ok(Some(vec![operands[0].shard(axis, ranks, member.mesh.place(over, member.rank()))]));
         }
         Op::AllReduce { over } | Op::AllGather { over, .. } | Op::ReduceScatter { over, .. } => over,
         _ => return Ok(None),
     };
     let group = member.group(over);
-    let parts: Vec<Tensor> = group.messages(&pack(operand))?.iter().map(|part| unpack(part).0).collect();
-    let mut all = collective::<F>(op, &parts.iter().collect::<Vec<_>>());
-    Ok(Some(all.swap_remove(group.at())))
+    let one = |(number, operand): (usize, &Arc<Tensor>)| {
+        let parts: Vec<Tensor> = group.messages(&pack(operand))?.iter().map(|part| unpack(part).0).collect();
+        let mut all = collective::<F>(op, number, &parts.iter().collect::<Vec<_>>());
+        Ok(all.swap_remove(group.at()))
+    };
+    operands.iter().enumerate().map(one).collect::<Result<_, Diag>>().map(Some)
 }
 
 /// What one of several ranks begins with.
@@ -97,10 +104,12 @@ fn lockstep<F: Real>(
                 let mut results = vec![Vec::new(); ranks.len()];
                 for first in (0..ranks.len()).filter(|&rank| mesh.place(over, rank) == 0) {
                     let group = mesh.group(over, first);
-                    let parts: Vec<Arc<Tensor>> = group.iter().map(|&rank| get(&values, rank, op.args[0])).collect();
-                    let parts: Vec<&Tensor> = parts.iter().map(|part| &**part).collect();
-                    for (rank, result) in group.into_iter().zip(collective::<F>(&op.op, &parts)) {
-                        results[rank] = vec![F::rounded(result, graph.ty(op.result()).dtype)];
+                    for (number, (&arg, result)) in op.args.iter().zip(op.results()).enumerate() {
+                        let parts: Vec<Arc<Tensor>> = group.iter().map(|&rank| get(&values, rank, arg)).collect();
+                        let parts: Vec<&Tensor> = parts.iter().map(|part| &**part).collect();
+                        for (&rank, made) in group.iter().zip(collective::<F>(&op.op, number, &parts)) {
+                            results[rank].push(F::rounded(made, graph.ty(result).dtype));
+                        }
                     }
                 }
                 results

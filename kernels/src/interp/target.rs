@@ -24,6 +24,10 @@ impl Target for InterpTarget {
         0
     }
 
+    fn offloads(&self) -> bool {
+        true
+    }
+
     fn memory(&self) -> Option<usize> {
         None
     }

@@ -141,6 +141,67 @@ impl<'a> Group<'a> {
         Ok(())
     }
 
+    /// [`Group::all_gather`] of several arrays at once, of which parts have so many elements each. Parts of all of them that
+    /// go the same way are one message; `work` has room for two such messages.
+    pub fn all_gather_each<T: Pod>(&self, arrays: &mut [&mut [T]], lens: &[usize], work: &mut [T]) -> Result<(), Diag> {
+        let (message, place) = work.split_at_mut(work.len() / 2);
+        for step in 1..self.size() {
+            let out = packed(arrays, lens, self.before(step - 1), message);
+            let len = total(arrays, lens, self.before(step));
+            self.pass(&message[..out], &mut place[..len])?;
+            unpack(arrays, lens, self.before(step), place, |to, x| *to = x);
+        }
+        Ok(())
+    }
+
+    /// [`Group::reduce_scatter`] of several arrays at once, likewise; numbers are added in the same order.
+    pub fn reduce_scatter_each<T: Number>(
+        &self,
+        wholes: &[&[T]],
+        parts: &mut [&mut [T]],
+        work: &mut [T],
+    ) -> Result<(), Diag> {
+        let lens: Vec<usize> = parts.iter().map(|part| part.len()).collect();
+        let (mut sum, mut next) = work.split_at_mut(work.len() / 2);
+        packed(wholes, &lens, self.before(1), sum);
+        for step in 1..self.size() {
+            let (out, own) = (total(wholes, &lens, self.before(step)), self.before(step + 1));
+            let len = total(wholes, &lens, own);
+            self.pass(&sum[..out], &mut next[..len])?;
+            // What has been sent is not needed any more.
+            packed(wholes, &lens, own, sum);
+            next[..len].iter_mut().zip(sum.iter()).for_each(|(x, &own)| *x = x.plus(own));
+            std::mem::swap(&mut sum, &mut next);
+        }
+        let mut first = 0;
+        for (part, whole) in parts.iter_mut().zip(wholes.iter()) {
+            let len = range(whole.len(), part.len(), self.at).len();
+            part[..len].copy_from_slice(&sum[first..first + len]);
+            part[len..].fill(T::zeroed());
+            first += len;
+        }
+        Ok(())
+    }
+
+    /// [`Group::all_reduce`] of several arrays at once, likewise.
+    pub fn all_reduce_each<T: Number>(&self, arrays: &mut [&mut [T]], work: &mut [T]) -> Result<(), Diag> {
+        let lens: Vec<usize> = arrays.iter().map(|array| array.len().div_ceil(self.size())).collect();
+        let (message, place) = work.split_at_mut(work.len() / 2);
+        for step in 1..self.size() {
+            let (out, own) = (packed(arrays, &lens, self.before(step), message), self.before(step + 1));
+            let len = total(arrays, &lens, own);
+            self.pass(&message[..out], &mut place[..len])?;
+            unpack(arrays, &lens, own, place, |sum, x| *sum = x.plus(*sum));
+        }
+        for step in 0..self.size() - 1 {
+            let (out, into) = (packed(arrays, &lens, self.before(step), message), self.before(step + 1));
+            let len = total(arrays, &lens, into);
+            self.pass(&message[..out], &mut place[..len])?;
+            unpack(arrays, &lens, into, place, |to, x| *to = x);
+        }
+        Ok(())
+    }
+
     /// Part `k` of this rank goes to rank `k`, and the part that rank `k` has for this one takes its place in `into`. All parts
     /// are equally long.
     pub fn all_to_all<T: Pod>(&self, parts: &[T], into: &mut [T]) -> Result<(), Diag> {
@@ -201,6 +262,38 @@ impl<'a> Group<'a> {
             all[out] = message;
         }
         Ok(all)
+    }
+}
+
+/// The places of a rank's part, of so many elements, in an array; the last ones may be shorter.
+fn range(all: usize, len: usize, at: usize) -> Range<usize> {
+    (at * len).min(all)..((at + 1) * len).min(all)
+}
+
+/// Elements of a rank's parts of all arrays.
+fn total<T>(arrays: &[impl AsRef<[T]>], lens: &[usize], at: usize) -> usize {
+    arrays.iter().zip(lens).map(|(array, &len)| range(array.as_ref().len(), len, at).len()).sum()
+}
+
+/// Puts a rank's parts of all arrays one after the other, and says how many elements that are.
+fn packed<T: Copy>(arrays: &[impl AsRef<[T]>], lens: &[usize], at: usize, message: &mut [T]) -> usize {
+    let mut first = 0;
+    for (array, &len) in arrays.iter().zip(lens) {
+        let part = &array.as_ref()[range(array.as_ref().len(), len, at)];
+        message[first..first + part.len()].copy_from_slice(part);
+        first += part.len();
+    }
+    first
+}
+
+/// Takes a rank's parts of all arrays out of a message.
+fn unpack<T: Copy>(arrays: &mut [&mut [T]], lens: &[usize], at: usize, message: &[T], take: impl Fn(&mut T, T)) {
+    let mut rest = message;
+    for (array, &len) in arrays.iter_mut().zip(lens) {
+        let part = range(array.len(), len, at);
+        let (own, after) = rest.split_at(part.len());
+        array[part].iter_mut().zip(own).for_each(|(place, &x)| take(place, x));
+        rest = after;
     }
 }
 

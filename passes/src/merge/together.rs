@@ -6,7 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use dsgc_ir::{DType, Graph, Op, OpData, OpId, Phase, Program, Tag, Value};
+use dsgc_ir::cost::joins_messages;
+use dsgc_ir::{Bindings, Class, DType, Graph, Op, OpData, OpId, Phase, Program, Tag, Target, Type, Value};
 
 use crate::pipeline::PassContext;
 use crate::rebuild::Rebuild;
@@ -33,13 +34,14 @@ struct Group {
 /// Merges them.
 pub(super) fn merge(graph: &Graph, program: &Program, context: &PassContext) -> Graph {
     let mut plan = Plan::new(graph);
-    for (kind, members) in candidates(graph) {
+    for (kind, members) in candidates(graph, program, context.target) {
         plan.add(kind, members);
     }
     for group in plan.groups.values() {
         let what = match graph.op(group.members[0]).op {
             Op::Contract { .. } => "products of one operand",
-            _ => "updates of one layer",
+            Op::Adamw { .. } => "updates of one layer",
+            _ => "messages of one layer",
         };
         context.matched(what, group.members.len());
     }
@@ -47,10 +49,11 @@ pub(super) fn merge(graph: &Graph, program: &Program, context: &PassContext) -> 
 }
 
 /// Ops that have a kind in common, the largest groups first.
-fn candidates(graph: &Graph) -> Vec<(Kind, Vec<OpId>)> {
+fn candidates(graph: &Graph, program: &Program, target: &dyn Target) -> Vec<(Kind, Vec<OpId>)> {
+    let bounds = graph.upper_bounds();
     let mut groups: BTreeMap<Kind, Vec<OpId>> = BTreeMap::new();
     for (id, op) in graph.ops() {
-        for kind in kinds(graph, op) {
+        for kind in kinds(graph, op, (program, target, &bounds)) {
             groups.entry(kind).or_default().push(id);
         }
     }
@@ -59,7 +62,8 @@ fn candidates(graph: &Graph) -> Vec<(Kind, Vec<OpId>)> {
     groups
 }
 
-fn kinds(graph: &Graph, op: &OpData) -> Vec<Kind> {
+fn kinds(graph: &Graph, op: &OpData, (program, target, bounds): (&Program, &dyn Target, &Bindings)) -> Vec<Kind> {
+    let is_short = || is_short(graph, op, (program, target, bounds));
     let other = |place: usize| op.args.get(1 - place).map(|&arg| graph.ty(arg).dtype);
     let kind = |place: usize, common: &[Value]| Kind {
         other: matches!(op.op, Op::Contract { .. }).then(|| other(place)).flatten(),
@@ -71,7 +75,39 @@ fn kinds(graph: &Graph, op: &OpData) -> Vec<Kind> {
     match op.op {
         Op::Contract { .. } if op.args[0] != op.args[1] => (0..2).map(|i| kind(i, &op.args[i..=i])).collect(),
         Op::Adamw { .. } => vec![kind(0, &op.args[op.args.len() - 3..])],
+        // Messages of whatever type, but sums of one.
+        Op::AllGather { over, axis: 0, .. } if is_short() => {
+            vec![Kind { op: (format!("all_gather {over}"), 0), ..kind(0, &[]) }]
+        }
+        Op::AllReduce { .. } | Op::ReduceScatter { axis: 0, .. }
+            if graph.ty(op.args[0]).dtype == DType::F32 && is_short() =>
+        {
+            vec![kind(0, &[])]
+        }
         _ => vec![],
+    }
+}
+
+/// Whether what an op sends is sooner sent together with others, if the device can.
+fn is_short(graph: &Graph, op: &OpData, (program, target, bounds): (&Program, &dyn Target, &Bindings)) -> bool {
+    let args: Vec<&Type> = op.args.iter().map(|&arg| graph.ty(arg)).collect();
+    let results: Vec<&Type> = op.results().map(|result| graph.ty(result)).collect();
+    let two: Vec<Type> = args.iter().chain(&args).map(|&ty| ty.clone()).collect();
+    let is_there = target.missing_kernel(&sent_together(&[op, op]), &two).is_none();
+    is_there && joins_messages(&op.op, &args, &results, bounds, &program.mesh)
+}
+
+/// The one op of several that send something.
+fn sent_together(members: &[&OpData]) -> Op {
+    match &members[0].op {
+        Op::AllGather { over, axis, .. } => {
+            let lens = members.iter().flat_map(|member| match &member.op {
+                Op::AllGather { lens, .. } => lens.clone(),
+                op => panic!("bug: `{op}` among gathers"),
+            });
+            Op::AllGather { over: *over, axis: *axis, lens: lens.collect() }
+        }
+        op => op.clone(),
     }
 }
 
@@ -174,6 +210,9 @@ impl<'a> Plan<'a> {
                 let others = members.iter().map(|m| m.args[1 - common]);
                 let args = [group.kind.common.clone(), others.collect()].concat();
                 (Op::ContractEach { spec: spec.clone(), common }, args)
+            }
+            op if op.class() == Class::Collective => {
+                (sent_together(&members), members.iter().flat_map(|member| member.args.clone()).collect())
             }
             op => {
                 let own = members.iter().flat_map(|m| &m.args[..m.args.len() - group.kind.common.len()]);

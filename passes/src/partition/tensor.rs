@@ -460,7 +460,7 @@ impl<'a> Share<'a> {
             _ => b.one(Op::Transpose { order: order.to_vec() }, &[value]),
         };
         let first = turn(&mut b, &order, value);
-        let all = b.one(Op::AllGather { over: Axis::Tensor, axis: 0, len }, &[first]);
+        let all = b.one(Op::AllGather { over: Axis::Tensor, axis: 0, lens: vec![len] }, &[first]);
         let whole = turn(&mut b, &back, all);
         self.note(false);
         whole

@@ -118,6 +118,9 @@ impl<'h> FolderModel<'h> {
             precision: None,
             weights: None,
             zero_stage: 0,
+            gather_for_generation: true,
+            offload_optimizer: false,
+            offload_param: false,
             tokenizer: None,
             shared: Vec::new(),
         };

@@ -358,8 +358,12 @@ pub(super) fn weights(role: &BoundRole) -> Option<DType> {
 
 /// The narrow float that a role computes in.
 pub(super) fn precision(role: &BoundRole) -> Option<DType> {
-    let on = |key: &str| role.settings.iter().any(|d| d.key == key && d.constant() == Constant::Bool(true));
-    [("bf16", DType::Bf16), ("fp16", DType::F16)].into_iter().find(|(key, _)| on(key)).map(|(_, dtype)| dtype)
+    [("bf16", DType::Bf16), ("fp16", DType::F16)].into_iter().find(|(key, _)| is_on(role, key)).map(|(_, dtype)| dtype)
+}
+
+/// Whether a setting of a role is `true`.
+pub(super) fn is_on(role: &BoundRole, key: &str) -> bool {
+    role.settings.iter().any(|d| d.key == key && d.constant() == Constant::Bool(true))
 }
 
 /// What ranks with different rows share out of a role, if it says so itself.

@@ -121,6 +121,10 @@ pub(super) const ROLE_RULES: &[Rule] = &[
     rule("weights_group", "64", Range::Any),
     // What stands in `compile`.
     rule("zero_stage", "none", Range::AtLeast(0.0)),
+    rule("offload_optimizer", "false", Range::Any),
+    rule("offload_param", "false", Range::Any),
+    // As in TRL.
+    rule("gather_for_generation", "true", Range::Any),
 ];
 
 /// Defaults of [`crate::pipeline::TRAINING`].

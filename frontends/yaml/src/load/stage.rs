@@ -443,6 +443,9 @@ fn host_role(role: &BoundRole, settings: &HostSettings) -> Role {
         precision: roles::precision(role),
         weights: roles::weights(role),
         zero_stage: roles::zero_stage(role).unwrap_or(settings.parallel.zero_stage),
+        gather_for_generation: roles::is_on(role, "gather_for_generation"),
+        offload_optimizer: roles::is_on(role, "offload_optimizer"),
+        offload_param: roles::is_on(role, "offload_param"),
         tokenizer: role.known.tokenizer.as_ref().ok().map(|t| t.folder.clone()),
         // The pass `adapt` says which.
         shared: Vec::new(),

@@ -151,7 +151,7 @@ impl Share<'_> {
         let mut of_all = |value: Value| {
             let shape = [&[Dim::from(1i64)], &b.ty(value).dims[..]].concat();
             let row = b.one(Op::Reshape { shape }, &[value]);
-            b.one(Op::AllGather { over: Axis::Tensor, axis: 0, len: ranks }, &[row])
+            b.one(Op::AllGather { over: Axis::Tensor, axis: 0, lens: vec![ranks] }, &[row])
         };
         let (all_most, all_sums) = (of_all(own_most), of_all(own_sum));
         let most = b.one(Op::ReduceMax { axes: vec![0] }, &[all_most]);
