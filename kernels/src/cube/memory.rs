@@ -109,8 +109,9 @@ impl<R: Runtime> Memory<R> {
         let (which, start) = (buffer.offset / self.each, buffer.offset % self.each);
         let whole = self.regions[buffer.region as usize].get(which);
         let end = start + buffer.bytes.next_multiple_of(4);
+        // A handle's offsets are added to those that it has: an allocation may be larger than what was asked for.
         let (whole, rest) = whole
-            .and_then(|whole| Some((whole, (whole.size() as usize).checked_sub(end)?)))
+            .and_then(|whole| Some((whole, (whole.size_in_used() as usize).checked_sub(end)?)))
             .expect("bug: a buffer leaves its allocation");
         whole.clone().offset_start(start as u64).offset_end(rest as u64)
     }
