@@ -319,11 +319,12 @@ fn every_role_has_a_layout_of_its_own() {
     assert_near(&ran(&mixed, On::Doubles, false, None), &one, 1e-9, "actor 3, critic 2");
 }
 
-/// Runs a stage on all ranks of its mesh; per graph, how often the first rank ran it, and the bytes that it sent for it, which
-/// are those of the formula.
-fn counted(planned: &Planned, on: On) -> BTreeMap<String, (u64, u64)> {
-    let counted: Vec<Arc<Mutex<BTreeMap<String, (u64, u64)>>>> =
-        (0..planned.mesh.ranks()).map(|_| Arc::default()).collect();
+/// Per graph, how often a rank ran it, and the bytes that it sent for it.
+type Counted = BTreeMap<String, (u64, u64)>;
+
+/// Runs a stage on all ranks of its mesh, and gives what the first one counted: bytes are those of the formula.
+fn counted(planned: &Planned, on: On) -> Counted {
+    let counted: Vec<Arc<Mutex<Counted>>> = (0..planned.mesh.ranks()).map(|_| Arc::default()).collect();
     let rank = |member: Member| {
         let (planned_too, counted) = (planned.clone(), counted[member.rank()].clone());
         let is_first = member.rank() == 0;

@@ -234,7 +234,7 @@ impl Mail<'_> {
 
 /// What a message says.
 fn opened(message: &[u8]) -> (What, BTreeMap<String, Tensor>) {
-    fn number<'a>(rest: &mut &'a [u8]) -> usize {
+    fn number(rest: &mut &[u8]) -> usize {
         let (head, tail) = rest.split_at(size_of::<u64>());
         *rest = tail;
         u64::from_ne_bytes(head.try_into().expect("it is as long")) as usize

@@ -139,13 +139,16 @@ fn plans(program: &Program, loaded: &Loaded, device: DeviceName) -> Result<Vec<P
     places.into_iter().map(at).collect()
 }
 
+/// A stage that is to run: its plans, one for each place along `pipeline`, its checkpoints, and where it begins.
+type Ready<'a> = (Vec<Planned>, &'a Keeper<'a>, Begin);
+
 /// The stages that are to run, planned: an error of the last must not cost the time of the others.
 fn stages<'a>(
     loaded: &Loaded,
     keepers: &'a [Keeper<'a>],
     device: DeviceName,
     args: &Args,
-) -> Result<Vec<(Vec<Planned>, &'a Keeper<'a>, Begin)>, Failure> {
+) -> Result<Vec<Ready<'a>>, Failure> {
     let fail = |diag| Failure::new(vec![diag], &loaded.sources);
     let begun = resumed(loaded, keepers, args.resume.as_deref()).map_err(fail)?;
     if args.resume.is_some() && begun.iter().all(|begin| matches!(begin, Begin::Done(_))) {

@@ -208,7 +208,7 @@ impl Cutting<'_> {
         }
         let mut elsewhere: BTreeSet<(Value, usize)> = BTreeSet::new();
         for key in keys.clone() {
-            let last = keys.iter().filter(|other| other.2 == key.2).next_back() == Some(&key);
+            let last = keys.iter().rfind(|other| other.2 == key.2) == Some(&key);
             for (value, source) in self.crossing(key, last) {
                 if matches!(self.from(value, key.2), From::Elsewhere(_)) {
                     elsewhere.insert((value, source.2));
