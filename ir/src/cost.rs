@@ -25,12 +25,12 @@ pub const FLOPS_PER_BYTE: u64 = 8;
 /// Bytes that a device moves while it starts a kernel: a few hundred nanoseconds on a CPU.
 const BYTES_PER_LAUNCH: u64 = 16 << 10;
 
-/// Seconds of a message between two ranks beside those of its bytes, and bytes that a rank sends in a second: threads on
-/// two cores of a Zen 5, by `dsgc bench comm`.
+/// Seconds of a message between two ranks beside those of its bytes, and bytes that a rank sends in a second: assumed, as for
+/// ranks of one machine. They choose which messages go together and which reshard is made, never a number of a model.
 const SECONDS_PER_MESSAGE: f64 = 5e-6;
 const SENT_PER_SECOND: f64 = 5e9;
 
-/// Bytes that a device moves in a second: that machine's memory.
+/// Bytes that a device moves in a second: assumed, as for the memory of such a machine.
 const BYTES_PER_SECOND: f64 = 57e9;
 
 /// Work of an op.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use dsgc_ir::{Planned, Program, Tensor};
+use dsgc_ir::{Planned, Program, StateId, StateKind, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
@@ -39,7 +39,9 @@ pub fn compile(program: &Program, context: &PassContext, without: Option<&str>) 
 pub type Ran = (Vec<Metrics>, BTreeMap<String, Tensor>);
 
 fn run(planned: Planned, device: Box<dyn Device>) -> Ran {
-    let names: Vec<(String, dsgc_ir::StateId)> = planned.state_ids().map(|(id, s)| (s.name.clone(), id)).collect();
+    // Others' values lie over what a generation kept.
+    let lasts = planned.state_ids().filter(|(_, state)| state.kind != StateKind::Generation);
+    let names: Vec<(String, StateId)> = lasts.map(|(id, state)| (state.name.clone(), id)).collect();
     let mut session = Session::open(planned, device, &mut |_| Ok(())).unwrap_or_else(|e| panic!("{e:?}"));
     let mut steps = Vec::new();
     let end = session.run(&mut |event| {
