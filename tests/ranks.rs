@@ -265,7 +265,7 @@ fn bf16_is_near() {
 
 #[test]
 fn the_cpu_in_single_precision_is_near() {
-    every_layout(SFT, &["stages.sft.max_steps=20", "stages.sft.learning_rate=1e-3"], &[(2, 0), (3, 3)], On::Cpu, 1e-5);
+    every_layout(SFT, &["stages.sft.max_steps=20", "stages.sft.learning_rate=1e-3"], &[(2, 0), (3, 3)], On::Fast, 1e-5);
 }
 
 #[test]
@@ -529,14 +529,14 @@ fn every_combination_of_memory_savers_has_the_same_losses() {
     let lora = [&sets[..], &["stages.ppo.actor.lora_r=16", "stages.ppo.critic.lora_r=16"]].concat();
     for sets in [&sets[..], &lora] {
         let program = program(folder.path(), PPO, sets);
-        let one = ran(&laid_out(&program, of_data(1), 0), On::Cpu, false, None);
+        let one = ran(&laid_out(&program, of_data(1), 0), On::Fast, false, None);
         for (zero_stage, gathered, offload) in [2, 3]
             .into_iter()
             .flat_map(|z| [false, true].map(|g| (z, g)))
             .flat_map(|(z, g)| [(z, g, false), (z, g, true)])
         {
             let laid_out = gathering(&laid_out(&program, of_data(2), zero_stage), gathered);
-            let found = ran(&offloaded(&laid_out, offload, offload), On::Cpu, false, None);
+            let found = ran(&offloaded(&laid_out, offload, offload), On::Fast, false, None);
             let what = format!("{sets:?}, zero {zero_stage}, gathered once {gathered}, offload {offload}");
             assert_eq!(found.steps.len(), 5, "{what}");
             let (losses, _) = difference(&found, &one);
@@ -578,10 +578,10 @@ fn ranks_that_share_layers_are_near_on_the_cpu() {
         SFT,
         &["stages.sft.max_steps=20", "stages.sft.learning_rate=1e-3"],
         &[(1, 2, 0), (2, 2, 3)],
-        On::Cpu,
+        On::Fast,
         1e-5,
     );
-    shared_layers(SFT, &["stages.sft.max_steps=3", "stages.sft.bf16=true"], &[(1, 2, 0), (2, 2, 1)], On::Cpu, 2e-2);
+    shared_layers(SFT, &["stages.sft.max_steps=3", "stages.sft.bf16=true"], &[(1, 2, 0), (2, 2, 1)], On::Fast, 2e-2);
 }
 
 /// What GPUs send to each other goes by way of the host.
