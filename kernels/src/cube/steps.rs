@@ -186,8 +186,9 @@ fn int_of_float(x: f32) -> u32 {
 #[cube]
 fn step(values: &Sequence<u32>, faults: &mut Array<u32>, code: u32, #[comptime] step: Step) -> u32 {
     match step {
-        // CubeCL writes constants where they are used, and CUDA's compiler reinterprets none.
-        Step::Constant(bits) => bits.runtime() | (code & 0u32),
+        // CubeCL writes constants where they are used, and CUDA's compiler reinterprets none; so something is added that is
+        // always 0, since there are fewer ops than that.
+        Step::Constant(bits) => bits.runtime() | (code >> 31u32),
         Step::Same(a) => values[a],
         Step::Float(which, a) => u32::reinterpret(function(f32::reinterpret(values[a]), which)),
         Step::NegInt(a) => 0u32 - values[a],
