@@ -153,6 +153,7 @@ fn plans_in_several_allocations_change_no_bit() {
 #[test]
 fn a_gpu_runs_in_several_allocations() {
     use dsgc_kernels::cube::{Platform, open, target};
+    use dsgc_kernels::ranks::Member;
     let (mut ran, mut several) = (0, 0);
     for seed in 0..8 {
         let program = random_program(8000 + seed, 24);
@@ -161,7 +162,8 @@ fn a_gpu_runs_in_several_allocations() {
             compile(program.clone(), &PassContext::new(&target), &mut |_| {}).unwrap_or_else(|e| panic!("{e:?}"));
         let cut = plan_in_allocations(&program, &target);
         let [whole, parts] = [&whole, &cut].map(|planned| {
-            let device = open(Platform::Wgpu, planned.clone()).unwrap_or_else(|e| panic!("{}", e.message));
+            let device = open(Platform::Wgpu, planned.clone(), Member::alone(), None)
+                .unwrap_or_else(|e| panic!("{}", e.message));
             format!("{:?}", run_on(device, &program, seed))
         });
         assert_eq!(parts, whole, "seed {seed}\n{}", *cut);
