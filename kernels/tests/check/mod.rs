@@ -9,6 +9,8 @@ use dsgc_kernels::cpu::CpuTarget;
 use dsgc_kernels::cube::{CubeTarget, Platform, open, target};
 use dsgc_kernels::interp::apart::plan_apart;
 use dsgc_kernels::interp::{Interp, Precision};
+#[cfg(feature = "wgpu")]
+use dsgc_kernels::ranks::Member;
 
 /// A program with one graph `@g` from its parameters and lines; it returns the results of the last line, by name.
 pub fn program(params: &str, lines: &str) -> Program {
@@ -161,7 +163,7 @@ pub fn gpu(program: &Program) -> Option<Box<dyn Device>> {
         gpu_target().missing_kernel(&op.op, &types).is_none().then_some(())?;
     }
     let planned = plan_for(program, &gpu_target()).unwrap_or_else(|fault| panic!("{fault}\n{program}"));
-    Some(open(gpu_target().platform, planned).unwrap_or_else(|e| panic!("{}", e.message)))
+    Some(open(gpu_target().platform, planned, Member::alone(), None).unwrap_or_else(|e| panic!("{}", e.message)))
 }
 
 /// Runs a program on the GPU beside the interpreter, whose results have been computed.
