@@ -103,10 +103,10 @@ fn compile_says_which_kernels_ops_become_without_a_gpu() {
 
 #[cfg(feature = "wgpu")]
 #[test]
-fn several_ranks_on_a_gpu_are_refused_when_it_compiles() {
+fn several_ranks_on_a_gpu_compile() {
     let place = Workplace::new();
     let args = ["compile", "pipeline.yaml", "--stage", "sft", "--device", "wgpu", "--set", "compile.devices=2"];
     let ended = place.run(&args);
-    assert_eq!(ended.code, Some(1), "{}", ended.out);
-    assert!(ended.err.contains("found 2 ranks, and GPUs run one in this version"), "{}", ended.err);
+    assert_eq!(ended.code, Some(0), "{}", ended.err);
+    assert!(ended.out.contains("sent between ranks, through the host or from device to device"), "{}", ended.out);
 }

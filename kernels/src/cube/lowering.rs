@@ -17,6 +17,8 @@ pub(super) fn lowering(op: &Op, args: &[Type], results: &[Type], bounds: &Bindin
         Op::Cast { .. } if args[0].dtype.is_quantized() || results[0].dtype.is_quantized() => {
             "cast of weights in few bits, a unit a group or a word".into()
         }
+        _ if class == Class::Collective => "sent between ranks, through the host or from device to device".into(),
+        Op::Shard { .. } => "a rank's part, through the host".into(),
         _ if class == Class::Elementwise => elements(1, results),
         Op::Fused { body, shape } => fused(body, shape.len(), results),
         Op::Contract { spec } | Op::ContractEach { spec, .. } | Op::ContractFused { spec, .. } => {
