@@ -180,6 +180,14 @@ pub fn time(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> 
     })
 }
 
+/// Predicted seconds of an op's kernel: its [`time`] on a machine whose memory moves as many bytes as is assumed here.
+pub fn seconds(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) -> Result<f64, Symbol> {
+    Ok(match op.class() {
+        Class::View | Class::State => 0.0,
+        _ => time(op, args, results, bindings)? as f64 / BYTES_PER_SECOND,
+    })
+}
+
 /// Bytes that the first rank of a group sends for an op, by rings: of a sum `2 (n - 1) / n` of its bytes, of a part of a sum or
 /// of all parts `(n - 1) / n`, as far as parts are equally long. An unbound symbol otherwise.
 pub fn sent(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings, mesh: &Mesh) -> Result<u64, Symbol> {
@@ -307,7 +315,7 @@ pub fn handed_on(program: &Program, pieces: &[Piece], at: usize, bindings: &Bind
 }
 
 /// The types of an op's operands and results.
-fn types<'a>(graph: &'a Graph, op: &OpData) -> (Vec<&'a Type>, Vec<&'a Type>) {
+pub fn types<'a>(graph: &'a Graph, op: &OpData) -> (Vec<&'a Type>, Vec<&'a Type>) {
     (op.args.iter().map(|&v| graph.ty(v)).collect(), op.results().map(|v| graph.ty(v)).collect())
 }
 

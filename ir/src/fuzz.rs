@@ -148,7 +148,7 @@ pub fn random_tensor(ty: &Type, bindings: &Bindings, rng: &mut Rng) -> Tensor {
 
 /// Whether an op is for several ranks, which random programs are not.
 pub fn is_of_ranks(row: &Row) -> bool {
-    row.class == Class::Collective || row.name == "shard"
+    row.class == Class::Collective || matches!(row.name, "shard" | "wait")
 }
 
 /// A graph that is being drawn.

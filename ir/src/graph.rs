@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::diag::Span;
 use crate::dim::{Bindings, Dim, Symbol};
 use crate::infer::infer;
-use crate::op::Op;
+use crate::op::{Class, Op};
 use crate::types::{DType, Type};
 
 /// A value of a graph: dense, in the order of definition, inputs first.
@@ -268,6 +268,27 @@ impl Graph {
     /// All values: inputs, then results in program order.
     pub fn values(&self) -> impl ExactSizeIterator<Item = Value> + use<> {
         (0..self.values.len() as u32).map(Value)
+    }
+
+    /// Per op, whether it is a collective that runs beside other ops until a [`Op::Wait`].
+    pub fn beside(&self) -> Vec<bool> {
+        let mut beside = vec![false; self.len()];
+        for op in self.ops.iter().filter(|op| matches!(op.op, Op::Wait {})) {
+            if let Some(sends) = self.def(op.args[0]) {
+                beside[sends.0 as usize] = self.op(sends).op.class() == Class::Collective;
+            }
+        }
+        beside
+    }
+
+    /// Bytes of the largest workspace of ops one after the other, and of those that run beside them, also one after the
+    /// other, which lies behind it; `scratch` has that of each op.
+    pub fn workspace(&self, scratch: &[usize]) -> [usize; 2] {
+        let mut most = [0; 2];
+        for (&bytes, beside) in scratch.iter().zip(self.beside()) {
+            most[usize::from(beside)] = most[usize::from(beside)].max(bytes);
+        }
+        most
     }
 
     /// The type of a value.

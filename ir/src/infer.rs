@@ -27,6 +27,7 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             | Op::Write { .. }
             | Op::AllGather { axis: 0, .. }
             | Op::Shard { axis: 0, .. }
+            | Op::Wait {}
     );
     if let Some(arg) = args.iter().find(|arg| arg.dtype.is_quantized() && !takes_quantized) {
         return Err(format!("`{}` of {arg}, which is for products only", op.name()));
@@ -379,6 +380,7 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             let part = |extent: usize| extent.div_ceil((*ranks).max(1));
             args.iter().map(|arg| with_extent(number(op, arg)?, *axis, part)).collect()
         }
+        Op::Wait {} => one(args[0].clone()),
         Op::Shard { axis, ranks, .. } => {
             one(with_extent(movable(op, &args[0])?, *axis, |extent| extent.div_ceil((*ranks).max(1)))?)
         }

@@ -516,6 +516,10 @@ ops! {
         over: Axis, /// The dim.
         axis: usize, /// Ranks along the axis of the mesh.
         ranks: usize }
+    /// What a collective gives, when it has come: the first operand, which nothing else uses. The others are what the
+    /// collective needs until then. A collective that is waited for runs beside the ops in between, where the device can.
+    /// Made by the pass `prefetch`.
+    Wait "wait" View many {}
     /// A rank's part of the operand, which all ranks along an axis of the mesh have; parts as in [`crate::mesh::Cut`].
     Shard "shard" Structure 1 { /// The axis of the mesh.
         over: Axis, /// The dim.

@@ -106,6 +106,10 @@ fn is_zero(stage: &u8) -> bool {
     *stage == 0
 }
 
+fn is_true(given: &bool) -> bool {
+    *given
+}
+
 fn is_one(samples: &usize) -> bool {
     *samples == 1
 }
@@ -154,11 +158,20 @@ pub struct Parallel {
     /// How many runs of layers each of those ranks has, at least 1.
     #[serde(skip_serializing_if = "is_one")]
     pub virtual_stages: usize,
+    /// Whether what ranks send may go beside what they compute.
+    #[serde(skip_serializing_if = "is_true")]
+    pub overlap_comm: bool,
 }
 
 impl Default for Parallel {
     fn default() -> Parallel {
-        Parallel { tensor: Span::NONE, pipeline: Span::NONE, order: PipelineOrder::default(), virtual_stages: 1 }
+        Parallel {
+            tensor: Span::NONE,
+            pipeline: Span::NONE,
+            order: PipelineOrder::default(),
+            virtual_stages: 1,
+            overlap_comm: true,
+        }
     }
 }
 

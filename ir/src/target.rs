@@ -29,6 +29,11 @@ pub trait Target {
         false
     }
 
+    /// Whether a collective can run beside other ops, until somebody waits for it.
+    fn sends_beside(&self, _op: &Op, _args: &[Type]) -> bool {
+        false
+    }
+
     /// Bytes of memory, where the device has a limit.
     fn memory(&self) -> Option<usize>;
 

@@ -56,6 +56,7 @@ pub fn verify(program: &Program) -> Result<(), Fault> {
         }
         logical(program, graph)?;
         collectives_fit(program, graph)?;
+        waits_fit(graph)?;
         if program.level == Level::Planned {
             planned(program, graph)?;
         }
@@ -207,6 +208,40 @@ fn collectives_fit(program: &Program, graph: &Graph) -> Result<(), Fault> {
     Ok(())
 }
 
+/// Waits are for collectives, once for each result, and keep what the collective needs; nothing else uses the result.
+fn waits_fit(graph: &Graph) -> Result<(), Fault> {
+    let beside = graph.beside();
+    let is_sent = |v: &Value| graph.def(*v).is_some_and(|def| beside[def.0 as usize]);
+    let mut waited = BTreeSet::new();
+    for (id, op) in graph.ops() {
+        let fault = |message: &str| Err(Fault { graph: graph.name.clone(), op: Some(id), message: message.into() });
+        let Op::Wait {} = op.op else {
+            if op.args.iter().any(|arg| is_sent(arg)) {
+                return fault("what is on its way is used");
+            }
+            continue;
+        };
+        let sends = graph.def(op.args[0]).map(|def| graph.op(def));
+        let Some(sends) = sends.filter(|sends| sends.op.class() == Class::Collective) else {
+            return fault("`wait` for what no rank sends");
+        };
+        let needed: &[Value] = if let Op::AllReduce { .. } = sends.op { &[] } else { &sends.args };
+        if op.args[1..] != *needed {
+            return fault("`wait` does not keep what is sent");
+        }
+        if !waited.insert(op.args[0]) {
+            return fault("`wait` for what has come");
+        }
+    }
+    match graph.outputs.iter().find(|(_, value)| is_sent(value)) {
+        Some((name, _)) => {
+            let message = format!("output `{name}` is on its way");
+            Err(Fault { graph: graph.name.clone(), op: None, message })
+        }
+        None => Ok(()),
+    }
+}
+
 /// The first of some names that came before.
 fn first_twice<T: Ord>(names: impl Iterator<Item = T>) -> Option<T> {
     let mut seen = BTreeSet::new();
@@ -301,7 +336,8 @@ fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
         }
     }
     let has_workspace = |&bytes: &usize| bytes <= program.arena.scratch && program.arena.is_whole(0, bytes);
-    if graph.scratch.len() != graph.len() || !graph.scratch.iter().all(has_workspace) {
+    let planned = graph.scratch.len() == graph.len() && graph.scratch.iter().all(has_workspace);
+    if !planned || graph.workspace(&graph.scratch).iter().sum::<usize>() > program.arena.scratch {
         return fault(None, "workspace is not planned".into());
     }
     let overlap = |a: Buffer, b: Buffer| {

@@ -164,6 +164,37 @@ fn partitioned_programs_must_fit_their_mesh() {
     );
 }
 
+const SENT: &str = "\
+level partitioned
+mesh pipeline=1 data=2 tensor=1
+param @w : f32[4] trained of [8] cut data/0
+graph @g(%x: f32[4]) {
+  %w = read @w : f32[4]
+  %all = all_gather %w over=data axis=0 lens=[8] : f32[8]
+  %sum = all_reduce %x over=data : f32[4]
+  %y = exp %x : f32[4]
+  %all.1 = wait %all, %w : f32[8]
+  %sum.1 = wait %sum : f32[4]
+  %z = add %y, %sum.1 : f32[4]
+  return all=%all.1, z=%z
+}
+";
+
+#[test]
+fn what_is_sent_beside_other_ops_is_waited_for() {
+    check(
+        SENT,
+        &[
+            ("what is on its way is used", |p| push(p, Op::Neg {}, &[Value(2)], None)),
+            ("`wait` for what no rank sends", |p| push(p, Op::Wait {}, &[Value(4)], None)),
+            ("`wait` does not keep what is sent", |p| push(p, Op::Wait {}, &[Value(2)], None)),
+            ("`wait` does not keep what is sent", |p| push(p, Op::Wait {}, &[Value(3), Value(0)], None)),
+            ("`wait` for what has come", |p| push(p, Op::Wait {}, &[Value(3)], None)),
+            ("output `z` is on its way", |p| graph(p).outputs[1].1 = Value(3)),
+        ],
+    );
+}
+
 fn buffer(offset: usize, bytes: usize) -> Buffer {
     Buffer { region: Region::Values, offset, bytes }
 }

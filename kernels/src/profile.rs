@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use dsgc_ir::cost::{Cost, cost};
-use dsgc_ir::{Bindings, Class, Graph, OpData, Type};
+use dsgc_ir::{Bindings, Class, Graph, Op, OpData, Type};
 
 /// Launches of one op of a graph, by its name and the types of its operands.
 #[derive(Clone, Debug)]
@@ -32,9 +32,9 @@ pub(crate) struct Profile {
 }
 
 impl Profile {
-    /// A launch of an op. What only names a state or another view of bytes is none.
+    /// A launch of an op, or a wait. What only names a state or another view of bytes is none.
     pub(crate) fn launched(&mut self, at: (usize, u32), graph: &Graph, op: &OpData, dims: &Bindings, time: Duration) {
-        if matches!(op.op.class(), Class::View | Class::State) {
+        if matches!(op.op.class(), Class::View | Class::State) && !matches!(op.op, Op::Wait {}) {
             return;
         }
         let types =

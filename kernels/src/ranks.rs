@@ -125,13 +125,16 @@ impl Member {
         Group::new(self.transport.as_ref(), self.mesh.group(over, self.rank()))
     }
 
-    /// Notes that this rank begins an op of a graph.
-    pub(crate) fn note(&self, graph: &Graph, op: &OpData) {
-        if self.transport.size() > 1 {
-            let name = op.results().map(|value| graph.name_of(value)).find(|name| !name.is_empty());
-            let result = name.map(|name| format!("%{name} ")).unwrap_or_default();
-            self.transport.note(&format!("`{}` {result}in @{}", op.op.name(), graph.name));
-        }
+    /// Notes what this rank begins ([`Member::naming`]).
+    pub(crate) fn note(&self, what: &str) {
+        self.transport.note(what);
+    }
+
+    /// An op of a graph in words, for a message about it.
+    pub(crate) fn naming(&self, graph: &Graph, op: &OpData) -> String {
+        let name = op.results().map(|value| graph.name_of(value)).find(|name| !name.is_empty());
+        let result = name.map(|name| format!("%{name} ")).unwrap_or_default();
+        format!("`{}` {result}in @{}", op.op.name(), graph.name)
     }
 
     /// All ranks.

@@ -19,6 +19,7 @@ pub mod partition;
 mod pipeline;
 pub mod plan_memory;
 pub mod precision;
+pub mod prefetch;
 pub mod quantize;
 mod rebuild;
 pub mod rematerialize;

@@ -106,10 +106,7 @@ impl Work {
         let bounds = graph.upper_bounds();
         let last = last_uses(graph);
         let n = graph.len();
-        let mut users: Vec<Vec<OpId>> = vec![Vec::new(); graph.values().len()];
-        for (id, op) in graph.ops() {
-            op.args.iter().for_each(|&arg| users[root(graph, arg).0 as usize].push(id));
-        }
+        let users = users(graph);
         let in_state = in_states(graph, program);
         let own = |v: Value| !in_state[v.0 as usize] && root(graph, v) == v;
         let mut work = Work {
@@ -223,9 +220,18 @@ fn in_states(graph: &Graph, program: &Program) -> Vec<bool> {
     in_state
 }
 
+/// Per value, the ops that use it or a view of it.
+pub(crate) fn users(graph: &Graph) -> Vec<Vec<OpId>> {
+    let mut users: Vec<Vec<OpId>> = vec![Vec::new(); graph.values().len()];
+    for (id, op) in graph.ops() {
+        op.args.iter().for_each(|&arg| users[root(graph, arg).0 as usize].push(id));
+    }
+    users
+}
+
 /// Per op, the ops that must run before it: those that make its operands, and those that need the old value of a state
 /// before it makes the new one.
-fn dependences(graph: &Graph, users: &[Vec<OpId>]) -> Vec<Vec<OpId>> {
+pub(crate) fn dependences(graph: &Graph, users: &[Vec<OpId>]) -> Vec<Vec<OpId>> {
     let mut after: Vec<Vec<OpId>> =
         graph.ops().map(|(_, op)| op.args.iter().filter_map(|&arg| graph.def(arg)).collect()).collect();
     let mut reads: Vec<(StateId, OpId)> = Vec::new();

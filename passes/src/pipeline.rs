@@ -9,7 +9,7 @@ use dsgc_ir::{Level, Planned, Program, Target};
 
 use crate::{
     adapt, autodiff, canonicalize, copies, decode, fit, fuse, infer, join_updates, merge, offload, order, partition,
-    plan_memory, precision, quantize, rematerialize, reshard, share_prefix, simplify, split_stages,
+    plan_memory, precision, prefetch, quantize, rematerialize, reshard, share_prefix, simplify, split_stages,
 };
 
 /// What a program satisfies at a point of the pipeline.
@@ -124,6 +124,7 @@ pub const PIPELINE: &[Pass] = &[
     merge::PASS,
     fuse::PASS,
     order::PASS,
+    prefetch::PASS,
     plan_memory::PASS,
 ];
 

@@ -73,7 +73,7 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     let mut missed = Vec::new();
     for graph in &mut graphs {
         graph.scratch = workspaces(graph, target);
-        arena.scratch = arena.scratch.max(graph.scratch.iter().copied().max().unwrap_or(0));
+        arena.scratch = arena.scratch.max(graph.workspace(&graph.scratch).iter().sum());
         let storages = Storages::new(graph, &program, target);
         let begin = kept_by_generation(graph, &program, target).1;
         let (offsets, used) = pack(&storages.all, begin, allocation);
@@ -127,9 +127,9 @@ fn kept_by_generation(graph: &Graph, program: &Program, target: &dyn Target) -> 
     (places, end)
 }
 
-/// Bytes of the largest workspace of a graph.
+/// Bytes of workspace of a graph: the largest of an op, and the largest of what runs beside.
 pub(crate) fn scratch_bytes(graph: &Graph, target: &dyn Target) -> usize {
-    workspaces(graph, target).into_iter().max().unwrap_or(0)
+    graph.workspace(&workspaces(graph, target)).iter().sum()
 }
 
 /// Bytes of workspace that each op's kernel needs.
@@ -147,6 +147,21 @@ pub fn live_bytes(graph: &Graph, program: &Program, target: &dyn Target) -> usiz
     }
     let graph = with_copies(graph, program);
     kept_by_generation(&graph, program, target).1 + peak(&Storages::new(&graph, program, target).all).0
+}
+
+/// Bytes of values that are in use during each op, counted likewise.
+pub(crate) fn live_by_op(graph: &Graph, program: &Program, target: &dyn Target) -> Vec<usize> {
+    let mut changes = vec![0i64; graph.len() + 2];
+    for storage in Storages::new(graph, program, target).all {
+        changes[storage.live.0.max(0) as usize] += storage.bytes as i64;
+        changes[storage.live.1 as usize + 1] -= storage.bytes as i64;
+    }
+    let mut now = kept_by_generation(graph, program, target).1 as i64;
+    let live = changes[..graph.len()].iter().map(|change| {
+        now += change;
+        now as usize
+    });
+    live.collect()
 }
 
 /// Bytes of the values region that a plan of the graph takes.

@@ -138,6 +138,7 @@ fn policy(op: &Op) -> Policy {
         | Op::AllReduce { .. }
         | Op::AllGather { .. }
         | Op::ReduceScatter { .. }
+        | Op::Wait {}
         | Op::Shard { .. }
         | Op::Adamw { .. } => Policy::Wide,
     }

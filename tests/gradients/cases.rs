@@ -144,6 +144,7 @@ pub const WITHOUT: &[(&str, &str)] = &[
     ("all_gather", "made by partition, after autodiff"),
     ("reduce_scatter", "made by partition, after autodiff"),
     ("shard", "made by partition, after autodiff"),
+    ("wait", "made by prefetch, after autodiff"),
     ("fused", "made by fuse, after autodiff"),
     ("cached_attention", "made by decode, for graphs that are not trained"),
     ("rms_norm_grad", "made by autodiff only"),

@@ -288,6 +288,7 @@ pub const PARALLEL: Table = Table {
             "the order in which ranks with different layers work on parts of a batch",
         ),
         key("microbatches", Form::Int, "parts of a batch for them, in place of `micro_batch_size`"),
+        key("overlap_comm", Form::Bool, "whether what ranks send goes beside what they compute; true unless given"),
         key("virtual_stages", Form::Int, "runs of layers of each of them in `interleaved_1f1b`; 2 unless given"),
     ],
 };

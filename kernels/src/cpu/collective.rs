@@ -1,8 +1,9 @@
 //! What ranks send to each other. Parts of a tensor are rows of its first dim, which lie together.
 
-use dsgc_ir::{Bindings, DType, Op, Type, Value};
+use dsgc_ir::{Axis, Bindings, Class, DType, Op, Type, Value};
 
 use super::Launch;
+use super::beside::Job;
 use super::memory::Ptr;
 use crate::ranks::{Number, ops};
 
@@ -35,23 +36,51 @@ pub(super) fn workspace(op: &Op, args: &[Type], bounds: &Bindings) -> usize {
     }
 }
 
-/// Runs a collective or `shard`.
+/// Whether a collective can run beside other ops: one of numbers as they lie.
+pub(super) fn runs_beside(op: &Op, args: &[Type]) -> bool {
+    let sums = matches!(op, Op::AllReduce { .. } | Op::ReduceScatter { .. });
+    op.class() == Class::Collective && !(sums && args.iter().any(|ty| ty.dtype.is_narrow()))
+}
+
+/// Runs a collective or `shard`, behind those that are on their way.
 pub(super) fn run(l: &mut Launch) -> Result<(), String> {
-    l.member.note(l.graph, l.op);
-    if l.op.args.len() > 1 {
-        return match (&l.op.op, l.dtype(l.op.args[0])) {
-            (Op::AllGather { .. }, _) => gather_each(l),
-            (_, DType::F32) => sum_each::<f32>(l),
-            (_, DType::I32) => sum_each::<i32>(l),
-            (op, dtype) => panic!("bug: `{op}` of {dtype}"),
-        };
+    if let Op::Shard { .. } = l.op.op {
+        return rows(l)().map(drop);
     }
-    match (&l.op.op, l.dtype(l.result())) {
-        (Op::AllGather { .. } | Op::Shard { .. }, _) => rows(l),
-        (_, DType::F32) => sum::<f32>(l),
-        (_, DType::I32) => sum::<i32>(l),
-        (op, dtype) => panic!("bug: `{op}` of {dtype}"),
+    let job = job(l);
+    if l.beside.is_idle() {
+        *l.sent += job()?;
+        return Ok(());
     }
+    let number = l.beside.begin(job);
+    l.beside.wait(number)
+}
+
+/// Begins a collective that is waited for later, and gives its number.
+pub(super) fn begin(l: &mut Launch) -> u64 {
+    let job = job(l);
+    l.beside.begin(job)
+}
+
+/// A collective as what can run on another thread.
+fn job(l: &mut Launch) -> Job {
+    let job = match (&l.op.op, l.dtype(l.op.args[0]), l.op.args.len()) {
+        (Op::AllGather { .. }, _, 1) => rows(l),
+        (Op::AllGather { .. }, ..) => gather_each(l),
+        (_, DType::F32, 1) => sum::<f32>(l),
+        (_, DType::I32, 1) => sum::<i32>(l),
+        (_, DType::F32, _) => sum_each::<f32>(l),
+        (_, DType::I32, _) => sum_each::<i32>(l),
+        (op, dtype, _) => panic!("bug: `{op}` of {dtype}"),
+    };
+    let (member, what, arena) = (l.member.clone(), l.member.naming(l.graph, l.op), l.memory.keep());
+    Box::new(move || {
+        member.note(&what);
+        let sent = job();
+        // Until here, whoever gives up waiting.
+        drop(arena);
+        sent
+    })
 }
 
 /// Bytes of a value as it lies.
@@ -60,89 +89,112 @@ fn bytes(l: &Launch, value: Value) -> usize {
     ty.bytes(l.dims).expect("every dim that a value needs is bound")
 }
 
-/// `all_gather` of several operands: bytes as they lie.
-fn gather_each(l: &mut Launch) -> Result<(), String> {
-    let Op::AllGather { over, .. } = l.op.op else { panic!("bug: `{}` gathers nothing", l.op.op) };
-    let lens: Vec<usize> = l.op.args.iter().map(|&arg| bytes(l, arg)).collect();
-    let results: Vec<Value> = l.op.results().collect();
-    let work: Ptr<u8> = l.workspace();
-    let group = l.member.group(over);
-    let mut arrays = Vec::with_capacity(results.len());
-    for (i, (&result, &len)) in results.iter().zip(&lens).enumerate() {
-        let made = bytes(l, result);
-        let (from, to): (Ptr<u8>, Ptr<u8>) = (l.arg(i), l.out(i));
-        // SAFETY: the buffers hold the values; operands and results are apart, as none of these ops works in place.
-        let (from, to) = unsafe { (from.slice(0, len), to.slice_mut(0, made)) };
-        let first = (group.at() * len).min(made);
-        let own = len.min(made - first);
-        to[first..first + own].copy_from_slice(&from[..own]);
-        arrays.push(to);
+/// The axis of the mesh along which a collective sends.
+fn over(op: &Op) -> Axis {
+    match op {
+        Op::AllReduce { over } | Op::AllGather { over, .. } | Op::ReduceScatter { over, .. } => *over,
+        _ => panic!("bug: `{op}` sends nothing"),
     }
-    // SAFETY: `workspace` says so many bytes.
-    let work = unsafe { work.slice_mut(0, 2 * lens.iter().sum::<usize>()) };
-    let done = group.all_gather_each(&mut arrays, &lens, work).map_err(|ended| ended.message);
-    *l.sent += group.sent();
-    done
+}
+
+/// `all_gather` of several operands: bytes as they lie.
+fn gather_each(l: &mut Launch) -> Job {
+    let lens: Vec<usize> = l.op.args.iter().map(|&arg| bytes(l, arg)).collect();
+    let made: Vec<usize> = l.op.results().map(|result| bytes(l, result)).collect();
+    let parts: Vec<Ptr<u8>> = (0..lens.len()).map(|i| l.arg(i)).collect();
+    let wholes: Vec<Ptr<u8>> = (0..lens.len()).map(|i| l.out(i)).collect();
+    let (work, member, over): (Ptr<u8>, _, _) = (l.workspace(), l.member.clone(), over(&l.op.op));
+    Box::new(move || {
+        let group = member.group(over);
+        let mut arrays = Vec::with_capacity(lens.len());
+        for (i, &len) in lens.iter().enumerate() {
+            // SAFETY: the buffers hold the values; operands and results are apart, as none of these ops works in place.
+            let (from, to) = unsafe { (parts[i].slice(0, len), wholes[i].slice_mut(0, made[i])) };
+            let first = (group.at() * len).min(made[i]);
+            let own = len.min(made[i] - first);
+            to[first..first + own].copy_from_slice(&from[..own]);
+            arrays.push(to);
+        }
+        // SAFETY: `workspace` says so many bytes.
+        let work = unsafe { work.slice_mut(0, 2 * lens.iter().sum::<usize>()) };
+        group.all_gather_each(&mut arrays, &lens, work).map_err(|ended| ended.message)?;
+        Ok(group.sent())
+    })
 }
 
 /// `all_reduce` and `reduce_scatter` of several operands.
-fn sum_each<T: Number>(l: &mut Launch) -> Result<(), String> {
-    let results: Vec<Value> = l.op.results().collect();
-    let len = results.iter().map(|&result| l.len(result)).sum::<usize>();
-    let work: Ptr<T> = l.workspace();
-    // SAFETY: `workspace` says so many elements.
-    let work = unsafe { work.slice_mut(0, 2 * len) };
-    let (mut wholes, mut made) = (Vec::new(), Vec::new());
-    for (i, (&arg, &result)) in l.op.args.iter().zip(&results).enumerate() {
-        let (given, len) = (l.len(arg), l.len(result));
-        let (from, to): (Ptr<T>, Ptr<T>) = (l.arg(i), l.out(i));
-        // SAFETY: the buffers hold the values; a result of a sum on all ranks is in its operand's place or apart from all
-        // operands, and any other is apart from them.
-        unsafe {
-            match l.op.op {
-                Op::AllReduce { .. } if from.0 == to.0 => {}
-                Op::AllReduce { .. } => to.slice_mut(0, len).copy_from_slice(from.slice(0, given)),
-                _ => wholes.push(from.slice(0, given)),
-            }
-            made.push(to.slice_mut(0, len));
-        }
+fn sum_each<T: Number + Send>(l: &mut Launch) -> Job {
+    let (args, results): (Vec<Value>, Vec<Value>) = (l.op.args.clone(), l.op.results().collect());
+    let is_all = matches!(l.op.op, Op::AllReduce { .. });
+    let given: Vec<usize> = args.iter().map(|&arg| l.len(arg)).collect();
+    let lens: Vec<usize> = results.iter().map(|&result| l.len(result)).collect();
+    if is_all {
+        (0..args.len()).for_each(|i| into_place::<T>(l, i));
     }
-    let over = match l.op.op {
-        Op::AllReduce { over } | Op::ReduceScatter { over, .. } => over,
-        _ => panic!("bug: `{}` adds nothing up", l.op.op),
-    };
-    let group = l.member.group(over);
-    let done = match l.op.op {
-        Op::AllReduce { .. } => group.all_reduce_each(&mut made, work),
-        _ => group.reduce_scatter_each(&wholes, &mut made, work),
-    };
-    *l.sent += group.sent();
-    done.map_err(|ended| ended.message)
+    let wholes: Vec<Ptr<T>> = (0..args.len()).map(|i| l.arg(i)).collect();
+    let made: Vec<Ptr<T>> = (0..args.len()).map(|i| l.out(i)).collect();
+    let (work, member, over): (Ptr<T>, _, _) = (l.workspace(), l.member.clone(), over(&l.op.op));
+    Box::new(move || {
+        let group = member.group(over);
+        // SAFETY: the buffers hold the values, and the workspace two messages of parts of all of them. What is summed on all
+        // ranks lies in the results already; other results are apart from the operands.
+        let (mut made, work) = unsafe {
+            let made: Vec<&mut [T]> = made.iter().zip(&lens).map(|(to, &len)| to.slice_mut(0, len)).collect();
+            (made, work.slice_mut(0, 2 * lens.iter().sum::<usize>()))
+        };
+        let done = if is_all {
+            group.all_reduce_each(&mut made, work)
+        } else {
+            // SAFETY: as above.
+            let wholes: Vec<&[T]> = wholes.iter().zip(&given).map(|(x, &len)| unsafe { x.slice(0, len) }).collect();
+            group.reduce_scatter_each(&wholes, &mut made, work)
+        };
+        done.map_err(|ended| ended.message)?;
+        Ok(group.sent())
+    })
 }
 
 /// `all_gather` and `shard`: bytes as they lie.
-fn rows(l: &mut Launch) -> Result<(), String> {
+fn rows(l: &mut Launch) -> Job {
     let (operand, result) = (l.op.args[0], l.result());
     let (given, made, shape) = (bytes(l, operand), bytes(l, result), l.shape(operand));
     let (from, to): (Ptr<u8>, Ptr<u8>) = (l.arg(0), l.out(0));
-    // SAFETY: the buffers hold the values and are apart, as none of these ops works in place.
-    let (from, to) = unsafe { (from.slice(0, given), to.slice_mut(0, made)) };
-    *l.sent += ops::move_rows(&l.op.op, l.member, &shape, from, to)?;
-    Ok(())
+    let (op, member) = (l.op.op.clone(), l.member.clone());
+    Box::new(move || {
+        // SAFETY: the buffers hold the values and are apart, as none of these ops works in place.
+        let (from, to) = unsafe { (from.slice(0, given), to.slice_mut(0, made)) };
+        ops::move_rows(&op, &member, &shape, from, to)
+    })
 }
 
 /// `all_reduce` and `reduce_scatter`.
-fn sum<T: Number>(l: &mut Launch) -> Result<(), String> {
+fn sum<T: Number + Send>(l: &mut Launch) -> Job {
     let (given, made) = (l.len(l.op.args[0]), l.len(l.result()));
-    let (from, to): (Ptr<T>, Ptr<T>) = (l.arg(0), l.out(0));
-    let in_place = from.0 == to.0;
-    let work: Ptr<T> = l.workspace();
-    let needed = if let Op::ReduceScatter { .. } = l.op.op { made } else { 0 };
-    // SAFETY: the buffers hold the values, and the workspace a part of a sum; the result is in the operand's place or apart from it.
-    let (from, to, work) = unsafe {
-        let from = if in_place { None } else { Some(from.slice(0, given)) };
-        (from, to.slice_mut(0, made), work.slice_mut(0, needed))
-    };
-    *l.sent += ops::add_up(&l.op.op, l.member, from, to, work)?;
-    Ok(())
+    let is_all = matches!(l.op.op, Op::AllReduce { .. });
+    if is_all {
+        into_place::<T>(l, 0);
+    }
+    let (from, to, work): (Ptr<T>, Ptr<T>, Ptr<T>) = (l.arg(0), l.out(0), l.workspace());
+    let (op, member) = (l.op.op.clone(), l.member.clone());
+    Box::new(move || {
+        // SAFETY: the buffers hold the values, and the workspace a part of a sum. What is summed on all ranks lies in the
+        // result already; another result is apart from the operand.
+        let (from, to, work) = unsafe {
+            let from = if is_all { None } else { Some(from.slice(0, given)) };
+            (from, to.slice_mut(0, made), work.slice_mut(0, if is_all { 0 } else { made }))
+        };
+        ops::add_up(&op, &member, from, to, work)
+    })
+}
+
+/// Copies an operand into the place of its result, if it is not there.
+fn into_place<T: Number + Send>(l: &mut Launch, i: usize) {
+    let len = l.len(l.op.args[i]);
+    let (from, to): (Ptr<T>, Ptr<T>) = (l.arg(i), l.out(i));
+    if from.0 != to.0 {
+        // SAFETY: both buffers hold the value; the result is in the operand's place or apart from it.
+        l.threads.run(len, 1, |r| unsafe {
+            to.slice_mut(r.start, r.len()).copy_from_slice(from.slice(r.start, r.len()));
+        });
+    }
 }

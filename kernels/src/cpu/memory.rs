@@ -1,6 +1,7 @@
 //! The arena of the device, and typed pointers into it.
 
 use std::alloc::Layout;
+use std::sync::Arc;
 
 use dsgc_ir::{Arena, Buffer, DType, Data, Region, Tensor};
 use memmap2::MmapMut;
@@ -38,19 +39,26 @@ impl Zeros {
 
 /// All memory that the device has, and what the host keeps for it, which is memory of the same kind here.
 pub(super) struct Memory {
-    regions: [Zeros; 4],
+    regions: [Arc<Zeros>; 4],
 }
 
 impl Memory {
     /// Zeros, as large as planned.
     pub(super) fn new(arena: Arena) -> Memory {
-        Memory { regions: [arena.persistent, arena.values, arena.scratch, arena.host].map(Zeros::new) }
+        Memory {
+            regions: [arena.persistent, arena.values, arena.scratch, arena.host].map(|len| Arc::new(Zeros::new(len))),
+        }
+    }
+
+    /// Keeps all memory at its place until what is given is dropped.
+    pub(super) fn keep(&self) -> [Arc<Zeros>; 4] {
+        self.regions.clone()
     }
 
     /// Gives a region whose bytes hold nothing back to the system, until they are written to again.
     pub(super) fn release(&mut self, region: Region) {
         let region = &mut self.regions[region as usize];
-        *region = Zeros::new(region.len());
+        *region = Arc::new(Zeros::new(region.len()));
     }
 
     /// The first element of a buffer, to read only.
@@ -64,15 +72,13 @@ impl Memory {
     /// The first element of a buffer. Its bytes may be read and written as the plan says, by which no two values that
     /// are alive at the same time overlap.
     pub(super) fn at<T>(&mut self, buffer: Buffer) -> Ptr<T> {
-        let region = &mut self.regions[buffer.region as usize];
-        assert!(buffer.offset + buffer.bytes <= region.len(), "bug: a buffer leaves the arena");
-        // SAFETY: the offset is inside of the allocation.
-        Ptr(unsafe { region.bytes.as_mut_ptr().add(buffer.offset) }.cast())
+        self.view(buffer)
     }
 
-    /// The workspace of the running kernel.
-    pub(super) fn scratch<T>(&mut self, bytes: usize) -> Ptr<T> {
-        self.at(Buffer { region: Region::Scratch, offset: 0, bytes })
+    /// The workspace of the running kernel; at the end of what there is for what runs beside others.
+    pub(super) fn scratch<T>(&mut self, bytes: usize, beside: bool) -> Ptr<T> {
+        let all = self.regions[Region::Scratch as usize].len();
+        self.at(Buffer { region: Region::Scratch, offset: if beside { all - bytes } else { 0 }, bytes })
     }
 
     /// Fills a buffer with poison.
@@ -85,10 +91,10 @@ impl Memory {
         }
     }
 
-    /// Fills a region with poison.
-    pub(super) fn poison_region(&mut self, region: Region) {
-        let bytes = self.regions[region as usize].len();
-        self.poison(Buffer { region, offset: 0, bytes });
+    /// Fills the workspace with poison, but for so many bytes at its end.
+    pub(super) fn poison_scratch(&mut self, beside: usize) {
+        let bytes = self.regions[Region::Scratch as usize].len() - beside;
+        self.poison(Buffer { region: Region::Scratch, offset: 0, bytes });
     }
 
     /// Writes a tensor as elements of a type: floats become single, or are rounded.

@@ -8,6 +8,7 @@
 //! One file per kernel family. A kernel may write its result over an operand where [`Op::in_place`] says so.
 
 mod attention;
+mod beside;
 mod cached;
 mod collective;
 mod contract;
@@ -34,6 +35,7 @@ mod structure;
 mod tokens;
 mod update;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -47,6 +49,7 @@ use dsgc_ir::{Bindings, Buffer, DType, Dim, Graph, Op, OpData, Planned, Region, 
 use crate::profile::Profile;
 use crate::ranks::Member;
 use crate::{Device, Launches, between, bind};
+use beside::Beside;
 pub use fused::{CompileTime, compile_time};
 use memory::{ALIGNMENT, Memory, Ptr};
 use parallel::Threads;
@@ -84,6 +87,10 @@ impl Target for CpuTarget {
 
     fn offloads(&self) -> bool {
         true
+    }
+
+    fn sends_beside(&self, op: &Op, args: &[Type]) -> bool {
+        collective::runs_beside(op, args)
     }
 }
 
@@ -143,6 +150,8 @@ pub struct Cpu {
     member: Member,
     /// Bytes that it has sent to other ranks.
     sent: u64,
+    /// What it sends beside other ops.
+    beside: Beside,
 }
 
 impl Cpu {
@@ -168,7 +177,8 @@ impl Cpu {
         let memory = Memory::new(program.arena);
         let regions = fused::load(&program.graphs);
         let (threads, program) = (Arc::new(Threads::new(threads)), Arc::new(program));
-        Cpu { memory, threads, regions, dead: None, profile: None, member: Member::alone(), sent: 0, program }
+        let (member, beside) = (Member::alone(), Beside::default());
+        Cpu { memory, threads, regions, dead: None, profile: None, member, sent: 0, beside, program }
     }
 
     /// The same as one rank of several.
@@ -290,9 +300,11 @@ impl Cpu {
             let buffer = graph.buffer(input).expect("a planned program has a buffer for every value");
             self.memory.write(buffer, graph.ty(input).dtype, tensor);
         }
+        // By op, the number of a collective that is on its way.
+        let (beside, mut numbers) = (graph.beside(), BTreeMap::new());
         for (id, op) in graph.ops() {
             if self.dead.is_some() {
-                self.memory.poison_region(Region::Scratch);
+                self.memory.poison_scratch(graph.workspace(&graph.scratch)[1]);
             }
             let started = now(&self.profile);
             let (scratch, regions) = (graph.scratch[id.0 as usize], &self.regions[at][id.0 as usize]);
@@ -304,12 +316,25 @@ impl Cpu {
                 threads: &self.threads,
                 member: &self.member,
                 sent: &mut self.sent,
+                beside: &mut self.beside,
                 scratch,
+                is_beside: beside[id.0 as usize],
                 regions,
                 moved: Vec::new(),
                 unpacked: false,
             };
-            launch.run(&program).map_err(|why| {
+            let done = match op.op {
+                _ if launch.is_beside => {
+                    numbers.insert(id, collective::begin(&mut launch));
+                    Ok(())
+                }
+                Op::Wait {} => {
+                    let sends = graph.def(op.args[0]).expect("the verifier saw what is waited for");
+                    launch.beside.wait(numbers[&sends])
+                }
+                _ => launch.run(&program),
+            };
+            done.map_err(|why| {
                 let what = format!("`{}` in graph @{}: {why}", op.op.name(), graph.name);
                 Diag::error(what).label(op.site.loc.span, "")
             })?;
@@ -320,6 +345,7 @@ impl Cpu {
                 self.memory.poison(buffer);
             }
         }
+        self.sent += self.beside.take_sent();
         let read = |(name, value): &(String, Value)| {
             let shape = graph.ty(*value).shape(&dims).expect("every dim that a value needs is bound");
             let buffer = graph.buffer(*value).expect("a planned program has a buffer for every value");
@@ -343,8 +369,11 @@ struct Launch<'a> {
     threads: &'a Threads,
     member: &'a Member,
     sent: &'a mut u64,
+    beside: &'a mut Beside,
     /// Bytes of workspace.
     scratch: usize,
+    /// Whether it runs beside other ops.
+    is_beside: bool,
     /// What the op's bodies need to run, if it has any.
     regions: &'a [Arc<fused::Region>],
     /// Operands and results whose elements are of another type elsewhere while a kernel runs: f32 in the place of narrow
@@ -483,7 +512,9 @@ impl Launch<'_> {
             threads: self.threads,
             member: self.member,
             sent: self.sent,
+            beside: self.beside,
             scratch: self.scratch,
+            is_beside: self.is_beside,
             regions: &[],
             moved: self.moved.clone(),
             unpacked: self.unpacked,
@@ -533,7 +564,7 @@ impl Launch<'_> {
 
     /// The kernel's workspace.
     fn workspace<T>(&mut self) -> Ptr<T> {
-        self.memory.scratch(self.scratch)
+        self.memory.scratch(self.scratch, self.is_beside)
     }
 
     /// Rows of the last dim: how many, and how wide.

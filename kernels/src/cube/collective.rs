@@ -15,7 +15,7 @@ pub(super) trait Direct<R: Runtime> {
 
 /// Runs a collective or `shard`.
 pub(super) fn run<R: Runtime>(l: &Launch<R>) -> Result<(), String> {
-    l.member.note(l.graph, l.op);
+    l.member.note(&l.member.naming(l.graph, l.op));
     if let Some(sent) = l.direct.and_then(|direct| direct.run(l)) {
         l.sent.set(l.sent.get() + sent?);
         return Ok(());

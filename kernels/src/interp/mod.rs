@@ -316,7 +316,7 @@ fn on_rank<F: Real>(
     member: &Member,
 ) -> Result<Vec<Tensor>, Diag> {
     if op.op.class() == Class::Collective {
-        member.note(graph, op);
+        member.note(&member.naming(graph, op));
     }
     if let Some(results) = ranks::as_member::<F>(member, &op.op, args)? {
         let rounded = |(value, result)| F::rounded(result, graph.ty(value).dtype);

@@ -1,6 +1,6 @@
 //! What passes must know of the interpreter.
 
-use dsgc_ir::{Bindings, Op, Target, Type};
+use dsgc_ir::{Bindings, Class, Op, Target, Type};
 
 /// The interpreter as a device to plan for: it has every kernel, needs no workspace and has no limit.
 #[derive(Clone, Copy, Debug, Default)]
@@ -26,6 +26,11 @@ impl Target for InterpTarget {
 
     fn offloads(&self) -> bool {
         true
+    }
+
+    /// What is sent is there at once, and lies where nothing else does until it is waited for.
+    fn sends_beside(&self, op: &Op, _: &[Type]) -> bool {
+        op.class() == Class::Collective
     }
 
     fn memory(&self) -> Option<usize> {

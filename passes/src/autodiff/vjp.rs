@@ -349,6 +349,7 @@ pub fn vjp(
         | Op::AllReduce { .. }
         | Op::AllGather { .. }
         | Op::ReduceScatter { .. }
+        | Op::Wait {}
         | Op::Shard { .. }
         | Op::Adamw { .. } => return Err(format!("`{}` has no gradient", op.op.name())),
     }

@@ -93,6 +93,7 @@ pub(super) fn remat(op: &Op) -> Remat {
         | Op::Sample { .. }
         | Op::AllReduce { .. }
         | Op::ReduceScatter { .. }
+        | Op::Wait {}
         | Op::Adamw { .. }
         | Op::Read { .. }
         | Op::Write { .. } => Remat::Never,

@@ -71,6 +71,7 @@ impl Given {
 pub(super) fn read(documents: &mut Documents<'_>, compile: &[Setting]) -> Parallel {
     let (mut data, mut tensor, mut zero) = (Given::default(), Given::default(), Given::default());
     let (mut pipeline, mut parts, mut order, mut chunks) = (Given::default(), Given::default(), None, Given::default());
+    let mut overlap = true;
     let mut read = |documents: &mut Documents<'_>, Setting { key, value }: &Setting| {
         let given = settings::literal(value).value;
         let at_least_one = || format!("found {} as `{}`, expected at least 1", shown(&given), key.text);
@@ -105,6 +106,7 @@ pub(super) fn read(documents: &mut Documents<'_>, compile: &[Setting]) -> Parall
                 let found = PipelineOrder::ALL.into_iter().find(|order| order.name() == name);
                 order = found.map(|found| (found, value.span));
             }
+            ("overlap_comm", Constant::Bool(whether)) => overlap = *whether,
             // The readers of the file saw that nothing else is a key, or a number of another kind.
             _ => documents.error(Diag::error(at_least_one()).label(value.span, "")),
         }
@@ -144,6 +146,7 @@ pub(super) fn read(documents: &mut Documents<'_>, compile: &[Setting]) -> Parall
         pipeline: span(pipeline).unwrap_or_default(),
         order,
         virtual_stages: number(chunks, if interleaved { 2 } else { 1 }),
+        overlap_comm: overlap,
     };
     Parallel { mesh, zero_stage: number(zero, 0) as u8, said, microbatches: parts.0 }
 }
