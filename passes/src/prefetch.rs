@@ -40,6 +40,10 @@ pub const PASS: Pass = Pass {
 /// The part of the largest graph's plan that all this may take beside it where memory has no limit.
 const SPARE: usize = 8;
 
+/// How much longer than predicted sending may take and still be hidden: predictions are of ranks of one machine, and a network is
+/// slower. What is early costs nothing but the memory that there is for it.
+const SLOWER: f64 = 8.0;
+
 /// How many ops may wait for collectives while later ones go first.
 const AHEAD: usize = 64;
 
@@ -123,7 +127,8 @@ impl<'a> Work<'a> {
             let (args, results) = cost::types(graph, op);
             let seconds = match op.op.class() {
                 Class::Collective => {
-                    cost::sending(&op.op, &args, &results, &bounds, &program.mesh).map(cost::Sending::seconds)
+                    let sending = cost::sending(&op.op, &args, &results, &bounds, &program.mesh);
+                    sending.map(|sending| SLOWER * sending.seconds())
                 }
                 _ => cost::seconds(&op.op, &args, &results, &bounds),
             };
