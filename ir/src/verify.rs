@@ -216,7 +216,7 @@ fn waits_fit(graph: &Graph) -> Result<(), Fault> {
     for (id, op) in graph.ops() {
         let fault = |message: &str| Err(Fault { graph: graph.name.clone(), op: Some(id), message: message.into() });
         let Op::Wait {} = op.op else {
-            if op.args.iter().any(|arg| is_sent(arg)) {
+            if op.args.iter().any(is_sent) {
                 return fault("what is on its way is used");
             }
             continue;
