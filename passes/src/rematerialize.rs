@@ -28,9 +28,10 @@ use std::collections::BTreeMap;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::{Builder, Class, Graph, OpId, Phase, Program, Site, Target, Value};
 
-use crate::fuse::fuse;
+use crate::fuse::fused;
 use crate::merge::merge;
 use crate::offload::with_reads;
+use crate::offload_activations::offload;
 use crate::order::order;
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::plan_memory::{limit, persistent_bytes, planned_bytes, scratch_bytes, too_large};
@@ -94,13 +95,10 @@ fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies
 /// most.
 pub(crate) fn arena(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
     let quiet = PassContext::new(target);
-    let fused = |graph: &Graph| {
-        let merged = merge(&without_dead_ops(graph, program), program, &quiet);
-        without_dead_ops(&fuse(&merged, program, target), program)
-    };
+    let fused = |graph: &Graph| fused(&merge(&without_dead_ops(graph, program), program, &quiet), program, &quiet);
     let others = program.graphs.iter().filter(|g| g.name != graph.name);
     let scratch = others.map(|g| scratch_bytes(&fused(g), target)).max().unwrap_or(0);
-    let graph = fused(graph);
+    let graph = offload(&fused(graph), program, &quiet);
     let graph = order(&graph, program, target).map_or(graph, |better| better.graph);
     let scratch = scratch.max(scratch_bytes(&graph, target));
     persistent_bytes(program, target) + scratch + planned_bytes(&graph, program, target)

@@ -265,6 +265,7 @@ pub const COMPILE: Table = Table {
             Form::Bool,
             "keep the least of every layer and recompute the rest for its gradient",
         ),
+        key("offload_activations", Form::Bool, "keep what layers keep for their gradients in the host's memory"),
         key(
             "max_memory",
             Form::Literal,
