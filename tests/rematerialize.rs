@@ -178,6 +178,17 @@ fn activations_of_a_llama_are_offloaded() {
 }
 
 #[test]
+fn nothing_runs_again_where_the_user_says_so() {
+    let program = Place::new("opt").program(&[]);
+    let kept = planned(program.clone());
+    let memory = Memory { keep_all: true, ..at_most(kept.arena.total()) };
+    assert_eq!(planned(with_memory(program.clone(), memory.clone())).arena, kept.arena);
+    let memory = Memory { max: Some(kept.arena.total() - 1), ..memory };
+    let errors = said(&compile(with_memory(program, memory)).expect_err("a byte is missing"));
+    assert!(errors.contains("with `gradient_checkpointing: auto` as much is computed again"), "{errors}");
+}
+
+#[test]
 fn an_opt_learns_the_same() {
     changes_no_bit("opt", &["sft.max_grad_norm=1.0"]);
 }

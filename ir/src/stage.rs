@@ -192,6 +192,9 @@ impl Parallel {
 pub struct Memory {
     /// Keep as little of every layer as there can be, and recompute the rest for its gradient.
     pub gradient_checkpointing: bool,
+    /// Recompute nothing that costs time, also where the memory is limited.
+    #[serde(skip_serializing_if = "is_false")]
+    pub keep_all: bool,
     /// Keep what layers keep for their gradients in the host's memory.
     #[serde(skip_serializing_if = "is_false")]
     pub offload_activations: bool,

@@ -12,10 +12,10 @@
 //! elementwise op takes none if it becomes part of a region with what uses it. Layers with equal ops have equal cuts. What
 //! other layers or the loss need is kept always, so what runs again lives for one layer's gradients only.
 //!
-//! What costs nothing is computed again always. `gradient_checkpointing` takes the smallest cut of every layer. Where the
-//! memory is limited, by `max_memory` or by the device, and a graph does not fit, layers go over to smaller cuts one by
-//! one, the cheapest step by bytes that it saves first and the earliest layer first, until the plan of the graph fits; so
-//! as much is kept as there is room for. If it never fits, `plan_memory` says so.
+//! What costs nothing is computed again always. `gradient_checkpointing: true` takes the smallest cut of every layer, `false` no
+//! other cut than that. Elsewhere, where the memory is limited, by `max_memory` or by the device, and a graph does not fit,
+//! layers go over to smaller cuts one by one, the cheapest step by bytes that it saves first and the earliest layer first,
+//! until the plan of the graph fits; so as much is kept as there is room for. If it never fits, `plan_memory` says so.
 //!
 //! Values are the same bit by bit: random ops have their keys as operands, and a state's old value is still there.
 
@@ -65,7 +65,7 @@ fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies
     let mut choice: Vec<usize> =
         groups.iter().map(|g| if checkpoints && g.tag.is_some() { g.hull.len() - 1 } else { 0 }).collect();
     let mut chosen = with_cuts(graph, program, &groups, &choice);
-    if let Some(limit) = limit(program, context.target) {
+    if let Some(limit) = limit(program, context.target).filter(|_| !program.stage.memory.keep_all) {
         let fits = |graph: &Graph| arena(graph, program, context.target) <= limit;
         if !fits(&chosen) {
             let steps = steps(&groups, &choice);
