@@ -116,6 +116,30 @@ fn assert_equal_bits(a: &[Tensor], b: &[Tensor], what: &str) {
     }
 }
 
+/// What layers keep is in the host's memory meanwhile: the device needs less, also where some of it runs again.
+fn offloads(model: &str, sets: &[&str]) {
+    let place = Place::new(model);
+    for memory in [Memory::default(), checkpointing()] {
+        let program = with_memory(place.program(sets), memory.clone());
+        let kept = planned(program.clone());
+        let memory = Memory { offload_activations: true, ..memory };
+        let offloaded = planned(with_memory(program.clone(), memory));
+        assert_eq!(kept.arena.host, 0);
+        // A limit counts the device's memory only: nothing runs again for what lies on the host.
+        let limited = Memory { max: Some(offloaded.arena.total()), ..offloaded.stage.memory.clone() };
+        let limited = planned(with_memory(program, limited));
+        assert_eq!(backward_work(&limited), backward_work(&offloaded));
+        let (least, arena) = (kept.arena.values, offloaded.arena);
+        assert!(arena.values < least && arena.host > 0, "{} and {} of {least}", arena.values, arena.host);
+        let expected = trained(&kept, Box::new(Interp::planned(kept.clone(), Precision::F64)));
+        let found = trained(&offloaded, Box::new(Interp::planned(offloaded.clone(), Precision::F64)));
+        assert_equal_bits(&expected, &found, "on the interpreter");
+        let expected = trained(&kept, Box::new(Cpu::new(kept.clone(), 1)));
+        let found = trained(&offloaded, Box::new(Cpu::poisoned(offloaded.clone(), 3)));
+        assert_equal_bits(&expected, &found, "on the CPU");
+    }
+}
+
 fn changes_no_bit(model: &str, sets: &[&str]) {
     let place = Place::new(model);
     let program = place.program(sets);
@@ -141,6 +165,27 @@ fn changes_no_bit(model: &str, sets: &[&str]) {
             assert_equal_bits(&expected, &found, &format!("on {threads} threads"));
         }
     }
+}
+
+#[test]
+fn activations_of_an_opt_are_offloaded() {
+    offloads("opt", &["sft.lora_r=2", "sft.lora_dropout=0.2", "sft.micro_batch_size=2"]);
+}
+
+#[test]
+fn activations_of_a_llama_are_offloaded() {
+    offloads("llama", &["sft.max_grad_norm=1.0"]);
+}
+
+#[test]
+fn nothing_runs_again_where_the_user_says_so() {
+    let program = Place::new("opt").program(&[]);
+    let kept = planned(program.clone());
+    let memory = Memory { keep_all: true, ..at_most(kept.arena.total()) };
+    assert_eq!(planned(with_memory(program.clone(), memory.clone())).arena, kept.arena);
+    let memory = Memory { max: Some(kept.arena.total() - 1), ..memory };
+    let errors = said(&compile(with_memory(program, memory)).expect_err("a byte is missing"));
+    assert!(errors.contains("with `gradient_checkpointing: auto` as much is computed again"), "{errors}");
 }
 
 #[test]

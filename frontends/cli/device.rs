@@ -96,7 +96,7 @@ pub fn threads() -> usize {
 
 /// Threads of each of these ranks: those of one machine share its cores.
 pub fn threads_of_rank(mesh: &Mesh) -> usize {
-    (threads() / ranks_here(mesh)).max(1)
+    mpi::threads().unwrap_or_else(|| (threads() / ranks_here(mesh)).max(1))
 }
 
 /// Ranks on this machine: all of them, where no launcher says otherwise.

@@ -379,7 +379,7 @@ impl fmt::Display for StageReport {
             size(scratch)
         )?;
         if self.host > 0 {
-            write!(f, "\n  host memory     {} of parameters and state", size(self.host))?;
+            write!(f, "\n  host memory     {}", size(self.host))?;
         }
         self.places.iter().try_for_each(|places| write!(f, "\n{places}"))
     }

@@ -146,9 +146,9 @@ pub fn random_tensor(ty: &Type, bindings: &Bindings, rng: &mut Rng) -> Tensor {
     Tensor::new(&shape, data)
 }
 
-/// Whether an op is for several ranks, which random programs are not.
+/// Whether an op is for several ranks or for two memories, which random programs are not.
 pub fn is_of_ranks(row: &Row) -> bool {
-    row.class == Class::Collective || matches!(row.name, "shard" | "wait")
+    row.class == Class::Collective || matches!(row.name, "shard" | "wait" | "to_host" | "from_host")
 }
 
 /// A graph that is being drawn.

@@ -73,7 +73,7 @@ pub struct Loc {
 }
 
 /// Which instance of a repeated block an op belongs to; derived ops inherit it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Tag {
     /// The repeat's name, e.g. `model.decoder.layers`.
     pub block: Symbol,

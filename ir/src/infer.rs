@@ -380,7 +380,7 @@ pub fn infer(op: &Op, args: &[Type], state: Option<&Type>) -> Result<Vec<Type>, 
             let part = |extent: usize| extent.div_ceil((*ranks).max(1));
             args.iter().map(|arg| with_extent(number(op, arg)?, *axis, part)).collect()
         }
-        Op::Wait {} => one(args[0].clone()),
+        Op::Wait {} | Op::ToHost {} | Op::FromHost {} => one(args[0].clone()),
         Op::Shard { axis, ranks, .. } => {
             one(with_extent(movable(op, &args[0])?, *axis, |extent| extent.div_ceil((*ranks).max(1)))?)
         }

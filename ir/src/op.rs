@@ -278,6 +278,10 @@ ops! {
         axis: usize, /// How many before.
         before: Dim, /// How many after.
         after: Dim }
+    /// The operand, in the host's memory: only [`Op::FromHost`] takes it. Made by the pass `offload_activations`.
+    ToHost "to_host" Structure 1 {}
+    /// What lies in the host's memory, on the device.
+    FromHost "from_host" Structure 1 {}
     /// Operands one after the other along one dim.
     Concat "concat" Structure many { /// The dim.
         axis: usize }

@@ -106,6 +106,10 @@ fn is_zero(stage: &u8) -> bool {
     *stage == 0
 }
 
+fn is_false(given: &bool) -> bool {
+    !given
+}
+
 fn is_true(given: &bool) -> bool {
     *given
 }
@@ -188,6 +192,12 @@ impl Parallel {
 pub struct Memory {
     /// Keep as little of every layer as there can be, and recompute the rest for its gradient.
     pub gradient_checkpointing: bool,
+    /// Recompute nothing that costs time, also where the memory is limited.
+    #[serde(skip_serializing_if = "is_false")]
+    pub keep_all: bool,
+    /// Keep what layers keep for their gradients in the host's memory.
+    #[serde(skip_serializing_if = "is_false")]
+    pub offload_activations: bool,
     /// Most bytes of the arena; as much is recomputed as that takes, and no more.
     pub max: Option<usize>,
     /// Where the user asks for the limit.

@@ -320,6 +320,8 @@ fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
         Region::Scratch => program.arena.scratch,
         Region::Host => program.arena.host,
     };
+    let is_on_host = |value: Value| graph.def(value).is_some_and(|def| matches!(graph.op(def).op, Op::ToHost {}));
+    let states_on_host: Vec<Buffer> = program.states.iter().filter(|s| s.on_host).filter_map(|s| s.buffer).collect();
     for value in graph.values() {
         let Some(b) = graph.buffer(value) else {
             return fault(graph.def(value), format!("%{} has no buffer", names[value.0 as usize]));
@@ -327,12 +329,18 @@ fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
         let bytes = graph.ty(value).bytes(&bounds).unwrap_or(usize::MAX);
         if bytes > b.bytes
             || b.offset + b.bytes > size_of(b.region)
-            || matches!(b.region, Region::Scratch | Region::Host)
+            || b.region == Region::Scratch
+            || (b.region == Region::Host) != is_on_host(value)
         {
             return fault(graph.def(value), format!("%{} does not fit its buffer", names[value.0 as usize]));
         }
         if !program.arena.is_whole(b.offset, b.bytes) {
             return fault(graph.def(value), format!("%{} lies in two allocations", names[value.0 as usize]));
+        }
+    }
+    for (id, op) in graph.ops() {
+        if !matches!(op.op, Op::FromHost {}) && op.args.iter().any(|&arg| is_on_host(arg)) {
+            return fault(Some(id), "an op works in the host's memory".into());
         }
     }
     let has_workspace = |&bytes: &usize| bytes <= program.arena.scratch && program.arena.is_whole(0, bytes);
@@ -348,6 +356,10 @@ fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
             && b.offset < a.offset + a.bytes
     };
     let buffer = |v: Value| graph.buffer(v).expect("checked above");
+    let among_states = |v: &Value| is_on_host(*v) && states_on_host.iter().any(|&state| overlap(buffer(*v), state));
+    if let Some(v) = graph.values().find(among_states) {
+        return fault(graph.def(v), format!("%{} overlaps a state", names[v.0 as usize]));
+    }
     let kept = program.kept_by_generation(graph);
     for (i, &place) in kept.iter().enumerate() {
         let apart = kept[..i].iter().all(|&other| !overlap(place, other));

@@ -17,7 +17,12 @@ pub(crate) fn with_help(errors: Vec<Diag>, program: &Program, context: &PassCont
         None if most_rows(program) > 1 => "even `micro_batch_size: 1` needs more".into(),
         None => "it needs a smaller model, shorter rows or more memory".into(),
     };
-    errors.into_iter().map(|error| error.help(help.clone())).collect()
+    let kept = program.stage.memory.keep_all;
+    let auto = |error: Diag| match kept {
+        true => error.help("with `gradient_checkpointing: auto` as much is computed again as that takes"),
+        false => error,
+    };
+    errors.into_iter().map(|error| auto(error.help(help.clone()))).collect()
 }
 
 /// The most rows per call, fewer than the program asks for, with which it fits.

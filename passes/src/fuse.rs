@@ -53,10 +53,7 @@ pub const PASS: Pass = Pass { name: "fuse", requires: &[Fact::Typed], provides: 
 
 /// Runs the pass.
 pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
-    // Every value of a region has a use; operands that regions take without a broadcast leave it dead.
-    let alive = |g: &Graph| without_dead_ops(g, &program);
-    let fused = |g: &Graph| products::finish(&alive(&fuse(&alive(g), &program, context.target)), &program, context);
-    program.graphs = program.graphs.iter().map(fused).collect();
+    program.graphs = program.graphs.iter().map(|graph| fused(graph, &program, context)).collect();
     let ops = program.graphs.iter().flat_map(|g| g.ops());
     let reduces = |op: &OpData| matches!(&op.op, Op::Fused { body, .. } if body.reduction().is_some());
     let count = ops.filter(|(_, op)| reduces(op)).count();
@@ -66,8 +63,15 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     Ok(program)
 }
 
+/// A graph with its regions, of which some finish products.
+pub(crate) fn fused(graph: &Graph, program: &Program, context: &PassContext) -> Graph {
+    // Every value of a region has a use; operands that regions take without a broadcast leave it dead.
+    let alive = |graph: &Graph| without_dead_ops(graph, program);
+    products::finish(&alive(&fuse(&alive(graph), program, context.target)), program, context)
+}
+
 /// The graph with its elementwise ops and reductions joined.
-pub(crate) fn fuse(graph: &Graph, program: &Program, target: &dyn Target) -> Graph {
+fn fuse(graph: &Graph, program: &Program, target: &dyn Target) -> Graph {
     let regions = Regions::grow(graph, has_reductions(target));
     let pays = |members: &Vec<OpId>| {
         !members.is_empty() && regions.gains(members) && regions.op(members).has_kernel(graph, target)

@@ -14,6 +14,7 @@ pub mod infer;
 pub mod join_updates;
 pub mod merge;
 pub mod offload;
+pub mod offload_activations;
 pub mod order;
 pub mod partition;
 mod pipeline;

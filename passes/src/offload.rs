@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use dsgc_ir::diag::Diag;
 use dsgc_ir::trained::reads;
-use dsgc_ir::{Builder, Graph, Op, OpId, Phase, Program, Site, StateId, StateKind, Value};
+use dsgc_ir::{Builder, Graph, Op, OpId, Phase, Program, Site, StateId, StateKind, Target, Value};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::rebuild::{Rebuild, without_dead_ops};
@@ -34,10 +34,7 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         return Ok(program);
     }
     if !context.target.offloads() {
-        let message = format!("{} cannot keep states in the host's memory", context.target.name());
-        let help =
-            "leave `offload_optimizer` and `offload_param` out; `zero_stage` and `max_memory` need less memory too";
-        return Err(vec![Diag::error(message).help(help)]);
+        return Err(vec![refused(context.target, "states", "`offload_optimizer` and `offload_param`")]);
     }
     for (&id, what) in &chosen {
         program.states[id.0 as usize].on_host = true;
@@ -45,6 +42,12 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     }
     program.graphs = program.graphs.iter().map(|graph| with_reads(graph, &program)).collect();
     Ok(program)
+}
+
+/// Says that a device keeps nothing in the host's memory, of what keys ask for.
+pub(crate) fn refused(target: &dyn Target, what: &str, keys: &str) -> Diag {
+    let message = format!("{} cannot keep {what} in the host's memory", target.name());
+    Diag::error(message).help(format!("leave {keys} out; `zero_stage` and `max_memory` need less memory too"))
 }
 
 /// The states that are to be at home in the host's memory, and what they are.

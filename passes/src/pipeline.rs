@@ -8,8 +8,9 @@ use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
 use crate::{
-    adapt, autodiff, canonicalize, copies, decode, fit, fuse, infer, join_updates, merge, offload, order, partition,
-    plan_memory, precision, prefetch, quantize, rematerialize, reshard, share_prefix, simplify, split_stages,
+    adapt, autodiff, canonicalize, copies, decode, fit, fuse, infer, join_updates, merge, offload, offload_activations,
+    order, partition, plan_memory, precision, prefetch, quantize, rematerialize, reshard, share_prefix, simplify,
+    split_stages,
 };
 
 /// What a program satisfies at a point of the pipeline.
@@ -123,6 +124,8 @@ pub const PIPELINE: &[Pass] = &[
     split_stages::PASS,
     merge::PASS,
     fuse::PASS,
+    // When all that is kept is known.
+    offload_activations::PASS,
     order::PASS,
     prefetch::PASS,
     plan_memory::PASS,

@@ -71,13 +71,16 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     let mut graphs: Vec<Graph> = program.graphs.iter().map(|g| with_copies(g, &program).into_owned()).collect();
     let limit = limit(&program, target);
     let mut missed = Vec::new();
+    let states_on_host = arena.host;
     for graph in &mut graphs {
         graph.scratch = workspaces(graph, target);
         arena.scratch = arena.scratch.max(graph.workspace(&graph.scratch).iter().sum());
         let storages = Storages::new(graph, &program, target);
         let begin = kept_by_generation(graph, &program, target).1;
         let (offsets, used) = pack(&storages.all, begin, allocation);
-        storages.place(graph, &program, &offsets);
+        let (on_host, end) = pack(&storages.on_host, states_on_host, None);
+        arena.host = arena.host.max(end);
+        storages.place(graph, &program, &offsets, &on_host);
         if let Some(memory) = limit
             && arena.persistent + used + arena.scratch > memory
         {
@@ -306,6 +309,8 @@ impl Storage {
 /// Which values share bytes.
 struct Storages {
     all: Vec<Storage>,
+    /// Those in the host's memory.
+    on_host: Vec<Storage>,
     /// Per value, what its bytes are.
     of: Vec<Home>,
     bounds: Bindings,
@@ -318,6 +323,8 @@ enum Home {
     State(usize),
     /// In the values region, in this storage.
     Storage(usize),
+    /// In the host's memory, in this storage.
+    Host(usize),
 }
 
 impl Storages {
@@ -328,7 +335,7 @@ impl Storages {
         let end = |v: Value| i64::from(last[v.0 as usize]);
         let written = written_in_place(graph, program, &last);
         let spare = Spare::of(graph, &written, &last);
-        let mut storages = Storages { all: Vec::new(), of: Vec::new(), bounds: bounds.clone() };
+        let mut storages = Storages { all: Vec::new(), on_host: Vec::new(), of: Vec::new(), bounds: bounds.clone() };
         let fresh = |all: &mut Vec<Storage>, v: Value, start: i64| {
             all.push(Storage { bytes: bytes(v).next_multiple_of(target.alignment()), live: (start, end(v)) });
             Home::Storage(all.len() - 1)
@@ -342,6 +349,10 @@ impl Storages {
             for (r, result) in op.results().enumerate() {
                 let home = match op.op {
                     Op::Read { state } if !program.state(state).on_host => Home::State(state.0 as usize),
+                    Op::ToHost {} => {
+                        fresh(&mut storages.on_host, result, i64::from(id.0));
+                        Home::Host(storages.on_host.len() - 1)
+                    }
                     _ if op.op.class() == Class::View => storages.of[op.args[0].0 as usize],
                     _ => match written[result.0 as usize] {
                         Some(state) => Home::State(state),
@@ -355,6 +366,7 @@ impl Storages {
                                         storages.all[s].live.1 == i64::from(id.0) && !taken.contains(&s)
                                     }
                                     Home::State(state) => spare.has(state, id, last[result.0 as usize]),
+                                    Home::Host(_) => false,
                                 };
                                 let fits = res == r
                                     && dies
@@ -370,7 +382,7 @@ impl Storages {
                                     storages.all[s].live.1 = end(result);
                                     Home::Storage(s)
                                 }
-                                None => fresh(&mut storages.all, result, i64::from(id.0)),
+                                Some(Home::Host(_)) | None => fresh(&mut storages.all, result, i64::from(id.0)),
                             }
                         }
                     },
@@ -381,15 +393,14 @@ impl Storages {
         storages
     }
 
-    /// Writes the offsets into the graph, from the place where its values begin.
-    fn place(&self, graph: &mut Graph, program: &Program, offsets: &[usize]) {
+    /// Writes the offsets into the graph, on the device and in the host's memory.
+    fn place(&self, graph: &mut Graph, program: &Program, offsets: &[usize], on_host: &[usize]) {
         for value in graph.values() {
+            let bytes = graph.ty(value).bytes(&self.bounds).expect("the verifier saw every dim");
             let buffer = match self.of[value.0 as usize] {
                 Home::State(state) => program.states[state].buffer.expect("states are placed first"),
-                Home::Storage(s) => {
-                    let bytes = graph.ty(value).bytes(&self.bounds).expect("the verifier saw every dim");
-                    Buffer { region: Region::Values, offset: offsets[s], bytes }
-                }
+                Home::Storage(s) => Buffer { region: Region::Values, offset: offsets[s], bytes },
+                Home::Host(s) => Buffer { region: Region::Host, offset: on_host[s], bytes },
             };
             graph.set_buffer(value, buffer);
         }

@@ -139,6 +139,8 @@ fn policy(op: &Op) -> Policy {
         | Op::AllGather { .. }
         | Op::ReduceScatter { .. }
         | Op::Wait {}
+        | Op::ToHost {}
+        | Op::FromHost {}
         | Op::Shard { .. }
         | Op::Adamw { .. } => Policy::Wide,
     }

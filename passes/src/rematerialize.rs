@@ -12,10 +12,10 @@
 //! elementwise op takes none if it becomes part of a region with what uses it. Layers with equal ops have equal cuts. What
 //! other layers or the loss need is kept always, so what runs again lives for one layer's gradients only.
 //!
-//! What costs nothing is computed again always. `gradient_checkpointing` takes the smallest cut of every layer. Where the
-//! memory is limited, by `max_memory` or by the device, and a graph does not fit, layers go over to smaller cuts one by
-//! one, the cheapest step by bytes that it saves first and the earliest layer first, until the plan of the graph fits; so
-//! as much is kept as there is room for. If it never fits, `plan_memory` says so.
+//! What costs nothing is computed again always. `gradient_checkpointing: true` takes the smallest cut of every layer, `false` no
+//! other cut than that. Elsewhere, where the memory is limited, by `max_memory` or by the device, and a graph does not fit,
+//! layers go over to smaller cuts one by one, the cheapest step by bytes that it saves first and the earliest layer first,
+//! until the plan of the graph fits; so as much is kept as there is room for. If it never fits, `plan_memory` says so.
 //!
 //! Values are the same bit by bit: random ops have their keys as operands, and a state's old value is still there.
 
@@ -28,9 +28,10 @@ use std::collections::BTreeMap;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::{Builder, Class, Graph, OpId, Phase, Program, Site, Target, Value};
 
-use crate::fuse::fuse;
+use crate::fuse::fused;
 use crate::merge::merge;
 use crate::offload::with_reads;
+use crate::offload_activations::offload;
 use crate::order::order;
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::plan_memory::{limit, persistent_bytes, planned_bytes, scratch_bytes, too_large};
@@ -64,7 +65,7 @@ fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies
     let mut choice: Vec<usize> =
         groups.iter().map(|g| if checkpoints && g.tag.is_some() { g.hull.len() - 1 } else { 0 }).collect();
     let mut chosen = with_cuts(graph, program, &groups, &choice);
-    if let Some(limit) = limit(program, context.target) {
+    if let Some(limit) = limit(program, context.target).filter(|_| !program.stage.memory.keep_all) {
         let fits = |graph: &Graph| arena(graph, program, context.target) <= limit;
         if !fits(&chosen) {
             let steps = steps(&groups, &choice);
@@ -94,13 +95,10 @@ fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies
 /// most.
 pub(crate) fn arena(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
     let quiet = PassContext::new(target);
-    let fused = |graph: &Graph| {
-        let merged = merge(&without_dead_ops(graph, program), program, &quiet);
-        without_dead_ops(&fuse(&merged, program, target), program)
-    };
+    let fused = |graph: &Graph| fused(&merge(&without_dead_ops(graph, program), program, &quiet), program, &quiet);
     let others = program.graphs.iter().filter(|g| g.name != graph.name);
     let scratch = others.map(|g| scratch_bytes(&fused(g), target)).max().unwrap_or(0);
-    let graph = fused(graph);
+    let graph = offload(&fused(graph), program, &quiet);
     let graph = order(&graph, program, target).map_or(graph, |better| better.graph);
     let scratch = scratch.max(scratch_bytes(&graph, target));
     persistent_bytes(program, target) + scratch + planned_bytes(&graph, program, target)

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use std::{hint, thread};
 
 use dsgc_ir::diag::Diag;
-use dsgc_kernels::ranks::{Transport, Watch, wait_limit};
+use dsgc_kernels::ranks::{Group, Transport, Watch, wait_limit};
 
 use launcher::Launcher;
 use library::{Library, Status};
@@ -50,13 +50,23 @@ pub fn connect() -> Result<Option<Arc<dyn Transport>>, Diag> {
     }
     let Some(launcher) = Launcher::find(&|name| std::env::var(name).ok())? else { return Ok(None) };
     let library = Library::open(launcher.candidates(), launcher.sign)?;
-    let mpi = Mpi::begin(library, &launcher, least)?;
+    let mut mpi = Mpi::begin(library, &launcher, least)?;
+    let mut threads = vec![0; mpi.size];
+    threads[mpi.rank] = thread::available_parallelism().map_or(1, |n| n.get()) / ranks_here().unwrap_or(mpi.size);
+    Group::new(&mpi, (0..mpi.size).collect()).all_gather(&mut threads, 1)?;
+    mpi.threads = threads.into_iter().min().unwrap_or_default().max(1);
     Ok(Some(CONNECTED.get_or_init(|| Arc::new(mpi)).clone()))
 }
 
 /// The version that the MPI of this process gives itself, if it is connected.
 pub fn library() -> Option<String> {
     CONNECTED.get().map(|mpi| mpi.library.version())
+}
+
+/// How many threads each rank of the job takes, if this process is one of them: as many as there are on the machine that has
+/// the fewest for one, since a plan is made for a number of threads and all ranks must plan alike.
+pub fn threads() -> Option<usize> {
+    CONNECTED.get().map(|mpi| mpi.threads)
 }
 
 /// Ends MPI in this process at the good end of all ranks, for which it waits; nothing where there is none.
@@ -77,6 +87,7 @@ struct Mpi {
     library: Library,
     rank: usize,
     size: usize,
+    threads: usize,
     watch: Watch,
     /// Where chunks arrive that are taken one by one: words, since they hold numbers.
     chunks: Mutex<Vec<u64>>,
@@ -123,6 +134,7 @@ impl Mpi {
             library,
             rank,
             size,
+            threads: 1,
             watch: Watch::new(rank, least),
             chunks: Mutex::default(),
             posted: Mutex::default(),

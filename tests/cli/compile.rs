@@ -158,6 +158,7 @@ fn memory_can_be_had_for_time() {
     };
     let (kept, least) = (peak(&[]), peak(&["compile.gradient_checkpointing=true"]));
     assert!(least < kept, "{least} of {kept}");
+    assert_eq!(peak(&["compile.gradient_checkpointing=auto"]), kept);
     let limit = format!("compile.max_memory={} KiB", kept.midpoint(least).div_ceil(1024));
     assert!((least..=kept.midpoint(least) + 1024).contains(&peak(&[&limit])));
     let changes = ["compile", "pipeline.yaml", "--stage", "more", "--emit", "changes", "--set", &limit];
@@ -165,6 +166,9 @@ fn memory_can_be_had_for_time() {
     let refused = |limit: &str| place.refused(&["compile", "pipeline.yaml", "--stage", "more", "--set", limit]);
     let missed = refused("compile.max_memory=100KiB");
     has(&missed, &["needs at least", "`max_memory` allows 100.00 KiB", "parameters and state", "micro_batch_size"]);
+    let limits = ["--set", "compile.gradient_checkpointing=false", "--set", &limit];
+    let missed = place.refused(&[&["compile", "pipeline.yaml", "--stage", "more"][..], &limits].concat());
+    has(&missed, &["needs at least", "with `gradient_checkpointing: auto` as much is computed again as that takes"]);
     has(&refused("compile.max_memory=2"), &["found `2` as `max_memory`, expected a size", "2GiB"]);
 }
 

@@ -144,6 +144,8 @@ pub const WITHOUT: &[(&str, &str)] = &[
     ("all_gather", "made by partition, after autodiff"),
     ("reduce_scatter", "made by partition, after autodiff"),
     ("shard", "made by partition, after autodiff"),
+    ("to_host", "made by offload_activations, after autodiff"),
+    ("from_host", "made by offload_activations, after autodiff"),
     ("wait", "made by prefetch, after autodiff"),
     ("fused", "made by fuse, after autodiff"),
     ("cached_attention", "made by decode, for graphs that are not trained"),

@@ -147,6 +147,7 @@ const KEYS: &[Foreign] = &[
     f("pipeline_parallel_schedule",      TITAN,   "`compile: {parallel: {schedule: ...}}`"),
     f("activation_checkpoint",           TITAN,   "`compile: {gradient_checkpointing: true}`"),
     f("enable_gradient_checkpointing",   VERL,    "`compile: {gradient_checkpointing: true}`"),
+    f("activation_offloading",           HF,      "`compile: {offload_activations: true}`"),
     f("actor_gradient_checkpointing",    DSC,     "`compile: {gradient_checkpointing: true}`"),
     f("critic_gradient_checkpointing",   DSC,     "`compile: {gradient_checkpointing: true}`"),
     f("activation_memory_budget",        "PyTorch's name", "`compile: {max_memory: ...}`, in bytes of all memory: `2GiB`"),

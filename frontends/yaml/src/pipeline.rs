@@ -262,9 +262,11 @@ pub const COMPILE: Table = Table {
         ),
         key(
             "gradient_checkpointing",
-            Form::Bool,
-            "keep the least of every layer and recompute the rest for its gradient",
+            Form::Either(&[Form::Bool, Form::Choice(&["auto"])]),
+            "`true` keeps the least of every layer and recomputes the rest for its gradient, `false` recomputes nothing, \
+             `auto`, unless given, what `max_memory` asks for",
         ),
+        key("offload_activations", Form::Bool, "keep what layers keep for their gradients in the host's memory"),
         key(
             "max_memory",
             Form::Literal,

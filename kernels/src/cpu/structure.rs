@@ -47,6 +47,11 @@ pub(super) fn run(l: &mut Launch) -> Result<(), String> {
             let before = l.extent(before)?;
             window(l, *axis, -(before as isize));
         }
+        Op::ToHost {} | Op::FromHost {} => {
+            let (from, to) = (l.buffer(l.op.args[0]), l.buffer(l.result()));
+            let bytes = l.len(l.result()) * l.dtype(l.result()).bytes();
+            copy(l, Buffer { bytes, ..from }, to);
+        }
         Op::Concat { axis } => concat(l, *axis),
         Op::SliceAt { axis, len } => {
             let len = l.extent(len)?;

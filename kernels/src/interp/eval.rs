@@ -213,7 +213,7 @@ pub(crate) fn eval<F: Real>(
         Op::AllReduce { .. } | Op::AllGather { .. } | Op::ReduceScatter { .. } | Op::Shard { .. } => {
             panic!("bug: `{}` needs the other ranks", op.name())
         }
-        Op::Read { .. } | Op::Wait {} => one(args[0].clone()),
+        Op::Read { .. } | Op::Wait {} | Op::ToHost {} | Op::FromHost {} => one(args[0].clone()),
         Op::Write { .. } => Ok(vec![]),
     }
 }

@@ -350,6 +350,8 @@ pub fn vjp(
         | Op::AllGather { .. }
         | Op::ReduceScatter { .. }
         | Op::Wait {}
+        | Op::ToHost {}
+        | Op::FromHost {}
         | Op::Shard { .. }
         | Op::Adamw { .. } => return Err(format!("`{}` has no gradient", op.op.name())),
     }

@@ -94,6 +94,8 @@ pub(super) fn remat(op: &Op) -> Remat {
         | Op::AllReduce { .. }
         | Op::ReduceScatter { .. }
         | Op::Wait {}
+        | Op::ToHost {}
+        | Op::FromHost {}
         | Op::Adamw { .. }
         | Op::Read { .. }
         | Op::Write { .. } => Remat::Never,

@@ -30,13 +30,19 @@ impl Launcher {
         } else if variable("PMI_RANK").is_some() || variable("PMI_SIZE").is_some() {
             (if variable("PMI_RANK").is_some() { "PMI_RANK" } else { "PMI_SIZE" }, number("PMI_SIZE"), MPICH)
         } else if variable("PMIX_RANK").is_some() {
-            ("PMIX_RANK", tasks, ANY)
+            // Another launcher within a step of Slurm starts ranks of its own.
+            let by_slurm = variable("PMIX_NAMESPACE").is_some_and(|name| name.starts_with("slurm."));
+            ("PMIX_RANK", tasks.filter(|_| by_slurm), ANY)
         } else if let Some(tasks) = tasks.filter(|&tasks| tasks > 1) {
             let message = format!("Slurm started {tasks} tasks without MPI, each of which would be a run of its own");
             return Err(Diag::error(message).help("write `srun --mpi=pmix` (`srun --mpi=list` says what there is)"));
         } else {
             return Ok(None);
         };
+        // A shell may be such a task, in which MPI begins once and dsgc as often as the user likes.
+        if tasks == Some(1) && size == Some(1) {
+            return Ok(None);
+        }
         Ok(Some(Launcher { sign, size, library: variable("DSGC_MPI"), names }))
     }
 
@@ -46,9 +52,16 @@ impl Launcher {
     }
 }
 
-/// How many of the job's ranks share this machine, where the launcher says so.
+/// How many of the job's ranks share this machine, where the launcher says so; of Slurm's, how many share the fullest one.
 pub fn ranks_here() -> Option<usize> {
-    ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"].into_iter().find_map(number).filter(|&n| n > 0)
+    let slurm = || number("SLURM_STEP_NUM_TASKS").filter(|&n| n > 1).and(variable("SLURM_STEP_TASKS_PER_NODE"));
+    let said = ["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"].into_iter().find_map(number);
+    said.or_else(|| fullest(&slurm()?)).filter(|&n| n > 0)
+}
+
+/// The largest number of Slurm's list `4(x2),3`. Ranks must plan alike, so all of them go by one number.
+fn fullest(list: &str) -> Option<usize> {
+    list.split(',').filter_map(|entry| entry.split('(').next()?.parse().ok()).max()
 }
 
 /// Which of those this one is, from 0.
@@ -56,8 +69,12 @@ pub fn rank_here() -> Option<usize> {
     ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"].into_iter().find_map(number)
 }
 
-fn number(variable: &str) -> Option<usize> {
-    std::env::var(variable).ok()?.parse().ok()
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+fn number(name: &str) -> Option<usize> {
+    variable(name)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -79,8 +96,25 @@ mod tests {
         let open_mpi = [("OMPI_COMM_WORLD_SIZE", "4"), ("PMIX_RANK", "0")];
         assert_eq!(known(&open_mpi), ("OMPI_COMM_WORLD_SIZE", Some(4), OPEN_MPI));
         assert_eq!(known(&[("PMI_RANK", "1"), ("PMI_SIZE", "2")]), ("PMI_RANK", Some(2), MPICH));
-        let slurm = [("PMIX_RANK", "1"), ("SLURM_STEP_NUM_TASKS", "8")];
+        let slurm = [("PMIX_RANK", "1"), ("PMIX_NAMESPACE", "slurm.pmix.7.0"), ("SLURM_STEP_NUM_TASKS", "8")];
         assert_eq!(known(&slurm), ("PMIX_RANK", Some(8), ANY));
+        let within = [("PMIX_RANK", "1"), ("PMIX_NAMESPACE", "prterun-host-9@1"), ("SLURM_STEP_NUM_TASKS", "1")];
+        assert_eq!(known(&within), ("PMIX_RANK", None, ANY));
+    }
+
+    #[test]
+    fn a_step_of_one_task_needs_no_mpi() {
+        let one = ("SLURM_STEP_NUM_TASKS", "1");
+        assert_eq!(find(&[one, ("PMIX_RANK", "0"), ("PMIX_NAMESPACE", "slurm.pmix.7.0")]), Ok(None));
+        assert_eq!(find(&[one, ("PMI_RANK", "0"), ("PMI_SIZE", "1")]), Ok(None));
+        assert_eq!(known(&[one, ("PMI_RANK", "0"), ("PMI_SIZE", "2")]), ("PMI_RANK", Some(2), MPICH));
+    }
+
+    #[test]
+    fn ranks_go_by_the_fullest_machine() {
+        assert_eq!(fullest("3"), Some(3));
+        assert_eq!(fullest("2(x10),4,1(x2)"), Some(4));
+        assert_eq!(fullest(""), None);
     }
 
     #[test]

@@ -301,7 +301,13 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, HostS
             ("device", Constant::Str(name)) if name == "cuda" => device = Device::Cuda,
             ("device", Constant::Str(name)) if name == "interp" => device = Device::Interp,
             ("devices" | "zero_stage" | "parallel" | "metric_for_best_model" | "greater_is_better", _) => {}
-            ("gradient_checkpointing", Constant::Bool(on)) => memory.gradient_checkpointing = *on,
+            ("gradient_checkpointing", Constant::Bool(on)) => {
+                (memory.gradient_checkpointing, memory.keep_all) = (*on, !*on);
+            }
+            ("gradient_checkpointing", Constant::Str(_)) => {
+                (memory.gradient_checkpointing, memory.keep_all) = (false, false);
+            }
+            ("offload_activations", Constant::Bool(on)) => memory.offload_activations = *on,
             ("max_memory", Constant::None) => memory.max = None,
             ("max_memory", given) => match settings::bytes(given) {
                 Some(bytes) => (memory.max, memory.span) = (Some(bytes), value.span),
