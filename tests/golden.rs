@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use compare::{Compared, Golden, On, Rank, ZERO_GRADIENT, relative_error};
+use dsgc_ir::schedule::PipelineOrder;
 use dsgc_ir::{Mesh, Tensor};
 #[cfg(feature = "wgpu")]
 use dsgc_kernels::cube::Platform;
@@ -116,9 +117,14 @@ fn three_threads_of_the_cpu_give_the_references() {
 /// Each rank compares everything; `scripts/golden` takes other layouts, and the stages behind sft.
 #[test]
 fn ranks_give_the_references() {
-    for (mesh, zero_stage) in [(Mesh { data: 2, ..Mesh::default() }, 3), (Mesh { tensor: 2, ..Mesh::default() }, 0)] {
+    let layouts = [
+        (Mesh { data: 2, ..Mesh::default() }, 3),
+        (Mesh { tensor: 2, ..Mesh::default() }, 0),
+        (Mesh { pipeline: 2, ..Mesh::default() }, 0),
+    ];
+    for (mesh, zero_stage) in layouts {
         let rank = |member| -> Result<(), String> {
-            check(On::Rank(&Rank { member, zero_stage, threads: None }));
+            check(On::Rank(&Rank { member, zero_stage, order: PipelineOrder::default(), threads: None }));
             Ok(())
         };
         on_threads(mesh, rank, String::clone).unwrap_or_else(|e| panic!("{e}"));

@@ -32,6 +32,7 @@ pub use checkpoint::{Checkpoint, Keeper, stage_of};
 pub use generate::{Decoder, Next};
 pub use generator::Generator;
 pub use metrics::MetricsFile;
+pub use pieces::in_pieces;
 pub use rank::on_threads;
 pub use schedule::learning_rate;
 pub use score::{Score, Scorer};

@@ -39,6 +39,11 @@ pub(crate) struct Spent {
     pub waiting: Duration,
 }
 
+/// The device of a rank as one that runs the pieces of its place along `pipeline`; itself where the program has none.
+pub fn in_pieces(device: Box<dyn Device>, program: &Planned, member: &Member) -> Box<dyn Device> {
+    InPieces::wrap(device, program, member).0
+}
+
 /// What a message between ranks is: outputs of this piece for this part, or what a place gives in the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum What {

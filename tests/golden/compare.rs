@@ -29,8 +29,9 @@ use std::path::{Path, PathBuf};
 
 use dsgc_hf::{Folder, read_params};
 use dsgc_ir::diag::Diag;
+use dsgc_ir::schedule::PipelineOrder;
 use dsgc_ir::stage::{Operands, Statement, TermSteps, UpdateSteps};
-use dsgc_ir::{Planned, Program, StateId, Tensor};
+use dsgc_ir::{Axis, Placement, Planned, Program, StateId, StateKind, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 #[cfg(any(feature = "wgpu", feature = "cuda"))]
@@ -39,7 +40,7 @@ use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_kernels::ranks::{Member, pack, unpack};
 use dsgc_passes::PassContext;
 use dsgc_runtime::calls::{self, Named, Parts};
-use dsgc_runtime::learning_rate;
+use dsgc_runtime::{in_pieces, learning_rate};
 use dsgc_yaml::load::{self, Failed, FolderModel, Host, Options, TokenizerFacts};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Map, Value};
@@ -72,6 +73,8 @@ pub struct Rank {
     pub member: Member,
     /// What ranks along `data` share out.
     pub zero_stage: u8,
+    /// In which order ranks along `pipeline` work.
+    pub order: PipelineOrder,
     /// The CPU with so many threads; the interpreter in doubles otherwise.
     pub threads: Option<usize>,
 }
@@ -82,7 +85,8 @@ impl fmt::Debug for On<'_> {
             On::Doubles => f.write_str("the interpreter in doubles"),
             On::Cpu(threads) => write!(f, "the CPU with {threads} threads"),
             On::Rank(rank) => {
-                write!(f, "{:?} as ranks {}, zero_stage {}", rank.alone(), rank.member.mesh, rank.zero_stage)
+                let Rank { member, zero_stage, order, .. } = rank;
+                write!(f, "{:?} as ranks {}, zero_stage {zero_stage}, {}", rank.alone(), member.mesh, order.name())
             }
             #[cfg(any(feature = "wgpu", feature = "cuda"))]
             On::Gpu(platform) => f.write_str(platform.name()),
@@ -118,6 +122,9 @@ impl On<'_> {
     pub fn open(self, mut program: Program) -> (Planned, Box<dyn Device>) {
         if let On::Rank(rank) = self {
             program.mesh = rank.member.mesh;
+            program.place = program.mesh.place(Axis::Pipeline, rank.member.rank());
+            program.stage.parallel.order = rank.order;
+            program.stage.parallel.virtual_stages = if rank.order == PipelineOrder::Interleaved { 2 } else { 1 };
             program.stage.roles.iter_mut().for_each(|role| role.zero_stage = rank.zero_stage);
         }
         let compile = |target| dsgc_passes::compile(program, &PassContext::new(target), &mut |_| {});
@@ -155,7 +162,7 @@ impl Whole {
             None => Box::new(Interp::planned(program.clone(), Precision::F64).as_member(member.clone())),
             Some(threads) => Box::new(Cpu::new(program.clone(), threads).as_member(member.clone())),
         };
-        Whole { device, program, member }
+        Whole { device: in_pieces(device, &program, &member), program, member }
     }
 }
 
@@ -179,19 +186,37 @@ impl Device for Whole {
         self.device.set_part(id, value);
     }
 
-    /// All ranks ask for a state together. One that is a sum over ranks is added up.
+    /// All ranks ask for a state together. One that is a sum over ranks is added up, as is a gradient to which several places
+    /// along `pipeline` add.
     fn state(&self, id: StateId) -> Tensor {
-        let own = self.device.state(id);
-        let Some(placement) = &self.program.state(id).placement else { return own };
+        let (own, state, mesh) = (self.device.state(id), self.program.state(id), &self.member.mesh);
+        let is_added_up = state.kind == StateKind::Scratch && mesh.pipeline > 1;
+        if state.placement.is_none() && !is_added_up {
+            return own;
+        }
+        let placement = state.placement.clone().unwrap_or_else(|| Placement::of_whole(own.shape.clone()));
         let parts = self.member.all().messages(&pack(&own)).unwrap_or_else(|e| panic!("{e}"));
         let parts: Vec<Tensor> = parts.iter().map(|part| unpack(part).0).collect();
-        let mesh = &self.member.mesh;
-        let Some(axis) = placement.partial else { return placement.whole(mesh, &parts) };
-        let summand = |at: usize| {
-            let of_rank = |rank: usize| parts[mesh.group(axis, rank)[at]].clone();
-            placement.whole(mesh, &(0..mesh.ranks()).map(of_rank).collect::<Vec<Tensor>>())
+        // The ranks that have a summand, as places along an axis.
+        let along = |axis: Axis| (0..mesh.size(axis)).map(|at| Some((axis, at))).collect();
+        let ways: Vec<Option<(Axis, usize)>> = placement.partial.map_or(vec![None], along);
+        let places: Vec<Option<(Axis, usize)>> = match is_added_up {
+            true => {
+                along(Axis::Pipeline).into_iter().filter(|way| way.is_some_and(|(_, at)| placement.is_at(at))).collect()
+            }
+            false => vec![None],
         };
-        let summands: Vec<Tensor> = (0..mesh.size(axis)).map(summand).collect();
+        let there = |rank: usize, way: Option<(Axis, usize)>| way.map_or(rank, |(axis, at)| mesh.group(axis, rank)[at]);
+        let mut summands: Vec<Tensor> = Vec::new();
+        for way in ways {
+            for &place in &places {
+                let of_rank = |rank: usize| parts[there(there(rank, way), place)].clone();
+                summands.push(placement.whole(mesh, &(0..mesh.ranks()).map(of_rank).collect::<Vec<Tensor>>()));
+            }
+        }
+        if summands.len() == 1 {
+            return summands.swap_remove(0);
+        }
         let mut sum = vec![0.0; summands[0].len()];
         for summand in &summands {
             sum.iter_mut().zip(summand.to_f64()).for_each(|(sum, x)| *sum += x);

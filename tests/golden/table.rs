@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use compare::{Compared, Golden, On, Rank};
 use dsgc_ir::Mesh;
+use dsgc_ir::schedule::PipelineOrder;
 use dsgc_runtime::on_threads;
 
 /// Compares the interpreter in doubles and the CPU with a folder of reference numbers.
@@ -22,6 +23,12 @@ struct Args {
     /// So many ranks that share layers.
     #[arg(long, default_value_t = 1)]
     tensor: usize,
+    /// So many ranks that share the layers out.
+    #[arg(long, default_value_t = 1)]
+    pipeline: usize,
+    /// The order in which these work: `gpipe`, `1f1b`, `interleaved_1f1b` or `zero_bubble`.
+    #[arg(long, default_value = "1f1b", value_parser = schedule)]
+    schedule: PipelineOrder,
     /// What ranks with different rows share out.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=3))]
     zero_stage: u8,
@@ -67,7 +74,7 @@ fn main() -> ExitCode {
         );
         return ExitCode::from(1);
     }
-    let mesh = Mesh { data: args.data, tensor: args.tensor, ..Mesh::default() };
+    let mesh = Mesh { data: args.data, tensor: args.tensor, pipeline: args.pipeline };
     if !mesh.is_single() && args.gpu.is_some() {
         eprintln!("error: ranks run on the interpreter and the CPU only");
         return ExitCode::from(1);
@@ -75,7 +82,7 @@ fn main() -> ExitCode {
     let mut good = true;
     for family in &args.families {
         for &on in &devices {
-            good &= show(&args.folder, family, on, mesh, args.zero_stage);
+            good &= show(&args.folder, family, on, mesh, args.zero_stage, args.schedule);
         }
     }
     if good { ExitCode::SUCCESS } else { ExitCode::from(1) }
@@ -95,6 +102,12 @@ fn gpu(_: &str) -> Option<On<'static>> {
     None
 }
 
+/// A schedule by its name.
+fn schedule(name: &str) -> Result<PipelineOrder, String> {
+    let found = PipelineOrder::ALL.into_iter().find(|order| order.name() == name);
+    found.ok_or_else(|| format!("there are {}", PipelineOrder::ALL.map(PipelineOrder::name).join(", ")))
+}
+
 /// Names of the Hugging Face folders that have references beside them.
 fn families(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
@@ -107,7 +120,7 @@ fn families(folder: &Path) -> Vec<String> {
 }
 
 /// Prints a family's table; whether everything is within its tolerance.
-fn show(folder: &Path, family: &str, on: On, mesh: Mesh, zero_stage: u8) -> bool {
+fn show(folder: &Path, family: &str, on: On, mesh: Mesh, zero_stage: u8, order: PipelineOrder) -> bool {
     let golden = match Golden::open(folder, family) {
         Ok(golden) => golden,
         Err(e) => {
@@ -127,7 +140,7 @@ fn show(folder: &Path, family: &str, on: On, mesh: Mesh, zero_stage: u8) -> bool
         let ranks = on_threads(
             mesh,
             |member| {
-                let rank = Rank { member, zero_stage, threads };
+                let rank = Rank { member, zero_stage, order, threads };
                 Ok((format!("{:?}", On::Rank(&rank)), both(On::Rank(&rank))?))
             },
             String::clone,
