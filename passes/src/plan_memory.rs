@@ -136,7 +136,7 @@ pub(crate) fn scratch_bytes(graph: &Graph, target: &dyn Target) -> usize {
 }
 
 /// Bytes of workspace that each op's kernel needs.
-fn workspaces(graph: &Graph, target: &dyn Target) -> Vec<usize> {
+pub(crate) fn workspaces(graph: &Graph, target: &dyn Target) -> Vec<usize> {
     let bounds = graph.upper_bounds();
     let of = |op: &OpData| target.workspace(&op.op, &types(graph, &op.args), &bounds);
     graph.ops().map(|(_, op)| of(op).next_multiple_of(target.alignment())).collect()

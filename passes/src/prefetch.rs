@@ -21,11 +21,11 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Builder, Class, Graph, Op, OpId, Program, Value, cost};
+use dsgc_ir::{Builder, Class, Graph, Op, OpId, Program, Target, Value, cost};
 
 use crate::order::{dependences, users};
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
-use crate::plan_memory::{limit, live_by_op, persistent_bytes, planned_bytes, scratch_bytes, too_large};
+use crate::plan_memory::{limit, live_by_op, persistent_bytes, planned_bytes, scratch_bytes, too_large, workspaces};
 use crate::rebuild::Rebuild;
 
 /// The pass.
@@ -59,18 +59,23 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     }
     let target = context.target;
     let largest = program.graphs.iter().map(|g| planned_bytes(g, &program, target)).max().unwrap_or(0);
-    let scratch = program.graphs.iter().map(|g| scratch_bytes(g, target)).max().unwrap_or(0);
-    // Bytes of values that there may be beside so many of workspace.
-    let most = |scratch: usize| match limit(&program, target) {
-        Some(limit) => limit.saturating_sub(persistent_bytes(&program, target) + scratch),
-        None => largest + largest / SPARE,
+    // All graphs share the largest workspace. Where the largest graph leaves room for it, it is as large as it can become.
+    let scratch = |bytes: &dyn Fn(&Graph) -> usize| program.graphs.iter().map(bytes).max().unwrap_or(0);
+    let (least, all) = (scratch(&|g| scratch_bytes(g, target)), scratch(&|g| scratch_beside(g, target)));
+    let (scratch, most) = match limit(&program, target) {
+        Some(limit) => {
+            let left = limit.saturating_sub(persistent_bytes(&program, target));
+            let scratch = if largest + all <= left { all } else { least };
+            (scratch, left.saturating_sub(scratch))
+        }
+        None => (all, largest + largest / SPARE),
     };
     let fits = |graph: &Graph, program: &Program| {
-        planned_bytes(graph, program, target) <= most(scratch.max(scratch_bytes(graph, target)))
+        scratch_bytes(graph, target) <= scratch && planned_bytes(graph, program, target) <= most
     };
     let mut graphs = Vec::with_capacity(program.graphs.len());
     for graph in &program.graphs {
-        let Some(work) = Work::of(graph, &program, most(scratch), context) else {
+        let Some(work) = Work::of(graph, &program, most, context) else {
             graphs.push(graph.clone());
             continue;
         };
@@ -90,6 +95,18 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     }
     program.graphs = graphs;
     Ok(program)
+}
+
+/// Bytes of workspace of a graph whose collectives all run beside other ops.
+fn scratch_beside(graph: &Graph, target: &dyn Target) -> usize {
+    let most = |sends: bool| {
+        let own = workspaces(graph, target).into_iter().zip(graph.ops());
+        own.filter(|(_, (_, op))| (op.op.class() == Class::Collective) == sends)
+            .map(|(bytes, _)| bytes)
+            .max()
+            .unwrap_or(0)
+    };
+    most(false) + most(true)
 }
 
 /// What is known of the ops of a graph in their own order.
