@@ -2,7 +2,7 @@
 //!
 //! MPI's library is opened when a launcher (`mpirun`, `srun`) has started this process, so one program works with every MPI and
 //! without any. `launcher` finds out which one it was, `library` opens what fits it; of MPI's functions only
-//! messages between two ranks are used, and [`Group`](dsgc_kernels::ranks::Group) makes collectives of them, so numbers are
+//! messages between two ranks are used, and [`Group`] makes collectives of them, so numbers are
 //! those of ranks as threads to the bit.
 //!
 //! A process that ends without [`finalize`] ends the whole job, which is what an error needs; so nothing calls that
