@@ -185,7 +185,7 @@ fn nothing_runs_again_where_the_user_says_so() {
     assert_eq!(planned(with_memory(program.clone(), memory.clone())).arena, kept.arena);
     let memory = Memory { max: Some(kept.arena.total() - 1), ..memory };
     let errors = said(&compile(with_memory(program, memory)).expect_err("a byte is missing"));
-    assert!(errors.contains("with `gradient_checkpointing: auto` as much is computed again"), "{errors}");
+    assert!(errors.contains("`gradient_checkpointing: auto` keeps less"), "{errors}");
 }
 
 #[test]

@@ -146,8 +146,8 @@ pub fn random_tensor(ty: &Type, bindings: &Bindings, rng: &mut Rng) -> Tensor {
     Tensor::new(&shape, data)
 }
 
-/// Whether an op is for several ranks or for two memories, which random programs are not.
-pub fn is_of_ranks(row: &Row) -> bool {
+/// Whether an op says where things are, on several ranks or in two memories, as random programs do not.
+pub fn is_of_layout(row: &Row) -> bool {
     row.class == Class::Collective || matches!(row.name, "shard" | "wait" | "to_host" | "from_host")
 }
 
@@ -189,7 +189,7 @@ impl<'a> Draw<'a> {
         input("row", DType::F32, &[&n]);
         input("key", DType::Key, &[]);
         // One rank has nobody to send anything to.
-        let rows: Vec<&Row> = ROWS.iter().filter(|row| !is_of_ranks(row)).collect();
+        let rows: Vec<&Row> = ROWS.iter().filter(|row| !is_of_layout(row)).collect();
         let mut row = self.rng.choose(&rows).name;
         while self.graph.len() < size {
             if products > 0 && self.rng.once_in(products) {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use dsgc_ir::fuzz::{is_of_ranks, random_program};
+use dsgc_ir::fuzz::{is_of_layout, random_program};
 use dsgc_ir::op::ROWS;
 use dsgc_ir::verify::verify;
 
@@ -15,7 +15,7 @@ fn random_programs_are_valid_and_reach_every_op() {
         assert_eq!(program, random_program(seed, 40), "seed {seed} gives two programs");
         seen.extend(program.op_counts().into_keys());
     }
-    let missing = ROWS.iter().filter(|row| !is_of_ranks(row) && !seen.contains(row.name));
+    let missing = ROWS.iter().filter(|row| !is_of_layout(row) && !seen.contains(row.name));
     let missing: Vec<&str> = missing.map(|row| row.name).collect();
     assert!(missing.is_empty(), "never drawn: {missing:?}");
 }

@@ -19,7 +19,7 @@ pub(crate) fn with_help(errors: Vec<Diag>, program: &Program, context: &PassCont
     };
     let kept = program.stage.memory.keep_all;
     let auto = |error: Diag| match kept {
-        true => error.help("with `gradient_checkpointing: auto` as much is computed again as that takes"),
+        true => error.help("`gradient_checkpointing: auto` keeps less, and computes the rest again"),
         false => error,
     };
     errors.into_iter().map(|error| auto(error.help(help.clone()))).collect()

@@ -170,10 +170,11 @@ impl<'a> Work<'a> {
 
     /// Whether an op costs nothing and needs nothing but states, so that it can stand anywhere before its users.
     fn comes_along(&self, id: OpId) -> bool {
-        self.after[id.0 as usize].iter().all(|&need| self.comes_along(need))
-            && matches!(self.graph.op(id).op.class(), Class::View | Class::State)
-            && self.graph.op(id).results().len() > 0
-            && self.seconds[id.0 as usize] == 0.0
+        let op = self.graph.op(id);
+        // First, so that nothing goes back through all that a kernel needs.
+        matches!(op.op.class(), Class::View | Class::State)
+            && op.results().len() > 0
+            && self.after[id.0 as usize].iter().all(|&need| self.comes_along(need))
     }
 
     /// Gathers of parameters as late as what runs beside them takes as long as they do, and later where memory is needed.

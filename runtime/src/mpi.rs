@@ -2,8 +2,8 @@
 //!
 //! MPI's library is opened when a launcher (`mpirun`, `srun`) has started this process, so one program works with every MPI and
 //! without any. `launcher` finds out which one it was, `library` opens what fits it; of MPI's functions only
-//! messages between two ranks are used, and [`Group`] makes collectives of them, so numbers are
-//! those of ranks as threads to the bit.
+//! messages between two ranks are used, and [`Group`] makes collectives of them, so numbers are those of ranks as threads to the
+//! bit.
 //!
 //! A process that ends without [`finalize`] ends the whole job, which is what an error needs; so nothing calls that
 //! but a good end, least of all a destructor, which would wait for ranks that wait for this one.
@@ -87,6 +87,7 @@ struct Mpi {
     library: Library,
     rank: usize,
     size: usize,
+    /// Threads of each rank.
     threads: usize,
     watch: Watch,
     /// Where chunks arrive that are taken one by one: words, since they hold numbers.

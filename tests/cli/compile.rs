@@ -168,7 +168,9 @@ fn memory_can_be_had_for_time() {
     has(&missed, &["needs at least", "`max_memory` allows 100.00 KiB", "parameters and state", "micro_batch_size"]);
     let limits = ["--set", "compile.gradient_checkpointing=false", "--set", &limit];
     let missed = place.refused(&[&["compile", "pipeline.yaml", "--stage", "more"][..], &limits].concat());
-    has(&missed, &["needs at least", "with `gradient_checkpointing: auto` as much is computed again as that takes"]);
+    has(&missed, &["needs at least", "`gradient_checkpointing: auto` keeps less, and computes the rest again"]);
+    let word = "compile.gradient_checkpointing=always";
+    has(&refused(word), &["found `always`, expected one of `true`, `false` and `auto`", "--set:1:32"]);
     has(&refused("compile.max_memory=2"), &["found `2` as `max_memory`, expected a size", "2GiB"]);
 }
 

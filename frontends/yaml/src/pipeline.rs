@@ -262,7 +262,7 @@ pub const COMPILE: Table = Table {
         ),
         key(
             "gradient_checkpointing",
-            Form::Either(&[Form::Bool, Form::Choice(&["auto"])]),
+            Form::Choice(&["true", "false", "auto"]),
             "`true` keeps the least of every layer and recomputes the rest for its gradient, `false` recomputes nothing, \
              `auto`, unless given, what `max_memory` asks for",
         ),

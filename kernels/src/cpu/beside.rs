@@ -21,22 +21,28 @@ pub(super) struct Beside {
     sent: u64,
 }
 
+/// Starts the thread: where it takes jobs, and where it says what they gave.
+fn start() -> Result<(Sender<Job>, Receiver<Sent>), String> {
+    let ((jobs, to_do), (done, results)) = (channel::<Job>(), channel());
+    let work = move || to_do.into_iter().map(|job| job()).try_for_each(|sent| done.send(sent));
+    let started = thread::Builder::new().name("dsgc-sends".into()).spawn(work);
+    started.map_err(|e| format!("the system starts no thread that sends: {e}"))?;
+    Ok((jobs, results))
+}
+
 impl Beside {
     /// Begins a job, behind those that have begun before, and gives its number.
     ///
-    /// # Panics
+    /// # Errors
     /// If the system refuses to start a thread.
-    pub(super) fn begin(&mut self, job: Job) -> u64 {
-        let start = || {
-            let ((jobs, to_do), (done, results)) = (channel::<Job>(), channel());
-            let work = move || to_do.into_iter().map(|job| job()).try_for_each(|sent| done.send(sent));
-            thread::Builder::new().name("dsgc-sends".into()).spawn(work).expect("the system starts threads");
-            (jobs, results)
+    pub(super) fn begin(&mut self, job: Job) -> Result<u64, String> {
+        let (jobs, _) = match &mut self.thread {
+            Some(thread) => thread,
+            none => none.insert(start()?),
         };
-        let (jobs, _) = self.thread.get_or_insert_with(start);
         jobs.send(job).expect("bug: the thread of collectives has ended");
         self.begun += 1;
-        self.begun
+        Ok(self.begun)
     }
 
     /// Waits until the job of this number is over.
@@ -45,7 +51,7 @@ impl Beside {
     /// Why the run has ended, if it has.
     pub(super) fn wait(&mut self, number: u64) -> Result<(), String> {
         while self.over < number {
-            let (_, results) = self.thread.as_ref().expect("a job has begun");
+            let (_, results) = self.thread.as_ref().expect("bug: no job has begun");
             let sent = results.recv().expect("bug: the thread of collectives has ended");
             self.over += 1;
             self.sent += sent?;

@@ -52,12 +52,12 @@ pub(super) fn run(l: &mut Launch) -> Result<(), String> {
         *l.sent += job()?;
         return Ok(());
     }
-    let number = l.beside.begin(job);
+    let number = l.beside.begin(job)?;
     l.beside.wait(number)
 }
 
-/// Begins a collective that is waited for later, and gives its number.
-pub(super) fn begin(l: &mut Launch) -> u64 {
+/// Begins a collective that is waited for later, and gives its number; an error if the system refuses to start a thread.
+pub(super) fn begin(l: &mut Launch) -> Result<u64, String> {
     let job = job(l);
     l.beside.begin(job)
 }

@@ -302,9 +302,10 @@ impl Cpu {
         }
         // By op, the number of a collective that is on its way.
         let (beside, mut numbers) = (graph.beside(), BTreeMap::new());
+        let [_, beside_bytes] = graph.workspace(&graph.scratch);
         for (id, op) in graph.ops() {
             if self.dead.is_some() {
-                self.memory.poison_scratch(graph.workspace(&graph.scratch)[1]);
+                self.memory.poison_scratch(beside_bytes);
             }
             let started = now(&self.profile);
             let (scratch, regions) = (graph.scratch[id.0 as usize], &self.regions[at][id.0 as usize]);
@@ -324,10 +325,9 @@ impl Cpu {
                 unpacked: false,
             };
             let done = match op.op {
-                _ if launch.is_beside => {
-                    numbers.insert(id, collective::begin(&mut launch));
-                    Ok(())
-                }
+                _ if launch.is_beside => collective::begin(&mut launch).map(|number| {
+                    numbers.insert(id, number);
+                }),
                 Op::Wait {} => {
                     let sends = graph.def(op.args[0]).expect("the verifier saw what is waited for");
                     launch.beside.wait(numbers[&sends])

@@ -304,8 +304,9 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, HostS
             ("gradient_checkpointing", Constant::Bool(on)) => {
                 (memory.gradient_checkpointing, memory.keep_all) = (*on, !*on);
             }
-            ("gradient_checkpointing", Constant::Str(_)) => {
-                (memory.gradient_checkpointing, memory.keep_all) = (false, false);
+            // A word in quotes, or `auto`.
+            ("gradient_checkpointing", Constant::Str(word)) => {
+                (memory.gradient_checkpointing, memory.keep_all) = (word == "true", word == "false");
             }
             ("offload_activations", Constant::Bool(on)) => memory.offload_activations = *on,
             ("max_memory", Constant::None) => memory.max = None,
