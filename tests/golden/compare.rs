@@ -190,7 +190,8 @@ impl Device for Whole {
     /// along `pipeline` add.
     fn state(&self, id: StateId) -> Tensor {
         let (own, state, mesh) = (self.device.state(id), self.program.state(id), &self.member.mesh);
-        let is_added_up = state.kind == StateKind::Scratch && mesh.pipeline > 1;
+        let is_said = state.placement.as_ref().is_some_and(|p| p.partial == Some(Axis::Pipeline));
+        let is_added_up = state.kind == StateKind::Scratch && mesh.pipeline > 1 && !is_said;
         if state.placement.is_none() && !is_added_up {
             return own;
         }
