@@ -51,7 +51,9 @@ impl Rank {
     pub fn get(&self, program: &Program, id: StateId) -> Result<Tensor, Diag> {
         let own = self.device.state(id);
         let Some(placement) = placement(program, id) else { return Ok(own) };
-        let parts = self.member.all().messages(&pack(&own))?;
+        let all = self.member.all();
+        all.note(&format!("the parts of `{}`", program.state(id).name));
+        let parts = all.messages(&pack(&own))?;
         let parts: Vec<Tensor> = parts.iter().map(|part| unpack(part).0).collect();
         Ok(placement.whole(&self.member.mesh, &parts))
     }
@@ -78,8 +80,9 @@ impl Rank {
 
     /// What the first rank says to all others.
     fn told(&self, by_first: u64) -> Result<u64, Diag> {
-        let mut told = [by_first];
-        self.member.all().broadcast(0, &mut told)?;
+        let (mut told, all) = ([by_first], self.member.all());
+        all.note("what the first rank does alone");
+        all.broadcast(0, &mut told)?;
         Ok(told[0])
     }
 
@@ -89,12 +92,13 @@ impl Rank {
         if self.member.mesh.is_single() {
             return Ok(here);
         }
+        let all = self.member.all();
+        all.note("what all ranks must have alike");
         let message = serde_json::to_vec(&(here, facts)).unwrap_or_else(|e| panic!("bug: texts are no JSON: {e}"));
         let read = |message: &Vec<u8>| {
             serde_json::from_slice(message).unwrap_or_else(|e| panic!("bug: a rank sent no JSON: {e}"))
         };
-        let all: Vec<(bool, BTreeMap<String, String>)> =
-            self.member.all().messages(&message)?.iter().map(read).collect();
+        let all: Vec<(bool, BTreeMap<String, String>)> = all.messages(&message)?.iter().map(read).collect();
         for (rank, (_, theirs)) in all.iter().enumerate() {
             for (name, other) in theirs {
                 let first = all.iter().position(|(_, facts)| facts.contains_key(name)).unwrap_or(rank);
@@ -114,6 +118,7 @@ impl Rank {
 
 /// Whether this holds on any rank of a group.
 pub(crate) fn any(group: &Group, here: bool) -> Result<bool, Diag> {
+    group.note("whether other ranks go on");
     let mut all = vec![0u8; group.size()];
     all[group.at()] = u8::from(here);
     group.all_gather(&mut all, 1)?;
@@ -160,6 +165,7 @@ pub(crate) fn of_all_parts(group: &Group, made: Vec<Named>) -> Result<Vec<Named>
     let names: Vec<&String> = first.keys().collect();
     let message: Vec<u8> = made.iter().flat_map(|part| part.values()).flat_map(pack).collect();
     let mut all = Vec::new();
+    group.note("what other ranks made of their rows");
     for message in group.messages(&message)? {
         let mut rest = message.as_slice();
         for _ in 0..made.len() {

@@ -77,7 +77,9 @@ impl Session {
         }
         let message = serde_json::to_vec(&(&files, &shards)).unwrap_or_else(|e| panic!("bug: shards are no JSON: {e}"));
         let (mut files, mut shards) = (BTreeMap::new(), Shards::new());
-        for message in member.all().messages(&message)? {
+        let all = member.all();
+        all.note("where other ranks have written their shares");
+        for message in all.messages(&message)? {
             let read = serde_json::from_slice::<(BTreeMap<String, Written>, Shards)>(&message);
             let (written, theirs) = read.unwrap_or_else(|e| panic!("bug: a rank sent no shards: {e}"));
             files.extend(written);
