@@ -13,6 +13,7 @@ use dsgc_kernels::Device;
 use dsgc_kernels::ranks::{Member, threads_within};
 use dsgc_runtime::{Keeper, Session, on_threads};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 #[path = "common/on_ranks.rs"]
 #[allow(dead_code)] // Other tests use the rest.
@@ -112,6 +113,14 @@ fn what_is_read_is_what_was_written() {
     }
 }
 
+/// The text of a manifest with the hash that it then has.
+fn sealed(mut manifest: Value) -> String {
+    manifest.as_object_mut().expect("an object").remove("sha256");
+    let text = serde_json::to_string_pretty(&manifest).expect("JSON") + "\n";
+    let hash: String = Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect();
+    text.replacen("\n}\n", &format!(",\n  \"sha256\": \"{hash}\"\n}}\n"), 1)
+}
+
 #[test]
 fn what_is_wrong_with_a_share_is_named() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -141,7 +150,7 @@ fn what_is_wrong_with_a_share_is_named() {
     let (name, shard) = shards.iter_mut().find(|(_, s)| s["parts"][1].is_object()).expect("a state in parts");
     let name = name.clone();
     shard["parts"].as_array_mut().expect("parts").pop();
-    fs::write(checkpoint.join("checkpoint.json"), manifest.to_string()).expect("a file");
+    fs::write(checkpoint.join("checkpoint.json"), sealed(manifest)).expect("a file");
     let error = on_ranks::run(&on(&program, ONE), On::Doubles, true, None);
     let error = error.expect_err("a part is missing").remove(0).message;
     assert!(error.ends_with(&format!("the parts are not the whole of `{name}`")), "{error}");
