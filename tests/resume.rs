@@ -321,6 +321,15 @@ fn what_is_broken_or_of_another_run_is_named() {
     assert!(error.contains("a run goes on with the rows that it began with"), "{error}");
 }
 
+/// A number of as many digits as there are is the same when it is read again.
+#[test]
+fn a_setting_of_many_digits_is_that_of_the_same_run() {
+    let place = place();
+    let run = ["run", "pipeline.yaml", "--stage", "sft", "--set", "stages.sft.learning_rate=0.0018447362809681143"];
+    place.out(&run, &[]);
+    place.out(&[&run[..], &["--resume", "runs/sft/checkpoints/step-00000004"]].concat(), &[]);
+}
+
 /// A rate at which the loss goes up and down.
 #[test]
 fn the_best_checkpoint_stays_beside_the_newest() {
