@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use dsgc_ir::fuzz::{Rng, random_bindings, random_tensor};
 use dsgc_ir::print::GraphText;
-use dsgc_ir::{Bindings, DType, Data, Graph, Mesh, Op, Program, StateId, StateKind, Tensor};
+use dsgc_ir::{Bindings, DType, Data, Graph, Mesh, Op, Planned, Program, State, StateId, StateKind, Tensor};
+use dsgc_kernels::cpu::CpuTarget;
 use dsgc_kernels::interp::{Evaluated, Given, InterpTarget, Precision, eval_graph, eval_ranks};
 use dsgc_passes::{PIPELINE, PassContext, run_passes};
 
@@ -167,6 +168,57 @@ fn ranks_that_share_layers_compute_what_one_computes() {
                 "{}",
                 GraphText(graph, &local)
             );
+        }
+    }
+}
+
+/// A model of which what is too small to be cut is far less than a hundredth.
+const LARGE: &str = "
+dsgc: 1
+models:
+  base: {model: opt, tokenizer: TOKENIZER, config: {hidden: 256, layers: 3, heads: 4, ffn: 1024, max_positions: 60}}
+data:
+  texts: {path: rows.jsonl, fields: {text: prompt}}
+stages:
+  sft: {model: base, data: texts, batch_size: 16, micro_batch_size: 2, max_length: 24, max_steps: 1}
+";
+
+/// Parameters, gradients and two moments take 16 bytes a parameter, of which a rank has what its stage of ZeRO says, and the
+/// padding of what cannot be shared evenly.
+#[test]
+fn states_of_a_rank_are_those_of_zeros_formulas() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let rows = [r#"{"prompt": "Question?"}"#.to_string()];
+    let program = stages::program(folder.path(), LARGE, &rows, &[]);
+    let names: Vec<&str> = PIPELINE.iter().map(|pass| pass.name).collect();
+    let whole = |state: &State| 4 * state.whole_shape().iter().product::<usize>();
+    for ranks in [2, 4, 8] {
+        for zero_stage in 0..=3 {
+            let mut program = Program { mesh: Mesh { data: ranks, ..Mesh::default() }, ..program.clone() };
+            program.stage.roles.iter_mut().for_each(|role| role.zero_stage = zero_stage);
+            let planned = run_passes(program, &names, &PassContext::new(&CpuTarget { threads: 1 }));
+            let planned = Planned::new(planned.unwrap_or_else(|e| panic!("{e:?}"))).unwrap_or_else(|e| panic!("{e}"));
+            let params: usize = planned.params_of("model").map(|(id, _)| whole(planned.state(id))).sum();
+            let (p, n) = (params as f64, ranks as f64);
+            let expected = match zero_stage {
+                0 => 4.0 * p,
+                1 => 2.0 * p + 2.0 * p / n,
+                2 => p + 3.0 * p / n,
+                _ => 4.0 * p / n,
+            };
+            let cut = |state: &&State| state.placement.as_ref().is_some_and(|placement| !placement.cuts.is_empty());
+            let states: usize = planned.states.iter().map(|state| state.bytes()).sum();
+            let padding = planned.states.iter().filter(cut).map(|state| state.bytes() as f64 - whole(state) as f64 / n);
+            let (padding, what) = (padding.sum::<f64>(), format!("{ranks} ranks, zero {zero_stage}"));
+            let apart = (states as f64 - padding - expected).abs();
+            assert!(apart <= 0.01 * expected, "{what}: {states} bytes with {padding} of padding, expected {expected}");
+            // 62 rows of positions; every other dim that is cut is whole in all of these.
+            let rows = 62usize.div_ceil(ranks) as f64 - 62.0 / n;
+            let cuts = [0.0, 2.0, 3.0, 4.0][usize::from(zero_stage)];
+            assert_eq!(padding, cuts * rows * 256.0 * 4.0, "{what}");
+            // The device has no other memory, and each state begins at a cache line.
+            let arena = planned.arena.persistent;
+            assert!((states..states + 64 * planned.states.len()).contains(&arena), "{what}: {arena} of {states}");
         }
     }
 }
