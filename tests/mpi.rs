@@ -84,6 +84,24 @@ fn run(command: &mut Command) -> Ended {
     Ended { code: output.status.code(), text, took: started.elapsed() }
 }
 
+/// The same with what it writes to both streams in the order in which it comes.
+fn run_in_order(command: &mut Command) -> Ended {
+    let started = Instant::now();
+    let (mut reader, writer) = std::io::pipe().expect("a pipe");
+    let mut job = command.stdout(writer.try_clone().expect("a pipe")).stderr(writer).spawn().expect("it starts");
+    // The command holds the writer's end too.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut text = Vec::new();
+    reader.read_to_end(&mut text).expect("text");
+    let code = job.wait().expect("the job ends").code();
+    Ended { code, text: String::from_utf8_lossy(&text).into_owned(), took: started.elapsed() }
+}
+
+/// Whether a line is more than what this file's program says of itself as a test, or of where it panics.
+fn is_said(line: &&str) -> bool {
+    !line.is_empty() && *line != "running 1 test" && !line.starts_with("thread 'a_rank'")
+}
+
 /// What a rank does that another test has started; nothing where none has.
 #[test]
 fn a_rank() {
@@ -146,7 +164,7 @@ fn a_rank_that_fails_ends_all() {
             ("abort", 4, "error: rank 1 of 3: rows.jsonl is not there"),
             ("hang", 4, " s for 1 of 1 bytes from rank "),
         ] {
-            let ended = run(mpi.scene(3, scene).env("DSGC_WAIT_SECONDS", "1"));
+            let ended = run_in_order(mpi.scene(3, scene).env("DSGC_WAIT_SECONDS", "1"));
             assert_eq!(ended.code, Some(code), "{} {scene}: {}", mpi.name, ended.text);
             assert!(ended.text.contains(sentence), "{} {scene}: {}", mpi.name, ended.text);
             assert!(ended.took < Duration::from_secs(10), "{} {scene} took {:?}", mpi.name, ended.took);
@@ -157,6 +175,9 @@ fn a_rank_that_fails_ends_all() {
                     ended.text
                 );
             }
+            // That rank's message first, before what libraries and launchers say of the end.
+            let first = ended.text.lines().map(|line| line.trim_start_matches("test a_rank ... ").trim()).find(is_said);
+            assert!(first.is_some_and(|line| line.contains(sentence)), "{} {scene}: {}", mpi.name, ended.text);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Graph by graph: what all ranks of a mesh compute in lockstep is what one rank computes, in doubles.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use dsgc_ir::fuzz::{Rng, random_bindings, random_tensor};
 use dsgc_ir::print::GraphText;
@@ -227,11 +228,27 @@ fn states_of_a_rank_are_those_of_zeros_formulas() {
 fn what_cannot_be_shared_evenly_is_said() {
     let rows: Vec<String> = (0..8).map(|i| format!("{{\"prompt\": \"Question {i}?\"}}")).collect();
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let program = stages::program(folder.path(), &pipeline(LLAMA), &rows, &[]);
-    let program = Program { mesh: Mesh { tensor: 4, ..Mesh::default() }, ..program };
+    let pipeline = pipeline(LLAMA) + "compile: {parallel: {tensor: 4}}\n";
+    let program = stages::program(folder.path(), &pipeline, &rows, &[]);
+    let sources = program.sources.clone();
     let names: Vec<&str> = PIPELINE.iter().map(|pass| pass.name).collect();
     let errors = run_passes(program, &names, &PassContext::new(&InterpTarget)).expect_err("two heads for four ranks");
     let message = "4 ranks cannot share dim 0 of `model.layers.0.self_attn.q_proj.weight`, which is f32[16, 16]";
     assert_eq!(errors[0].message, message);
     assert_eq!(errors[0].help, ["what goes with it, such as heads, has the divisor 2: `tensor` can be 1, 2"]);
+    // Where it is asked for, and where the model declares the weight.
+    let library = Path::new(env!("CARGO_MANIFEST_DIR")).join("frontends/yaml/std/models/llama.yaml");
+    let [asked, declared] = &errors[0].labels[..] else { panic!("found {:?}", errors[0].labels) };
+    for (label, text, file, from) in [
+        (asked, "asked for here", folder.path().join("pipeline.yaml"), "4"),
+        (declared, "declared here", library, "self_attn.q_proj.weight"),
+    ] {
+        assert_eq!(label.text, text);
+        let source = &sources[label.span.source as usize];
+        assert!(Path::new(source).file_name() == file.file_name(), "{text} in {source}");
+        let whole = std::fs::read_to_string(&file).expect("a file");
+        let line = whole.lines().nth(label.span.line as usize - 1).expect("a line");
+        let at: String = line.chars().skip(label.span.column as usize - 1).take(label.span.len as usize).collect();
+        assert_eq!(at, from, "{text}: {line}");
+    }
 }
