@@ -340,6 +340,60 @@ fn a_pipeline_has_the_numbers_of_threads() {
     }
 }
 
+/// The most memory that the ranks of a run have had, in bytes, for each.
+fn most_memory(mut command: Command, mark: &str) -> BTreeMap<u32, f64> {
+    let mut job = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the launcher starts");
+    let mut most = BTreeMap::new();
+    let ended = loop {
+        if let Some(ended) = job.try_wait().expect("a child") {
+            break ended;
+        }
+        for rank in ranks_of(mark) {
+            let status = fs::read_to_string(format!("/proc/{rank}/status")).unwrap_or_default();
+            let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+            most.extend(kib.map(|kib| (rank, 1024.0 * kib.parse::<f64>().expect("a number"))));
+        }
+        thread::sleep(Duration::from_millis(2));
+    };
+    assert!(ended.success());
+    most
+}
+
+/// Beside what a process takes for a program that is next to nothing, each rank takes what `dsgc compile` prints.
+#[test]
+fn ranks_take_the_memory_that_was_planned() {
+    let _alone = alone();
+    let sizes = |hidden: usize| {
+        let mut sets =
+            [ZERO, "stages.sft.max_steps=1", "save_steps=none", "data.texts.eval=none"].map(String::from).to_vec();
+        sets.push(format!("models.base.config.hidden={hidden}"));
+        sets.push(format!("models.base.config.ffn={}", 4 * hidden));
+        sets
+    };
+    let run = |sets: &[String]| {
+        let place = Place::with(PIPELINE);
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        let report = place.out(&["compile", "pipeline.yaml", "--json"], &sets);
+        let report: Value = serde_json::from_str(&report).expect("JSON");
+        let planned = report[0]["memory"]["peak"].as_f64().expect("bytes");
+        let mark = format!("DSGC_TEST_JOB=memory-{}-{planned}", std::process::id());
+        let (name, value) = mark.split_once('=').expect("a variable");
+        let mut command = MPICH.ranks(2, DSGC);
+        command.current_dir(place.path(".")).env(name, value).args(["run", "pipeline.yaml"]);
+        command.args(sets.iter().flat_map(|set| ["--set", set]));
+        let most = most_memory(command, &mark);
+        assert_eq!(most.len(), 2, "{most:?}");
+        (planned, most)
+    };
+    let ((little, least), (planned, most)) = (run(&sizes(16)), run(&sizes(512)));
+    assert!(planned > 56.0 * f64::from(1 << 20) && little < 0.1 * planned, "{planned} and {little}");
+    let without = least.values().fold(0.0, |a: f64, b| a.max(*b)) - little;
+    for (rank, most) in most {
+        let taken = most - without;
+        assert!((0.9..=1.05).contains(&(taken / planned)), "process {rank} took {taken} of {planned}");
+    }
+}
+
 /// So many steps, with a checkpoint after each, take some seconds.
 const LONG: [&str; 6] = ["--set", "stages.sft.max_steps=80", "--set", "save_steps=1", "--set", "save_total_limit=3"];
 

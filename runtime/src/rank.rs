@@ -49,13 +49,18 @@ impl Rank {
 
     /// The whole of a state. Where ranks have parts of it, all of them call this.
     pub fn get(&self, program: &Program, id: StateId) -> Result<Tensor, Diag> {
-        let own = self.device.state(id);
-        let Some(placement) = placement(program, id) else { return Ok(own) };
+        let Some(placement) = placement(program, id) else { return Ok(self.device.state(id)) };
+        // A state may be as large as all else, so each form of it goes as the next one comes.
+        let parts = self.parts(program, id)?.into_iter().map(|part| unpack(&part).0).collect::<Vec<Tensor>>();
+        Ok(placement.whole(&self.member.mesh, &parts))
+    }
+
+    /// What all ranks have of a state, as they send it. All of them call this.
+    fn parts(&self, program: &Program, id: StateId) -> Result<Vec<Vec<u8>>, Diag> {
         let all = self.member.all();
         all.note(&format!("the parts of `{}`", program.state(id).name));
-        let parts = all.messages(&pack(&own))?;
-        let parts: Vec<Tensor> = parts.iter().map(|part| unpack(part).0).collect();
-        Ok(placement.whole(&self.member.mesh, &parts))
+        let own = pack(&self.device.state(id));
+        all.messages(&own)
     }
 
     /// Does something on the first rank only, which can read whole states there; what it gives, on that rank. The others send
@@ -69,7 +74,7 @@ impl Rank {
             loop {
                 match self.told(DONE)? {
                     DONE => return Ok(None),
-                    id => drop(self.get(program, StateId(id as u32))?),
+                    id => drop(self.parts(program, StateId(id as u32))?),
                 }
             }
         }
