@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use dsgc_ir::cost::{graph_time, handed_on};
-use dsgc_ir::schedule::{bubble, order_of_pieces};
+use dsgc_ir::cost::graph_time;
+use dsgc_ir::held::parts_of_graphs;
+use dsgc_ir::schedule::{Work, bubble, order_of_pieces, scheduled};
 use dsgc_ir::stage::Piece;
 use dsgc_ir::{Op, Phase, Planned};
 use serde_json::{Value, json};
@@ -25,8 +26,8 @@ struct Place {
     layers: BTreeMap<String, BTreeSet<u32>>,
     /// Bytes of the arena.
     peak: usize,
-    /// Most bytes that lie on the host between pieces.
-    held: u64,
+    /// Most bytes that lie in the host's memory between pieces.
+    held: usize,
 }
 
 /// A graph of gradients in pieces.
@@ -36,43 +37,43 @@ struct Gradient {
     parts: usize,
     /// The share of the time that places wait, by the cost formulas.
     bubble: f64,
+    /// Whether its pieces are such that places follow the schedule.
+    is_scheduled: bool,
 }
 
 impl PlacesReport {
-    /// Reads the report off the programs of all places, and the graphs of gradients with the parts of a full batch.
-    pub fn new(programs: &[Planned], gradients: &[(String, usize)]) -> PlacesReport {
+    /// Reads the report off the programs of all places.
+    pub fn new(programs: &[Planned]) -> PlacesReport {
         let order = programs[0].stage.parallel.order;
-        let mut places: Vec<Place> = programs.iter().map(Place::new).collect();
-        let mut reports = Vec::new();
-        for (graph, parts) in gradients {
-            let Some(pieces) = programs[0].stage.pieces.get(graph) else { continue };
-            let actions = order_of_pieces(order, pieces, places.len(), *parts);
-            let graph_of = |at: usize| {
-                let graph = programs[pieces[at].place].graph(&pieces[at].graph).expect("the pass made it");
-                (graph, graph.upper_bounds())
+        let parts = parts_of_graphs(&programs[0]);
+        let mut gradients = Vec::new();
+        for (graph, pieces) in &programs[0].stage.pieces {
+            if pieces.iter().all(|piece| piece.work == Work::Forward) {
+                continue;
+            }
+            let parts = parts.get(graph).copied().unwrap_or(1);
+            let actions = order_of_pieces(order, pieces, programs.len(), parts);
+            let time = |piece: &Piece| {
+                let graph = programs[piece.place].graph(&piece.graph).expect("the pass made it");
+                graph_time(graph, &graph.upper_bounds()).unwrap_or(0)
             };
-            let time = |at: usize| {
-                let (graph, bounds) = graph_of(at);
-                graph_time(graph, &bounds).unwrap_or(0)
-            };
-            let times: Vec<u64> = (0..pieces.len()).map(time).collect();
+            let times: Vec<u64> = pieces.iter().map(time).collect();
             let bubble = bubble(&actions, pieces, |at| times[at]);
             let bubble = bubble.unwrap_or_else(|why| panic!("bug: the schedule of @{graph} has no end: {why}"));
-            reports.push(Gradient { graph: graph.clone(), parts: *parts, bubble });
-            let handed =
-                |at: usize| handed_on(&programs[pieces[at].place], pieces, at, &graph_of(at).1).unwrap_or_default();
-            let handed: Vec<Vec<u64>> = (0..pieces.len()).map(handed).collect();
-            for (at, place) in places.iter_mut().enumerate() {
-                place.held = place.held.max(most_held(pieces, &actions[at], at, &handed));
-            }
+            let is_scheduled = scheduled(order, pieces, programs.len(), parts).is_some();
+            gradients.push(Gradient { graph: graph.clone(), parts, bubble, is_scheduled });
         }
-        PlacesReport { order: order.name(), places, gradients: reports }
+        PlacesReport { order: order.name(), places: programs.iter().map(Place::new).collect(), gradients }
     }
 
     /// The report as JSON; sizes in bytes.
     pub fn json(&self) -> Value {
         let place = |place: &Place| json!({"layers": place.layers, "peak": place.peak, "held": place.held});
-        let gradient = |g: &Gradient| json!({"graph": g.graph, "parts": g.parts, "bubble": g.bubble});
+        let gradient = |g: &Gradient| {
+            json!({
+                "graph": g.graph, "parts": g.parts, "bubble": g.bubble, "scheduled": g.is_scheduled,
+            })
+        };
         json!({
             "schedule": self.order,
             "places": self.places.iter().map(place).collect::<Vec<_>>(),
@@ -92,28 +93,8 @@ impl Place {
                 layers.entry(tag.block.to_string()).or_default().insert(tag.instance);
             }
         }
-        Place { layers, peak: program.arena.total(), held: 0 }
+        Place { layers, peak: program.arena.total(), held: program.arena.held }
     }
-}
-
-/// Most bytes that pieces of a place have got from each other and from other places, and not yet used up.
-fn most_held(pieces: &[Piece], actions: &[(usize, usize)], place: usize, handed: &[Vec<u64>]) -> u64 {
-    let (mut held, mut most) = (BTreeMap::<(usize, usize), u64>::new(), 0);
-    let takers = |of: usize| {
-        let own = pieces.iter().enumerate().filter(move |(_, piece)| piece.place == place);
-        own.filter(move |(_, piece)| piece.takes.iter().any(|taken| taken.piece == of)).map(|(at, _)| at)
-    };
-    for &(part, at) in actions {
-        for taken in &pieces[at].takes {
-            held.insert((part, taken.piece), handed[taken.piece][place]);
-        }
-        if takers(at).next().is_some() {
-            held.insert((part, at), handed[at][place]);
-        }
-        most = most.max(held.values().sum());
-        held.retain(|&(of_part, of), _| of_part != part || takers(of).max() > Some(at));
-    }
-    most
 }
 
 impl fmt::Display for PlacesReport {
@@ -126,10 +107,13 @@ impl fmt::Display for PlacesReport {
         for (at, place) in self.places.iter().enumerate() {
             let layers = place.layers.iter().map(|(block, numbers)| format!("{} of {block}", ranges(numbers)));
             let layers = layers.collect::<Vec<_>>().join(", ");
-            write!(f, "\n    place {at:<7} {layers}: {}, {}", size(place.peak), size(place.held as usize))?;
+            write!(f, "\n    place {at:<7} {layers}: {}, {}", size(place.peak), size(place.held))?;
         }
-        for Gradient { graph, parts, bubble } in &self.gradients {
+        for Gradient { graph, parts, bubble, is_scheduled } in &self.gradients {
             write!(f, "\n    bubble        {:.1} % of the time of {graph} in {parts} parts", 100.0 * bubble)?;
+            if !is_scheduled {
+                write!(f, ", one after the other: its pieces do not follow each other as {} has them", self.order)?;
+            }
         }
         Ok(())
     }

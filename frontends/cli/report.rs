@@ -240,7 +240,7 @@ impl StageReport {
             })
             .collect();
         let arena = program.arena;
-        let places = (places.len() > 1).then(|| PlacesReport::new(places, &work.gradients));
+        let places = (places.len() > 1).then(|| PlacesReport::new(places));
         StageReport {
             name: program.stage.name.clone(),
             recipe: program.stage.recipe.clone(),
@@ -452,8 +452,6 @@ struct Work {
     updates: Vec<(String, String, Amount)>,
     /// Graphs that train nothing, and models that generate: what it is, for the largest batch.
     calls: Vec<(String, Amount)>,
-    /// Graphs of gradients, with the parts of a full batch.
-    gradients: Vec<(String, usize)>,
 }
 
 impl Work {
@@ -496,7 +494,6 @@ impl Work {
                     let total = match update.steps.as_ref().expect("the passes filled it in") {
                         UpdateSteps::Whole { step } => of(step),
                         UpdateSteps::Split { terms, squares, apply } => {
-                            self.gradients.extend(terms.iter().map(|t| (t.grad.clone(), parts as usize)));
                             let term = |t: &TermSteps| (all(&t.count) + of(&t.grad)).times(parts) + of(&t.finish);
                             let last = of(apply) + squares.as_ref().map(of).unwrap_or_default();
                             terms.iter().map(term).sum::<Amount>() + last

@@ -16,31 +16,68 @@ pub type Symbol = Arc<str>;
 pub type Bindings = BTreeMap<Symbol, i64>;
 
 /// An extent: a sum of products of symbols, in normal form.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct Dim {
-    /// Product of symbols (sorted, the empty one is the constant) -> coefficient, never zero. Sorted by product.
-    /// Shared by copies, of which passes make many.
-    terms: Arc<[(Vec<Symbol>, i64)]>,
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Dim(Form);
+
+/// The normal form. Passes copy dims many times: a number is copied without memory of its own, and sums are shared.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Form {
+    /// A sum without symbols.
+    Constant(i64),
+    /// A sum with symbols.
+    Sum(Arc<[Term]>),
+}
+
+/// Product of symbols (sorted, the empty one is the constant), and coefficient, never zero. Terms are sorted by product.
+type Term = (Vec<Symbol>, i64);
+
+impl Default for Dim {
+    fn default() -> Dim {
+        Dim(Form::Constant(0))
+    }
 }
 
 impl Dim {
     /// A symbol by name.
     pub fn symbol(name: &str) -> Dim {
-        Dim { terms: [(vec![Symbol::from(name)], 1)].into() }
+        Dim(Form::Sum([(vec![Symbol::from(name)], 1)].into()))
     }
 
     /// The value, if no symbol is left.
     pub fn constant(&self) -> Option<i64> {
-        match &self.terms[..] {
-            [] => Some(0),
-            [(product, c)] if product.is_empty() => Some(*c),
-            _ => None,
+        match self.0 {
+            Form::Constant(value) => Some(value),
+            Form::Sum(_) => None,
+        }
+    }
+
+    /// The terms with symbols, and the constant among them; none of a number.
+    fn terms(&self) -> &[Term] {
+        match &self.0 {
+            Form::Constant(_) => &[],
+            Form::Sum(terms) => terms,
+        }
+    }
+
+    /// All terms by their products.
+    fn by_product(&self) -> BTreeMap<Vec<Symbol>, i64> {
+        match &self.0 {
+            Form::Constant(value) => BTreeMap::from([(Vec::new(), *value)]),
+            Form::Sum(terms) => terms.iter().cloned().collect(),
+        }
+    }
+
+    /// The dim with each coefficient changed by a function without a root but zero.
+    fn with_coefficients(&self, change: impl Fn(i64) -> i64) -> Dim {
+        match &self.0 {
+            Form::Constant(value) => Dim::from(change(*value)),
+            Form::Sum(terms) => Dim(Form::Sum(terms.iter().map(|(p, c)| (p.clone(), change(*c))).collect())),
         }
     }
 
     /// The symbol, if the dim is exactly one.
     pub fn as_symbol(&self) -> Option<&Symbol> {
-        match &self.terms[..] {
+        match self.terms() {
             [(product, 1)] if product.len() == 1 => Some(&product[0]),
             _ => None,
         }
@@ -48,7 +85,7 @@ impl Dim {
 
     /// The coefficient and symbol, if the dim is a number times one symbol.
     pub fn as_scaled_symbol(&self) -> Option<(i64, &Symbol)> {
-        match &self.terms[..] {
+        match self.terms() {
             [(product, c)] if product.len() == 1 => Some((*c, &product[0])),
             _ => None,
         }
@@ -56,18 +93,18 @@ impl Dim {
 
     /// Whether the symbol occurs.
     pub fn mentions(&self, symbol: &str) -> bool {
-        self.terms.iter().any(|(product, _)| product.iter().any(|s| &**s == symbol))
+        self.terms().iter().any(|(product, _)| product.iter().any(|s| &**s == symbol))
     }
 
     /// Whether the dim is a multiple of the symbol: every product has it exactly once.
     pub fn is_linear_in(&self, symbol: &str) -> bool {
-        !self.terms.is_empty()
-            && self.terms.iter().all(|(product, _)| product.iter().filter(|s| &***s == symbol).count() == 1)
+        !self.terms().is_empty()
+            && self.terms().iter().all(|(product, _)| product.iter().filter(|s| &***s == symbol).count() == 1)
     }
 
     /// All symbols, each once, sorted.
     pub fn symbols(&self) -> Vec<Symbol> {
-        let mut all: Vec<Symbol> = self.terms.iter().flat_map(|(product, _)| product.iter().cloned()).collect();
+        let mut all: Vec<Symbol> = self.terms().iter().flat_map(|(product, _)| product.iter().cloned()).collect();
         all.sort();
         all.dedup();
         all
@@ -75,8 +112,8 @@ impl Dim {
 
     /// The value under bindings, held at the ends of `i64` where it lies beyond; the unbound symbol otherwise.
     pub fn eval(&self, bindings: &Bindings) -> Result<i64, Symbol> {
-        let mut sum = 0i64;
-        for (product, c) in self.terms.iter() {
+        let mut sum = self.constant().unwrap_or(0);
+        for (product, c) in self.terms() {
             let mut term = *c;
             for symbol in product {
                 term = term.saturating_mul(*bindings.get(symbol).ok_or_else(|| symbol.clone())?);
@@ -88,8 +125,8 @@ impl Dim {
 
     /// Replaces symbols by dims; symbols without an entry stay.
     pub fn substitute(&self, with: &BTreeMap<Symbol, Dim>) -> Dim {
-        let mut sum = Dim::default();
-        for (product, c) in self.terms.iter() {
+        let mut sum = Dim::from(self.constant().unwrap_or(0));
+        for (product, c) in self.terms() {
             let mut term = Dim::from(*c);
             for symbol in product {
                 let factor = with.get(symbol).cloned().unwrap_or_else(|| Dim::symbol(symbol));
@@ -102,13 +139,15 @@ impl Dim {
 
     /// The largest factor of a product, without its sign: arithmetic on small ones cannot overflow.
     pub fn largest_coefficient(&self) -> i64 {
-        self.terms.iter().map(|(_, c)| c.saturating_abs()).max().unwrap_or(0)
+        let least = self.constant().unwrap_or(0).saturating_abs();
+        self.terms().iter().map(|(_, c)| c.saturating_abs()).fold(least, i64::max)
     }
 
     /// Exact quotient by a number, if every coefficient is divisible.
     pub fn div_exact(&self, by: i64) -> Option<Dim> {
-        (by != 0 && self.terms.iter().all(|(_, c)| c % by == 0))
-            .then(|| Dim { terms: self.terms.iter().map(|(p, c)| (p.clone(), c / by)).collect() })
+        let divides = |c: i64| c % by == 0;
+        let fits = by != 0 && self.constant().is_none_or(divides) && self.terms().iter().all(|(_, c)| divides(*c));
+        fits.then(|| self.with_coefficients(|c| c / by))
     }
 
     /// Product of several dims; 1 for none.
@@ -117,7 +156,12 @@ impl Dim {
     }
 
     fn from_terms(terms: BTreeMap<Vec<Symbol>, i64>) -> Dim {
-        Dim { terms: terms.into_iter().filter(|(_, c)| *c != 0).collect() }
+        let terms: Vec<Term> = terms.into_iter().filter(|(_, c)| *c != 0).collect();
+        match &terms[..] {
+            [] => Dim::default(),
+            [(product, c)] if product.is_empty() => Dim::from(*c),
+            _ => Dim(Form::Sum(terms.into())),
+        }
     }
 
     /// Reads the printed form: sums and products of numbers and symbols, with parentheses nowhere.
@@ -148,7 +192,7 @@ impl Dim {
 
 impl From<i64> for Dim {
     fn from(value: i64) -> Dim {
-        if value == 0 { Dim::default() } else { Dim { terms: [(vec![], value)].into() } }
+        Dim(Form::Constant(value))
     }
 }
 
@@ -164,9 +208,9 @@ impl Add for &Dim {
         if let (Some(a), Some(b)) = (self.constant(), other.constant()) {
             return Dim::from(a + b);
         }
-        let mut terms: BTreeMap<Vec<Symbol>, i64> = self.terms.iter().cloned().collect();
-        for (product, c) in other.terms.iter() {
-            *terms.entry(product.clone()).or_default() += c;
+        let mut terms = self.by_product();
+        for (product, c) in other.by_product() {
+            *terms.entry(product).or_default() += c;
         }
         Dim::from_terms(terms)
     }
@@ -175,7 +219,7 @@ impl Add for &Dim {
 impl Neg for &Dim {
     type Output = Dim;
     fn neg(self) -> Dim {
-        Dim { terms: self.terms.iter().map(|(p, c)| (p.clone(), -c)).collect() }
+        self.with_coefficients(|c| -c)
     }
 }
 
@@ -196,8 +240,8 @@ impl Mul for &Dim {
             _ => {}
         }
         let mut terms: BTreeMap<Vec<Symbol>, i64> = BTreeMap::new();
-        for (p, a) in self.terms.iter() {
-            for (q, b) in other.terms.iter() {
+        for (p, a) in &self.by_product() {
+            for (q, b) in &other.by_product() {
                 let mut product = [p.as_slice(), q.as_slice()].concat();
                 product.sort();
                 *terms.entry(product).or_default() += a * b;
@@ -210,10 +254,10 @@ impl Mul for &Dim {
 impl fmt::Display for Dim {
     /// Symbols first, the constant last: `T-1`, `2*N`, `B*T+3`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.terms.is_empty() {
-            return write!(f, "0");
+        if let Some(value) = self.constant() {
+            return write!(f, "{value}");
         }
-        let (constant, rest): (Vec<_>, Vec<_>) = self.terms.iter().partition(|(p, _)| p.is_empty());
+        let (constant, rest): (Vec<_>, Vec<_>) = self.terms().iter().partition(|(p, _)| p.is_empty());
         for (i, (product, c)) in rest.into_iter().chain(constant).enumerate() {
             let sign = if *c < 0 {
                 "-"

@@ -230,14 +230,34 @@ impl Graph {
     pub fn try_push(&mut self, op: Op, args: &[Value], state: Option<&Type>, site: Site) -> Result<OpId, String> {
         let types: Vec<Type> = args.iter().map(|&a| self.ty(a).clone()).collect();
         let results = infer(&op, &types, state)?;
+        Ok(self.push_typed(op, args, results, site))
+    }
+
+    /// Pushes an op of another graph on other operands. It has the types that it has there if all of these have, and those of
+    /// states are the same.
+    pub fn try_copy(
+        &mut self,
+        from: &Graph,
+        op: &OpData,
+        args: &[Value],
+        state: Option<&Type>,
+    ) -> Result<OpId, String> {
+        let is_same = state.is_none() && op.args.iter().zip(args).all(|(&old, &new)| from.ty(old) == self.ty(new));
+        if !is_same {
+            return self.try_push(op.op.clone(), args, state, op.site.clone());
+        }
+        let types = op.results().map(|result| from.ty(result).clone());
+        Ok(self.push_typed(op.op.clone(), args, types, op.site.clone()))
+    }
+
+    fn push_typed(&mut self, op: Op, args: &[Value], types: impl IntoIterator<Item = Type>, site: Site) -> OpId {
         let id = OpId(self.ops.len() as u32);
         let first = self.values.len() as u32;
-        for ty in results {
-            self.values.push(ValueData { ty, name: String::new(), def: Some(id), buffer: None });
-        }
+        let value = |ty| ValueData { ty, name: String::new(), def: Some(id), buffer: None };
+        self.values.extend(types.into_iter().map(value));
         let results = first..self.values.len() as u32;
         self.ops.push(OpData { op, args: args.to_vec(), results, site });
-        Ok(id)
+        id
     }
 
     /// Number of ops.

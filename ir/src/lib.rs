@@ -48,6 +48,7 @@ pub mod factors;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
 mod graph;
+pub mod held;
 pub mod infer;
 pub mod mesh;
 pub mod op;

@@ -74,12 +74,15 @@ impl<'a> Reader<'a> {
                         persistent: field("persistent")?,
                         values: field("values")?,
                         scratch: field("scratch")?,
-                        host: 0,
-                        allocation: None,
+                        ..Arena::default()
                     };
                     if self.take_word("host") {
                         self.expect("=")?;
                         self.program.arena.host = self.number()?;
+                    }
+                    if self.take_word("held") {
+                        self.expect("=")?;
+                        self.program.arena.held = self.number()?;
                     }
                     if self.take("allocation") {
                         self.expect("=")?;

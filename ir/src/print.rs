@@ -30,6 +30,9 @@ impl fmt::Display for Program {
             if a.host > 0 {
                 write!(f, " host={}", a.host)?;
             }
+            if a.held > 0 {
+                write!(f, " held={}", a.held)?;
+            }
             if let Some(allocation) = a.allocation {
                 write!(f, " allocation={allocation}")?;
             }

@@ -117,6 +117,8 @@ pub struct Arena {
     pub scratch: usize,
     /// Parameters and state in the host's memory.
     pub host: usize,
+    /// Most bytes of values in the host's memory that pieces of a graph have from each other ([`crate::held`]).
+    pub held: usize,
     /// Where a region is made of several allocations, the bytes of each but the last: no value lies in two.
     pub allocation: Option<usize>,
 }

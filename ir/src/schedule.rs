@@ -187,6 +187,20 @@ pub fn order_of_pieces(
     places: usize,
     parts: usize,
 ) -> Vec<Vec<(usize, usize)>> {
+    scheduled(order, pieces, places, parts).unwrap_or_else(|| {
+        let own = |place: usize| (0..pieces.len()).filter(move |&at| pieces[at].place == place);
+        let of_part = |place: usize, part: usize| own(place).map(move |piece| (part, piece));
+        (0..places).map(|place| (0..parts).flat_map(|part| of_part(place, part)).collect()).collect()
+    })
+}
+
+/// [`order_of_pieces`] where pieces follow each other as the schedule takes it.
+pub fn scheduled(
+    order: PipelineOrder,
+    pieces: &[Piece],
+    places: usize,
+    parts: usize,
+) -> Option<Vec<Vec<(usize, usize)>>> {
     let of = |place: usize, work: Work| {
         let is_so = move |(_, piece): &(usize, &Piece)| piece.place == place && piece.work == work;
         pieces.iter().enumerate().filter(is_so).map(|(at, _)| at).collect::<Vec<usize>>()
@@ -209,11 +223,7 @@ pub fn order_of_pieces(
     };
     let all: Vec<Vec<(usize, usize)>> = scheduled.into_iter().enumerate().map(run).collect();
     let is_complete = all.iter().map(Vec::len).sum::<usize>() == pieces.len() * parts;
-    if is_complete && timeline(&all, pieces, |_| 1).is_ok() {
-        return all;
-    }
-    let own = |place: usize| (0..pieces.len()).filter(move |&at| pieces[at].place == place);
-    (0..places).map(|place| (0..parts).flat_map(|part| own(place).map(move |piece| (part, piece))).collect()).collect()
+    (is_complete && timeline(&all, pieces, |_| 1).is_ok()).then_some(all)
 }
 
 /// The share of the time that ranks wait for each other, all of them together, if pieces take so long.

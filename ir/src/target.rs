@@ -6,7 +6,7 @@ use crate::types::Type;
 
 /// A description of a device, implemented by `kernels` and handed to the passes by the program, so that memory is
 /// exact and a missing kernel is an error at compile time. Answers are pure functions of their arguments.
-pub trait Target {
+pub trait Target: Sync {
     /// Name for messages and reports.
     fn name(&self) -> &str;
 

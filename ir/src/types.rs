@@ -177,15 +177,22 @@ impl Type {
 
     /// Bytes in memory under bindings, `usize::MAX` where they cannot be counted; an unbound symbol otherwise.
     pub fn bytes(&self, bindings: &Bindings) -> Result<usize, Symbol> {
-        let shape = self.shape(bindings)?;
+        let (mut elements, mut is_empty, mut width) = (1usize, false, None);
+        for dim in &self.dims {
+            let extent = dim.eval(bindings)?.max(0) as usize;
+            is_empty |= extent == 0;
+            // Rows of the last dim are counted apart: quantised ones have scales.
+            elements = elements.saturating_mul(width.replace(extent).unwrap_or(1));
+        }
         // A dim of 0 makes everything nothing, however large the others are.
-        if shape.contains(&0) {
+        if is_empty {
             return Ok(0);
         }
-        if let (DType::Quantized(quantized), Some((&width, rows))) = (self.dtype, shape.split_last()) {
-            return Ok(rows.iter().fold(quantized.row_bytes(width), |bytes, &n| bytes.saturating_mul(n)));
-        }
-        Ok(shape.into_iter().fold(self.dtype.bytes(), usize::saturating_mul))
+        let row = match (self.dtype, width) {
+            (DType::Quantized(quantized), Some(width)) => quantized.row_bytes(width),
+            (dtype, width) => dtype.bytes().saturating_mul(width.unwrap_or(1)),
+        };
+        Ok(elements.saturating_mul(row))
     }
 }
 

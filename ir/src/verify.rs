@@ -61,8 +61,40 @@ pub fn verify(program: &Program) -> Result<(), Fault> {
             planned(program, graph)?;
         }
     }
+    pieces_fit(program)?;
     if program.level == Level::Planned {
         states_are_placed(program)?;
+    }
+    Ok(())
+}
+
+/// Pieces of this place are graphs, which take and give what pieces say.
+fn pieces_fit(program: &Program) -> Result<(), Fault> {
+    for (name, pieces) in &program.stage.pieces {
+        let fault = |message: String| Err(Fault { graph: name.clone(), op: None, message });
+        for (at, piece) in pieces.iter().enumerate() {
+            if piece.place >= program.mesh.pipeline {
+                return fault(format!("piece {at} is at place {} of {}", piece.place, program.mesh.pipeline));
+            }
+            if let Some(odd) = piece.takes.iter().find(|taken| taken.piece >= pieces.len() || taken.piece == at) {
+                return fault(format!("piece {at} takes something from piece {}", odd.piece));
+            }
+            if piece.place != program.place {
+                continue;
+            }
+            let Some(graph) = program.graph(&piece.graph) else {
+                return fault(format!("its piece @{} does not exist", piece.graph));
+            };
+            let mut taken = piece.takes.iter().flat_map(|taken| &taken.values);
+            if let Some(value) = taken.find(|value| graph.input_named(value).is_none()) {
+                return fault(format!("piece @{} has no input `{value}`", piece.graph));
+            }
+            let others = pieces.iter().flat_map(|other| &other.takes).filter(|taken| taken.piece == at);
+            let mut given = others.flat_map(|taken| &taken.values).chain(&piece.gives);
+            if let Some(value) = given.find(|value| graph.output_named(value).is_none()) {
+                return fault(format!("piece @{} has no output `{value}`", piece.graph));
+            }
+        }
     }
     Ok(())
 }

@@ -19,6 +19,8 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use dsgc_ir::diag::{Diag, Span};
+use dsgc_ir::held::{held, parts_of_graphs};
+use dsgc_ir::schedule::PipelineOrder;
 use dsgc_ir::verify::{last_uses, may_be_overwritten, root};
 use dsgc_ir::{
     Arena, Bindings, Buffer, Builder, Class, Graph, Level, Op, OpData, OpId, Program, Region, State, StateId,
@@ -70,11 +72,14 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     }
     let mut graphs: Vec<Graph> = program.graphs.iter().map(|g| with_copies(g, &program).into_owned()).collect();
     let limit = limit(&program, target);
-    let mut missed = Vec::new();
+    arena.held = most_held(&program);
     let states_on_host = arena.host;
     for graph in &mut graphs {
         graph.scratch = workspaces(graph, target);
         arena.scratch = arena.scratch.max(graph.workspace(&graph.scratch).iter().sum());
+    }
+    let mut missed = Vec::new();
+    for graph in &mut graphs {
         let storages = Storages::new(graph, &program, target);
         let begin = kept_by_generation(graph, &program, target).1;
         let (offsets, used, by) = pack(&storages.all, begin, allocation);
@@ -86,9 +91,9 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
         context.matched("value in the place of a state", in_states);
         context.matched(&format!("graph packed by {by}"), usize::from(!storages.all.is_empty()));
         if let Some(memory) = limit
-            && arena.persistent + used + arena.scratch > memory
+            && arena.persistent + used + arena.scratch + arena.held > memory
         {
-            missed.push(does_not_fit(graph, &program, &storages, arena, used, memory));
+            missed.push(does_not_fit(graph, &program, &storages, Arena { values: used, ..arena }, memory));
         }
         arena.values = arena.values.max(used);
     }
@@ -98,7 +103,20 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     Ok(Program { graphs, arena, level: Level::Planned, ..program })
 }
 
-/// Most bytes that the arena may have, if there is a limit: the user's or the device's.
+/// Most bytes that pieces of a graph have from each other in the host's memory, beside the arena, which is there all the time.
+pub(crate) fn most_held(program: &Program) -> usize {
+    let parts = parts_of_graphs(program);
+    let of = |name: &String| held(program, name, parts.get(name).copied().unwrap_or(1));
+    let all = program.stage.pieces.keys().map(|name| of(name).expect("the verifier saw that every dim is declared"));
+    all.max().unwrap_or(0) as usize
+}
+
+/// What a limit leaves to the arena: what lies between pieces takes of it too.
+pub(crate) fn room(program: &Program, target: &dyn Target) -> Option<usize> {
+    limit(program, target).map(|limit| limit.saturating_sub(most_held(program)))
+}
+
+/// Most bytes that the arena, and what lies between pieces, may have, if there is a limit: the user's or the device's.
 pub(crate) fn limit(program: &Program, target: &dyn Target) -> Option<usize> {
     [program.stage.memory.max, target.memory()].into_iter().flatten().min()
 }
@@ -587,28 +605,25 @@ fn peak(storages: &[Storage]) -> (usize, i64) {
 }
 
 /// The limit, with the values that take most of the memory when most is in use.
-fn does_not_fit(
-    graph: &Graph,
-    program: &Program,
-    storages: &Storages,
-    arena: Arena,
-    used: usize,
-    memory: usize,
-) -> Diag {
-    let needed = arena.persistent + used + arena.scratch;
+fn does_not_fit(graph: &Graph, program: &Program, storages: &Storages, arena: Arena, memory: usize) -> Diag {
+    let needed = arena.total() + arena.held;
     let asked = &program.stage.memory;
     let who = if asked.max == Some(memory) { "`max_memory` allows" } else { "the device has" };
+    let between = if arena.held > 0 { format!(", between pieces {}", size(arena.held)) } else { String::new() };
     let mut diag = Diag::error(format!(
-        "graph @{} needs at least {} of memory, {who} {}: parameters and state {}, values {}, workspace {}",
+        "graph @{} needs at least {} of memory, {who} {}: parameters and state {}, values {}, workspace {}{between}",
         graph.name,
         size(needed),
         size(memory),
         size(arena.persistent),
-        size(used),
+        size(arena.values),
         size(arena.scratch),
     ));
     if asked.max == Some(memory) {
         diag = diag.label(asked.span, "the limit");
+    }
+    if arena.held > 0 && program.stage.parallel.order == PipelineOrder::Gpipe {
+        diag = diag.help("`schedule: 1f1b` has fewer parts under way, so less lies between pieces");
     }
     let (_, at) = peak(&storages.all);
     let mut largest: Vec<(usize, Value)> = graph

@@ -25,7 +25,7 @@ use dsgc_ir::{Builder, Class, Graph, Op, OpId, Program, Target, Value, cost};
 
 use crate::order::{dependences, users};
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
-use crate::plan_memory::{limit, live_by_op, persistent_bytes, planned_bytes, scratch_bytes, too_large, workspaces};
+use crate::plan_memory::{live_by_op, persistent_bytes, planned_bytes, room, scratch_bytes, too_large, workspaces};
 use crate::rebuild::Rebuild;
 
 /// The pass.
@@ -62,7 +62,7 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     // All graphs share the largest workspace. Where the largest graph leaves room for it, it is as large as it can become.
     let scratch = |bytes: &dyn Fn(&Graph) -> usize| program.graphs.iter().map(bytes).max().unwrap_or(0);
     let (least, all) = (scratch(&|g| scratch_bytes(g, target)), scratch(&|g| scratch_beside(g, target)));
-    let (scratch, most) = match limit(&program, target) {
+    let (scratch, most) = match room(&program, target) {
         Some(limit) => {
             let left = limit.saturating_sub(persistent_bytes(&program, target));
             let scratch = if largest + all <= left { all } else { least };

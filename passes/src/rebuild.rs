@@ -2,7 +2,7 @@
 //!
 //! A pass reads the old graph and pushes into a new one; a map says what became of every old value.
 
-use dsgc_ir::{Graph, Op, OpData, Program, Value};
+use dsgc_ir::{Graph, Op, OpData, OpId, Program, Type, Value};
 
 /// A new graph that grows beside an old one.
 pub struct Rebuild<'a> {
@@ -59,7 +59,8 @@ impl<'a> Rebuild<'a> {
     /// Pushes an op of the old graph unchanged, on the new operands.
     pub fn copy(&mut self, op: &OpData, program: &Program) {
         let args: Vec<Value> = op.args.iter().map(|&a| self.get(a)).collect();
-        self.push(op, op.op.clone(), &args, program);
+        let pushed = self.new.try_copy(self.old, op, &args, of_state(&op.op, program));
+        self.replace(&[op], op.op.name(), pushed);
     }
 
     /// Pushes an op in the place of an old one: its results take the place of the old results.
@@ -76,20 +77,19 @@ impl<'a> Rebuild<'a> {
     /// # Panics
     /// If the new op does not fit: a bug of the pass.
     pub fn push_all(&mut self, places: &[&OpData], op: Op, args: &[Value], program: &Program) {
-        let state = match op {
-            Op::Read { state } | Op::Write { state } => Some(&program.state(state).ty),
-            _ => None,
-        };
         let name = op.name();
-        match self.new.try_push(op, args, state, places[0].site.clone()) {
-            Ok(id) => {
-                let results: Vec<Value> = self.new.op(id).results().collect();
-                for (old, new) in places.iter().flat_map(|place| place.results()).zip(results) {
-                    self.new.set_name(new, self.old.name_of(old));
-                    self.set(old, new);
-                }
-            }
-            Err(why) => panic!("bug: `{name}` in graph @{}: {why}", self.old.name),
+        let state = of_state(&op, program);
+        let pushed = self.new.try_push(op, args, state, places[0].site.clone());
+        self.replace(places, name, pushed);
+    }
+
+    /// Says what became of the results of some old ops.
+    fn replace(&mut self, places: &[&OpData], name: &str, pushed: Result<OpId, String>) {
+        let id = pushed.unwrap_or_else(|why| panic!("bug: `{name}` in graph @{}: {why}", self.old.name));
+        let results = self.new.op(id).results();
+        for (old, new) in places.iter().flat_map(|place| place.results()).zip(results) {
+            self.new.set_name(new, self.old.name_of(old));
+            self.set(old, new);
         }
     }
 
@@ -97,6 +97,14 @@ impl<'a> Rebuild<'a> {
     pub fn finish(mut self) -> Graph {
         self.new.outputs = self.old.outputs.iter().map(|(n, v)| (n.clone(), self.get(*v))).collect();
         self.new
+    }
+}
+
+/// The type of the state that an op reads or writes.
+fn of_state<'a>(op: &Op, program: &'a Program) -> Option<&'a Type> {
+    match op {
+        Op::Read { state } | Op::Write { state } => Some(&program.state(*state).ty),
+        _ => None,
     }
 }
 

@@ -34,8 +34,9 @@ use crate::offload::with_reads;
 use crate::offload_activations::offload;
 use crate::order::order;
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
-use crate::plan_memory::{limit, persistent_bytes, planned_bytes, scratch_bytes, too_large};
+use crate::plan_memory::{limit, most_held, persistent_bytes, planned_bytes, scratch_bytes, too_large};
 use crate::rebuild::{Rebuild, without_dead_ops};
+use crate::split_stages;
 use body::{Bodies, Group};
 
 /// The pass.
@@ -91,9 +92,29 @@ fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies
     chosen
 }
 
-/// Bytes of the arena that this graph takes after the passes that follow. Its workspace is that of the graph that needs
-/// most.
+/// Bytes of memory that this graph takes after the passes that follow, of the place along `pipeline` that needs most: what they
+/// choose is the same at all places, which have pieces of one graph.
 pub(crate) fn arena(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
+    if program.mesh.pipeline == 1 {
+        return arena_of(graph, program, target);
+    }
+    let mut whole = program.clone();
+    let same = whole.graphs.iter_mut().find(|same| same.name == graph.name).expect("it is a graph of the program");
+    *same = without_dead_ops(graph, program);
+    let of_place = |place: usize| {
+        let split = split_stages::run(Program { place, ..whole.clone() }, &PassContext::new(target));
+        // The fewer values lie between pieces, the sooner there is room.
+        let Ok(split) = split else { return usize::MAX };
+        let pieces = split.stage.pieces.get(&graph.name).into_iter().flatten().map(|piece| &piece.graph);
+        let own: Vec<&Graph> = pieces.chain([&graph.name]).filter_map(|name| split.graph(name)).collect();
+        most_held(&split) + own.iter().map(|piece| arena_of(piece, &split, target)).max().unwrap_or(0)
+    };
+    (0..program.mesh.pipeline).map(of_place).max().unwrap_or(0)
+}
+
+/// Bytes of the arena that this graph takes after fusion and what follows it. Its workspace is that of the graph that needs
+/// most.
+fn arena_of(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
     let quiet = PassContext::new(target);
     let fused = |graph: &Graph| fused(&merge(&without_dead_ops(graph, program), program, &quiet), program, &quiet);
     let others = program.graphs.iter().filter(|g| g.name != graph.name);
@@ -138,6 +159,16 @@ fn with_cuts(graph: &Graph, program: &Program, groups: &[Group], choice: &[usize
         let base = graph.def(op.args[0]).filter(|_| !foreign[op.args[0].0 as usize]);
         again[id.0 as usize] &= base.is_some_and(|d| again[d.0 as usize]);
     }
+    // What runs again belongs to the gradients that flow on if any of them needs it: those of weights may come later.
+    let mut flows_on = vec![false; graph.len()];
+    for (id, op) in graph.ops().rev() {
+        let needs_it = match op.site.phase {
+            Phase::Forward => again[id.0 as usize] && flows_on[id.0 as usize],
+            phase => phase == Phase::BackwardInput,
+        };
+        let needed = op.args.iter().filter(|_| needs_it).filter_map(|&arg| graph.def(arg));
+        needed.for_each(|def| flows_on[def.0 as usize] = true);
+    }
     let mut rebuild = Rebuild::same(graph);
     // What was computed again so far, by the old value.
     let mut second: BTreeMap<Value, Value> = BTreeMap::new();
@@ -162,7 +193,8 @@ fn with_cuts(graph: &Graph, program: &Program, groups: &[Group], choice: &[usize
             }
             let args: Vec<Value> =
                 first.args.iter().map(|&a| second.get(&a).copied().unwrap_or_else(|| rebuild.get(a))).collect();
-            let site = Site { phase: op.site.phase, ..first.site.clone() };
+            let phase = if flows_on[top.0 as usize] { Phase::BackwardInput } else { op.site.phase };
+            let site = Site { phase, ..first.site.clone() };
             let results = Builder::new(&mut rebuild.new, site).push(first.op.clone(), &args);
             for (old, new) in first.results().zip(results) {
                 rebuild.new.set_name(new, graph.name_of(old));

@@ -10,7 +10,8 @@
 //! An op belongs to the place of its layer, and one that belongs to no layer to that of what it uses: so what comes before the
 //! first layer is at the first place, what comes after the last layer at the last. Ops that share a place and the number
 //! of times that values have come from other places are a piece; gradients are pieces of their own. Every rank has
-//! all inputs of a graph, so what is cheaply made of inputs alone, or of parameters alone, is made anew in each piece that uses it.
+//! all inputs of a graph, so what is cheaply made of inputs alone, or of parameters alone, is made anew in each piece that uses
+//! it; so are parameters gathered. A state that is a single number, as a scale of losses, counts as no state here.
 //! What else a piece uses of others becomes an input of it; the host hands it on ([`dsgc_ir::stage::Piece`]).
 //!
 //! A state is where it is used. Where gradients of a parameter come from several places, as those of a tied head do, each adds
@@ -27,10 +28,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use dsgc_ir::cost::time;
 use dsgc_ir::diag::{Diag, Span};
-use dsgc_ir::{Class, Dim, Op, Phase, Placement, Program, StateKind, Symbol, Type};
+use dsgc_ir::held::parts_of_graphs;
+use dsgc_ir::schedule::PipelineOrder;
+use dsgc_ir::{Class, DType, Dim, Op, Phase, Placement, Program, StateKind, Symbol, Type, Value};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
-use cut::Layer;
+use cut::{Layer, Room};
 use places::Places;
 
 /// The pass.
@@ -99,53 +102,7 @@ type Layers = BTreeMap<Symbol, Vec<usize>>;
 
 /// Cuts the layers of all blocks.
 fn layers(program: &Program) -> Result<Layers, Diag> {
-    let mut blocks: BTreeMap<Symbol, (Vec<Layer>, Layer, Layer, Span)> = BTreeMap::new();
-    let mut counted = BTreeSet::new();
-    for graph in &program.graphs {
-        let bounds = graph.upper_bounds();
-        let mut current: Option<Symbol> = None;
-        let mut before = Layer::default();
-        for (_, op) in graph.ops().filter(|(_, op)| op.site.phase != Phase::Update) {
-            let types = |values: Vec<dsgc_ir::Value>| values.into_iter().map(|v| graph.ty(v)).collect::<Vec<&Type>>();
-            let time = time(&op.op, &types(op.args.clone()), &types(op.results().collect()), &bounds).unwrap_or(0);
-            let mut taken = Layer { time, bytes: 0 };
-            if let Op::Read { state } = op.op
-                && counted.insert(state)
-            {
-                let state = program.state(state);
-                // Beside a parameter that is trained lie its gradient and two moments.
-                let copies = if state.kind == (StateKind::Param { trained: true }) { 4 } else { 1 };
-                taken.bytes = copies * state.bytes() as u64;
-            }
-            let Some(tag) = &op.site.tag else {
-                match &current {
-                    None => {
-                        before.time += taken.time;
-                        before.bytes += taken.bytes;
-                    }
-                    Some(block) => {
-                        let after = &mut blocks.get_mut(block).expect("it was met").2;
-                        after.time = after.time.saturating_add(taken.time);
-                        after.bytes += taken.bytes;
-                    }
-                }
-                continue;
-            };
-            let block = blocks
-                .entry(tag.block.clone())
-                .or_insert_with(|| (Vec::new(), Layer::default(), Layer::default(), op.site.loc.span));
-            let at = tag.instance as usize;
-            if block.0.len() <= at {
-                block.0.resize(at + 1, Layer::default());
-            }
-            block.0[at].time = block.0[at].time.saturating_add(taken.time);
-            block.0[at].bytes += taken.bytes;
-            block.1.time = block.1.time.saturating_add(before.time);
-            block.1.bytes += before.bytes;
-            before = Layer::default();
-            current = Some(tag.block.clone());
-        }
-    }
+    let blocks = blocks(program);
     // Where places have several runs of layers each, they take them in turn.
     let (places, chunks) = (program.mesh.pipeline, program.stage.parallel.virtual_stages);
     if blocks.is_empty() {
@@ -153,13 +110,20 @@ fn layers(program: &Program) -> Result<Layers, Diag> {
             .label(program.stage.parallel.pipeline, "asked for here")
             .help("leave `pipeline` out"));
     }
-    // Of what is in one run of several the plan of memory knows more.
-    let most = program.stage.memory.max.filter(|_| chunks == 1).map_or(u64::MAX, |most| most as u64);
     let parallel = &program.stage.parallel;
+    let parts = parts_of_graphs(program).into_values().max().unwrap_or(1);
+    let under_way = |place: usize| match parallel.order {
+        PipelineOrder::Gpipe => parts as u64,
+        PipelineOrder::ZeroBubble => places.min(parts) as u64,
+        PipelineOrder::OneForwardOneBackward | PipelineOrder::Interleaved => (places - place).min(parts) as u64,
+    };
+    // Of what is in one run of several the plan of memory knows more.
+    let most = program.stage.memory.max.filter(|_| chunks == 1);
+    let room = most.map(|most| Room { most: most as u64, under_way: &under_way });
     let mut all = Layers::new();
-    for (name, (layers, before, after, span)) in blocks {
+    for (name, Block { layers, before, after, span }) in blocks {
         let (count, runs) = (layers.len(), places * chunks);
-        let Some(cut) = cut::cut(&layers, before, after, runs, most) else {
+        let Some(cut) = cut::cut(&layers, before, after, runs, room.as_ref()) else {
             if count < runs {
                 let of = if chunks > 1 { format!(" with {chunks} runs of layers each") } else { String::new() };
                 let message = format!("found {places} ranks as `pipeline`{of}, and `{name}` has {count} layers");
@@ -181,10 +145,83 @@ fn layers(program: &Program) -> Result<Layers, Diag> {
     Ok(all)
 }
 
+/// Layers that repeat.
+struct Block {
+    layers: Vec<Layer>,
+    /// What stands before the first one, and after the last.
+    before: Layer,
+    after: Layer,
+    /// Where they begin.
+    span: Span,
+}
+
+/// What the layers of all blocks take. It is at most what they do: a cut that has room is never refused.
+fn blocks(program: &Program) -> BTreeMap<Symbol, Block> {
+    // Bytes of what belongs to a parameter: its gradient, its moments, what it is copied to.
+    let mut beside: BTreeMap<&str, u64> = BTreeMap::new();
+    for (_, state) in program.state_ids().filter(|(_, state)| !state.on_host) {
+        if !matches!(state.kind, StateKind::Param { .. }) {
+            let owner = state.name.rsplit_once('.').map_or("", |(owner, _)| owner);
+            *beside.entry(owner).or_default() += state.bytes() as u64;
+        }
+    }
+    let mut blocks: BTreeMap<Symbol, Block> = BTreeMap::new();
+    let mut counted = BTreeSet::new();
+    for graph in &program.graphs {
+        let bounds = graph.upper_bounds();
+        let kept = places::kept(program, graph);
+        let bytes = |value: Value| {
+            let ty = graph.ty(value);
+            // Between pieces narrow floats are f32.
+            let ty = if ty.dtype.is_narrow() { ty.with(DType::F32) } else { ty.clone() };
+            ty.bytes(&bounds).unwrap_or(0) as u64
+        };
+        let mut current: Option<Symbol> = None;
+        let mut before = Layer::default();
+        for (_, op) in graph.ops().filter(|(_, op)| op.site.phase != Phase::Update) {
+            let types = |values: Vec<Value>| values.into_iter().map(|v| graph.ty(v)).collect::<Vec<&Type>>();
+            let time = time(&op.op, &types(op.args.clone()), &types(op.results().collect()), &bounds).unwrap_or(0);
+            let kept = op.results().filter(|result| kept.contains(result)).map(bytes).fold(0, u64::saturating_add);
+            let mut taken = Layer { time, bytes: 0, kept };
+            if let Op::Read { state } = op.op
+                && counted.insert(state)
+                && matches!(program.state(state).kind, StateKind::Param { .. })
+            {
+                let state = program.state(state);
+                let own = if state.on_host { 0 } else { state.bytes() as u64 };
+                taken.bytes = own + beside.get(state.name.as_str()).copied().unwrap_or(0);
+            }
+            let Some(tag) = &op.site.tag else {
+                match current.as_ref().and_then(|block| blocks.get_mut(block)) {
+                    None => before = before + taken,
+                    Some(block) => block.after = block.after + taken,
+                }
+                continue;
+            };
+            let block = blocks.entry(tag.block.clone()).or_insert_with(|| Block {
+                layers: Vec::new(),
+                before: Layer::default(),
+                after: Layer::default(),
+                span: op.site.loc.span,
+            });
+            let at = tag.instance as usize;
+            if block.layers.len() <= at {
+                block.layers.resize(at + 1, Layer::default());
+            }
+            block.layers[at] = block.layers[at] + taken;
+            block.before = block.before + std::mem::take(&mut before);
+            current = Some(tag.block.clone());
+        }
+    }
+    blocks
+}
+
 /// Whether an op is made anew in each piece that uses it, if its operands are: it is cheap.
 fn is_cheap(op: &Op, of_inputs: bool, of_states: bool) -> bool {
     match op.class() {
-        Class::Contraction | Class::Collective | Class::Update => false,
+        Class::Contraction | Class::Update => false,
+        // Parameters of which ranks have parts are gathered where they are used: all ranks of a place run the same pieces.
+        Class::Collective => of_states && !of_inputs,
         _ if matches!(op, Op::Write { .. }) => false,
         Class::Elementwise | Class::View | Class::Structure => !(of_inputs && of_states),
         _ => !of_states || matches!(op, Op::Read { .. }),

@@ -47,11 +47,17 @@ pub struct Next {
 }
 
 impl Decoder {
-    /// A decoder without columns, for graphs of this program.
+    /// A decoder without columns, for graphs of this program, with the parameters that the device has: where `reshard` gathers
+    /// them once for a generation, it is here.
+    ///
+    /// Errors are the device's.
     ///
     /// # Panics
     /// If the graphs are not what the pass `decode` makes.
-    pub fn new(program: &Program, steps: &GenerateSteps) -> Decoder {
+    pub fn new(device: &mut dyn Device, program: &Program, steps: &GenerateSteps) -> Result<Decoder, Diag> {
+        if let Some(gather) = &steps.gather {
+            calls::call(device, program, gather, &[])?;
+        }
         let graph = graph_named(program, &steps.prefill);
         let most_of = |input: &str, at: usize| {
             let value = graph.input_named(input).unwrap_or_else(|| panic!("bug: @{} has no `{input}`", graph.name));
@@ -60,7 +66,7 @@ impl Decoder {
                 as usize
         };
         let (rows, width, most) = (most_of("segment", 0), most_of("segment", 1), most_of("tokens", 1));
-        Decoder { steps: steps.clone(), rows, width, most, place: 0, segment: vec![0; rows * width] }
+        Ok(Decoder { steps: steps.clone(), rows, width, most, place: 0, segment: vec![0; rows * width] })
     }
 
     /// Rows of a call; those that are not needed have segment 0.
@@ -179,14 +185,11 @@ pub(crate) fn generate(
     let ranks = member.group(Axis::Data);
     let device = device.as_mut();
     let steps = generate.steps.as_ref().unwrap_or_else(|| panic!("bug: `decode` left a generation as it was"));
-    if let Some(gather) = &steps.gather {
-        calls::call(device, program, gather, &[])?;
-    }
     let graphs = [&steps.prefill, &steps.step].map(|graph| graph_named(program, graph));
     // Of graphs in pieces, other ranks along `pipeline` may have pieces that do.
     let collective = program.mesh.data > 1 && program.mesh.pipeline > 1
         || graphs.iter().any(|graph| graph.ops().any(|(_, op)| op.op.class() == Class::Collective));
-    let mut decoder = Decoder::new(program, steps);
+    let mut decoder = Decoder::new(device, program, steps)?;
     let (ids, segments) = (member_of(generate, prompt, "tokens")?, member_of(generate, prompt, "segment")?);
     let width = prompt["tokens"].shape[1];
     let (prompts, samples) = (prompt["tokens"].shape[0], generate.samples);

@@ -32,7 +32,6 @@ impl Generator {
             panic!("bug: the plan of `{}` is no generation", program.stage.name);
         };
         let steps = generate.steps.as_ref().unwrap_or_else(|| panic!("bug: `decode` left a generation as it was"));
-        let decoder = Decoder::new(&program, steps);
         let graph = graph_named(&program, &steps.step);
         let logits = graph.output_named("logits").and_then(|v| graph.ty(v).dims.last()?.constant());
         let vocab = logits.and_then(|v| usize::try_from(v).ok()).unwrap_or_else(|| panic!("bug: no vocabulary"));
@@ -43,6 +42,7 @@ impl Generator {
             return Err(vec![diag.help("train the model before it is asked")]);
         }
         let key = key_of(&program.stage);
+        let decoder = Decoder::new(rank.device.as_mut(), &program, steps).map_err(|e| vec![e])?;
         Ok(Generator { program, rank, decoder, seen: Vec::new(), key, vocab })
     }
 

@@ -419,7 +419,8 @@ impl Stage {
     /// row, and per step the logits after it, `[B, V]`.
     pub fn decode(&mut self, tokens: &Tensor, segment: &Tensor) -> Result<(Vec<Vec<i32>>, Vec<Tensor>), String> {
         let generate = self.generate();
-        let mut decoder = Decoder::new(&self.program, &generate.steps.expect("decode derived them"));
+        let steps = generate.steps.expect("decode derived them");
+        let mut decoder = Decoder::new(self.device.as_mut(), &self.program, &steps).map_err(|e| e.to_string())?;
         let (width, size) = (tokens.shape[1], decoder.rows());
         assert_eq!(tokens.shape[0] % size, 0, "a call decodes {size} rows");
         let (tokens, segment) = (ints(tokens), ints(segment));

@@ -3,9 +3,12 @@
 use clap::ValueEnum;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::{Planned, Program};
+use dsgc_yaml::load::Loaded;
+use rayon::prelude::*;
 
 use super::{Done, PipelineArgs, plan};
 use crate::console::{Failure, say};
+use crate::device::DeviceName;
 use crate::report::{PassReport, StageReport, memory_table};
 
 /// Arguments of `dsgc compile`.
@@ -33,28 +36,29 @@ enum Emit {
     Changes,
 }
 
+/// What became of a stage.
+struct Compiled {
+    /// Of each place along `pipeline`.
+    places: Vec<Planned>,
+    report: StageReport,
+    /// What passes have changed, if that is asked for.
+    changes: Vec<String>,
+}
+
 /// Runs the command.
 pub fn run(args: &Args) -> Done {
     if args.json && args.emit == Some(Emit::Ir) {
         return Err(Diag::error("found `--json` with `--emit ir`, which has a text form only").into());
     }
     let (loaded, device) = args.pipeline.open()?;
+    let one = |program| compile(program, &loaded, device, args.emit == Some(Emit::Changes));
+    let stages: Vec<Result<Compiled, Failure>> = on_all_cores(|| loaded.stages.par_iter().map(one).collect())?;
     let mut all = Vec::new();
-    for program in &loaded.stages {
-        let target = device.target(&program.mesh)?;
-        let (mut passes, mut changes) = (Vec::<PassReport>::new(), Vec::new());
-        let explain = args.emit == Some(Emit::Changes);
-        let first = plan(program, &loaded, device, explain, &mut |step| {
-            passes.push(PassReport::new(step, passes.last(), target.as_ref()));
-            changes.extend(step.notes.changes.iter().map(|text| format!("{}: {text}", step.pass.name)));
-        })?;
-        let others = (1..program.mesh.pipeline)
-            .map(|place| plan(&Program { place, ..program.clone() }, &loaded, device, false, &mut |_| {}))
-            .collect::<Result<Vec<Planned>, Failure>>()?;
-        let places = [vec![first], others].concat();
+    for stage in stages {
+        let Compiled { places, report, changes } = stage?;
         match (args.emit, args.json) {
-            (None, false) => say(StageReport::new(&places, passes, target.as_ref())),
-            (None, true) => all.push(StageReport::new(&places, passes, target.as_ref()).json()),
+            (None, false) => say(report),
+            (None, true) => all.push(report.json()),
             (Some(Emit::Ir), _) => places.iter().for_each(|planned| say(planned.to_string().trim_end())),
             (Some(Emit::Plan), false) => say(crate::plan_text::plan_text(&places[0].stage)),
             (Some(Emit::Plan), true) => {
@@ -70,4 +74,29 @@ pub fn run(args: &Args) -> Done {
         say(serde_json::to_string_pretty(&all).expect("values have string keys"));
     }
     Ok(())
+}
+
+/// Compiles a stage for every place along `pipeline`; `explain` asks for changes.
+fn compile(program: &Program, loaded: &Loaded, device: DeviceName, explain: bool) -> Result<Compiled, Failure> {
+    let target = device.target(&program.mesh)?;
+    let (mut passes, mut changes) = (Vec::<PassReport>::new(), Vec::new());
+    let first = || {
+        plan(program, loaded, device, explain, &mut |step| {
+            passes.push(PassReport::new(step, passes.last(), target.as_ref()));
+            changes.extend(step.notes.changes.iter().map(|text| format!("{}: {text}", step.pass.name)));
+        })
+    };
+    let other = |place| plan(&Program { place, ..program.clone() }, loaded, device, false, &mut |_| {});
+    let others = || (1..program.mesh.pipeline).into_par_iter().map(other).collect::<Result<Vec<Planned>, Failure>>();
+    let (first, others) = rayon::join(first, others);
+    let places = [vec![first?], others?].concat();
+    let report = StageReport::new(&places, passes, target.as_ref());
+    Ok(Compiled { places, report, changes })
+}
+
+/// Runs something that divides its work among threads. They have the stack of a process's first thread, for models as deep.
+fn on_all_cores<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R, Failure> {
+    let pool = rayon::ThreadPoolBuilder::new().stack_size(8 << 20).build();
+    let pool = pool.map_err(|e| Diag::error(format!("threads cannot start: {e}")))?;
+    Ok(pool.install(work))
 }

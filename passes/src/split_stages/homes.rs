@@ -113,8 +113,9 @@ fn uses(graph: &Graph, placed: &Placed) -> Vec<(StateId, Places)> {
     found
 }
 
-/// By place, what is added to an accumulator there.
-type Sum = BTreeMap<usize, Vec<Value>>;
+/// By place, what is added to an accumulator there: values, and the collective that adds up each of them over ranks, if the sum
+/// of all places goes through one. What different places add up would be sent to one of them otherwise, in every part.
+type Sum = BTreeMap<usize, BTreeMap<Option<OpId>, Vec<Value>>>;
 
 /// The writes that add to what their state was.
 fn sums(graph: &Graph, placed: &Placed) -> BTreeMap<OpId, Sum> {
@@ -124,19 +125,24 @@ fn sums(graph: &Graph, placed: &Placed) -> BTreeMap<OpId, Sum> {
     let mut sums = BTreeMap::new();
     for (id, op) in graph.ops() {
         let Op::Write { state } = op.op else { continue };
-        let (mut terms, mut open, mut adds_to_it) = (Vec::new(), vec![op.args[0]], false);
-        while let Some(value) = open.pop() {
-            let def = graph.def(value).map(|def| graph.op(def));
-            match def.map(|def| (&def.op, def)) {
-                Some((Op::Add {}, def)) if users[value.0 as usize] == 1 => open.extend(def.args.iter().rev()),
-                Some((Op::Read { state: read }, _)) if *read == state => adds_to_it = true,
-                _ => terms.push(value),
+        let (mut terms, mut open, mut adds_to_it) = (Vec::new(), vec![(None, op.args[0])], false);
+        while let Some((through, value)) = open.pop() {
+            let used_once = users[value.0 as usize] == 1;
+            let def = graph.def(value).map(|def| (def, graph.op(def)));
+            match def.map(|(id, def)| (&def.op, id, &def.args)) {
+                Some((Op::Read { state: read }, ..)) if *read == state => adds_to_it = true,
+                Some((Op::Add {}, _, args)) if used_once => open.extend(args.iter().rev().map(|&arg| (through, arg))),
+                Some((Op::AllReduce { .. } | Op::ReduceScatter { .. }, id, args)) if used_once && through.is_none() => {
+                    open.push((Some(id), args[0]));
+                }
+                _ => terms.push((through, value)),
             }
         }
         if adds_to_it && !terms.is_empty() {
             let mut sum = Sum::new();
-            for term in terms {
-                sum.entry(placed.source(graph, term)).or_default().push(term);
+            for (through, term) in terms {
+                let of_place = sum.entry(placed.source(graph, term)).or_default();
+                of_place.entry(through).or_default().push(term);
             }
             sums.insert(id, sum);
         }
@@ -154,14 +160,24 @@ fn apart(program: &Program, graph: &Graph, sums: &BTreeMap<OpId, Sum>) -> Prepar
             continue;
         };
         for (&place, terms) in sum {
-            let terms: Vec<Value> = terms.iter().map(|&term| rebuild.get(term)).collect();
             let ty = &program.state(*state).ty;
-            let mut b = Builder::new(&mut rebuild.new, op.site.clone());
-            let so_far = b.read(*state, ty);
-            let first = b.graph.len() as u32;
-            let sum = terms.into_iter().fold(so_far, |sum, term| b.one(Op::Add {}, &[sum, term]));
-            adds.extend((first..b.graph.len() as u32).map(OpId));
-            b.write(*state, ty, sum);
+            let mut sum = Builder::new(&mut rebuild.new, op.site.clone()).read(*state, ty);
+            let first = rebuild.new.len() as u32;
+            for (through, terms) in terms {
+                let terms: Vec<Value> = terms.iter().map(|&term| rebuild.get(term)).collect();
+                let mut b = Builder::new(&mut rebuild.new, op.site.clone());
+                let Some(through) = through else {
+                    sum = terms.into_iter().fold(sum, |sum, term| b.one(Op::Add {}, &[sum, term]));
+                    continue;
+                };
+                let own = terms.into_iter().reduce(|own, term| b.one(Op::Add {}, &[own, term]));
+                let own = own.expect("a collective adds up something");
+                let through = graph.op(*through);
+                let own = Builder::new(&mut rebuild.new, through.site.clone()).one(through.op.clone(), &[own]);
+                sum = Builder::new(&mut rebuild.new, op.site.clone()).one(Op::Add {}, &[sum, own]);
+            }
+            adds.extend((first..rebuild.new.len() as u32).map(OpId));
+            Builder::new(&mut rebuild.new, op.site.clone()).write(*state, ty, sum);
             pinned.insert(OpId(rebuild.new.len() as u32 - 1), Places::from([place]));
         }
     }

@@ -44,6 +44,27 @@ pub(super) fn has_layers(graph: &Graph) -> bool {
     })
 }
 
+/// Values that lie between pieces for gradients, wherever layers are cut: those that are not made anew.
+pub(super) fn kept(program: &Program, graph: &Graph) -> BTreeSet<Value> {
+    let mut kept = BTreeSet::new();
+    if !has_layers(graph) || graph.ops().all(|(_, op)| op.site.phase == Phase::Forward) {
+        return kept;
+    }
+    let prepared = Prepared { graph: graph.clone(), pinned: BTreeMap::new(), sums: BTreeSet::new() };
+    let placed = Placed::of(program, &prepared, &Layers::new(), &Homes::new());
+    let (mut open, mut seen) = (Vec::new(), BTreeSet::new());
+    graph.ops().filter(|(id, _)| placed.work[id.0 as usize] > 0).for_each(|(_, op)| open.extend(&op.args));
+    while let Some(value) = open.pop() {
+        let Some(def) = graph.def(value).filter(|_| seen.insert(value)) else { continue };
+        if placed.is_light(value) {
+            open.extend(&graph.op(def).args);
+        } else if placed.work[def.0 as usize] == 0 {
+            kept.insert(value);
+        }
+    }
+    kept
+}
+
 impl Placed {
     pub fn of(program: &Program, prepared: &Prepared, layers: &Layers, homes: &Homes) -> Placed {
         let graph = &prepared.graph;
@@ -63,9 +84,10 @@ impl Placed {
         let has_layers = has_layers(graph);
         let apart = program.stage.parallel.order.splits_backward();
         for (id, op) in graph.ops() {
-            let [of_inputs, of_states] = [0, 1].map(|kind| {
-                op.args.iter().any(|a| from[a.0 as usize][kind]) || kind == 1 && op.op.class() == Class::State
-            });
+            let is_tensor = |state: StateId| program.state(state).ty.rank() > 0;
+            let is_of_state = matches!(op.op, Op::Read { state } | Op::Write { state } if is_tensor(state));
+            let [of_inputs, of_states] =
+                [0, 1].map(|kind| op.args.iter().any(|a| from[a.0 as usize][kind]) || kind == 1 && is_of_state);
             // A number is sent for next to nothing: it does not say where an op runs.
             let tensors: Vec<Value> = op.args.iter().copied().filter(|&arg| graph.ty(arg).rank() > 0).collect();
             let common = |args: &[Value]| args.iter().fold(placed.all.clone(), |common, &arg| &common & placed.on(arg));

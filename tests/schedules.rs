@@ -1,0 +1,109 @@
+//! Pieces of graphs follow each other as their schedule takes them, whatever else is asked for: nothing but the schedule says
+//! how long ranks along `pipeline` wait.
+
+use dsgc_ir::Mesh;
+use dsgc_ir::schedule::{PipelineOrder, Work, scheduled, timeline};
+use dsgc_ir::stage::Piece;
+
+#[path = "common/on_ranks.rs"]
+#[allow(dead_code)] // Other tests use the rest.
+mod on_ranks;
+#[allow(dead_code)] // Other tests use the rest.
+mod stages;
+
+use on_ranks::{On, laid_out, planned};
+
+const SFT: &str = "
+dsgc: 1
+models:
+  opt: {model: opt, tokenizer: TOKENIZER, config: {hidden: 16, layers: 4, heads: 2, ffn: 32, max_positions: 32}}
+  llama:
+    model: llama
+    tokenizer: TOKENIZER
+    config: {hidden: 16, layers: 4, heads: 4, kv_heads: 2, ffn: 32, max_positions: 32}
+data:
+  texts: {path: rows.jsonl, fields: {text: prompt}}
+stages:
+  sft: {model: opt, data: texts, batch_size: 8, micro_batch_size: 1, max_length: 24, max_steps: 5, learning_rate: 1e-2}
+";
+const PLACES: usize = 2;
+
+/// The pieces of the gradients of a stage that is laid out so.
+fn pieces(order: PipelineOrder, mesh: Mesh, zero_stage: u8, sets: &[&str]) -> Vec<Piece> {
+    let folder = tempfile::tempdir().expect("a folder can be made");
+    let program = stages::program(folder.path(), SFT, &["{\"prompt\": \"A question?\"}".to_string()], sets);
+    let mut program = laid_out(&program, mesh, zero_stage);
+    program.stage.parallel.order = order;
+    program.stage.parallel.virtual_stages = chunks(order);
+    planned(&program, On::Cpu).stage.pieces["model.loss.grad"].clone()
+}
+
+/// How many runs of layers a place has.
+fn chunks(order: PipelineOrder) -> usize {
+    if order == PipelineOrder::Interleaved { 2 } else { 1 }
+}
+
+/// How many pieces long a schedule is by the formulas of `ir/src/schedule.rs`.
+fn length(order: PipelineOrder, parts: usize) -> usize {
+    match order {
+        PipelineOrder::Gpipe | PipelineOrder::OneForwardOneBackward => 2 * (parts + PLACES - 1),
+        PipelineOrder::Interleaved => 2 * (chunks(order) * parts + PLACES - 1),
+        PipelineOrder::ZeroBubble => 3 * parts + PLACES - 1,
+    }
+}
+
+fn keeps_to_its_schedule(mesh: Mesh, zero_stage: u8, sets: &[&str]) {
+    for (model, order) in ["opt", "llama"].iter().flat_map(|m| PipelineOrder::ALL.map(|order| (m, order))) {
+        let what = format!("{model} {} {mesh}, zero_stage {zero_stage}, {sets:?}", order.name());
+        let sets: Vec<String> =
+            [format!("stages.sft.model={model}")].into_iter().chain(sets.iter().map(|s| s.to_string())).collect();
+        let pieces = pieces(order, mesh, zero_stage, &sets.iter().map(String::as_str).collect::<Vec<_>>());
+        for place in 0..PLACES {
+            let of = |work| pieces.iter().filter(|piece| piece.place == place && piece.work == work).count();
+            let weight = usize::from(order.splits_backward());
+            let found = [Work::Forward, Work::Backward, Work::Weight].map(of);
+            assert_eq!(found, [chunks(order), chunks(order), weight], "place {place} of {what}");
+        }
+        for parts in [2, 4, 8] {
+            let actions = scheduled(order, &pieces, PLACES, parts);
+            let actions = actions.unwrap_or_else(|| panic!("{what}: no schedule in {parts} parts"));
+            let ends = timeline(&actions, &pieces, |_| 1).unwrap_or_else(|why| panic!("{what}: {why}"));
+            let last = ends.into_iter().flatten().max();
+            assert_eq!(last, Some(length(order, parts) as u64), "{what} in {parts} parts");
+        }
+    }
+}
+
+const ALONE: Mesh = Mesh { pipeline: PLACES, data: 1, tensor: 1 };
+const DATA: Mesh = Mesh { data: 2, ..ALONE };
+
+#[test]
+fn under_zero() {
+    (0..4).for_each(|zero_stage| keeps_to_its_schedule(DATA, zero_stage, &[]));
+}
+
+#[test]
+fn with_tensors_cut_too() {
+    keeps_to_its_schedule(Mesh { tensor: 2, ..ALONE }, 0, &[]);
+    keeps_to_its_schedule(Mesh { tensor: 2, ..DATA }, 3, &[]);
+}
+
+#[test]
+fn in_narrow_floats() {
+    for precision in ["stages.sft.bf16=true", "stages.sft.fp16=true"] {
+        keeps_to_its_schedule(ALONE, 0, &[precision]);
+        keeps_to_its_schedule(DATA, 3, &[precision]);
+    }
+}
+
+#[test]
+fn with_recomputation() {
+    keeps_to_its_schedule(ALONE, 0, &["compile.gradient_checkpointing=true"]);
+    keeps_to_its_schedule(DATA, 3, &["compile.gradient_checkpointing=true", "stages.sft.fp16=true"]);
+}
+
+#[test]
+fn with_adapters() {
+    keeps_to_its_schedule(ALONE, 0, &["stages.sft.lora_r=2"]);
+    keeps_to_its_schedule(DATA, 3, &["stages.sft.lora_r=2"]);
+}
