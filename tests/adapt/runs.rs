@@ -88,7 +88,7 @@ fn the_reference_of_lora_is_free() {
     let model = all["roles"][0]["trained"].as_u64().expect("a number");
     let factors = 2 * 2 * (2 * 16 + 16 * 2);
     let roles = serde_json::json!([
-        {"role": "policy", "trained": factors, "frozen": model, "shared": 0},
+        {"role": "policy", "trained": factors, "frozen": model, "shared": 0, "lora": {"rank": 2, "weights": 4}},
         {"role": "ref", "trained": 0, "frozen": 0, "shared": model},
     ]);
     assert_eq!(lora["roles"], roles);
