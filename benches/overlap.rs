@@ -72,6 +72,9 @@ impl Transport for Link {
     fn receive(&self, from: usize) -> Result<Vec<u8>, Diag> {
         self.ways.receive(from)
     }
+    fn begin(&self, what: &str) {
+        self.ways.begin(what);
+    }
     fn note(&self, what: &str) {
         self.ways.note(what);
     }

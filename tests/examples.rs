@@ -5,7 +5,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::{env, fs};
 
+use dsgc_kernels::cpu::CpuTarget;
+use dsgc_passes::{PIPELINE, PassContext, compile};
+use dsgc_yaml::load::{Options, load};
 use serde_json::Value;
+
+#[path = "../frontends/cli/host.rs"]
+mod host;
 
 /// Example -> settings that keep a run short. An example's data may be too large to be here; it then runs on other rows.
 const SHORT: &[(&str, &[&str])] = &[
@@ -75,6 +81,38 @@ fn every_example_passes_check_and_compile() {
             assert!(succeeds(&args).contains("sft"), "`{command}` names the stage");
         }
     }
+}
+
+/// How the stages of an example may run: all that passes can be asked for.
+const LAYOUTS: [&[&str]; 5] = [
+    &[],
+    &["compile.parallel={data: 2, zero_stage: 3}", "defaults.bf16=true", "compile.gradient_checkpointing=true"],
+    &["compile.parallel={tensor: 2}", "defaults.lora_r=4", "compile.offload_activations=true"],
+    &["compile.parallel={pipeline: 2, schedule: 1f1b}", "stages.ppo.micro_batch_size=24"],
+    &["defaults.weights=int8", "defaults.freeze=['*bias']", "defaults.offload_optimizer=true"],
+];
+
+/// A reader of the report sees of every pass that has changed something what that was.
+#[test]
+fn every_pass_that_changes_a_graph_says_what_it_matched() {
+    let mut said: BTreeMap<&str, usize> = BTreeMap::new();
+    for layout in LAYOUTS {
+        let (_, short) = SHORT.iter().find(|(name, _)| *name == "rlhf").expect("it is an example");
+        let sets = short.iter().chain(layout).map(|set| set.to_string()).collect();
+        let options = Options { sets, ..Options::default() };
+        let loaded = load(&root().join(pipeline("rlhf")), &options, &host::Disk);
+        for program in loaded.unwrap_or_else(|e| panic!("{layout:?}: {:?}", e.diags)).stages {
+            let (name, target) = (program.stage.name.clone(), CpuTarget { threads: 2 });
+            let compiled = compile(program, &PassContext::new(&target), &mut |step| {
+                let silent = step.notes.matched.is_empty() && step.before.graphs != step.after.graphs;
+                assert!(!silent, "`{}` changes graphs of `{name}` and says nothing of it: {layout:?}", step.pass.name);
+                *said.entry(step.pass.name).or_default() += step.notes.matched.len();
+            });
+            compiled.unwrap_or_else(|e| panic!("`{name}`: {e:?}"));
+        }
+    }
+    let silent: Vec<&str> = PIPELINE.iter().map(|pass| pass.name).filter(|name| said[name] == 0).collect();
+    assert!(silent.is_empty(), "{silent:?} matched nothing");
 }
 
 type Metrics = BTreeMap<String, Value>;

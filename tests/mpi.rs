@@ -84,6 +84,24 @@ fn run(command: &mut Command) -> Ended {
     Ended { code: output.status.code(), text, took: started.elapsed() }
 }
 
+/// The same with what it writes to both streams in the order in which it comes.
+fn run_in_order(command: &mut Command) -> Ended {
+    let started = Instant::now();
+    let (mut reader, writer) = std::io::pipe().expect("a pipe");
+    let mut job = command.stdout(writer.try_clone().expect("a pipe")).stderr(writer).spawn().expect("it starts");
+    // The command holds the writer's end too.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut text = Vec::new();
+    reader.read_to_end(&mut text).expect("text");
+    let code = job.wait().expect("the job ends").code();
+    Ended { code, text: String::from_utf8_lossy(&text).into_owned(), took: started.elapsed() }
+}
+
+/// Whether a line is more than what this file's program says of itself as a test, or of where it panics.
+fn is_said(line: &&str) -> bool {
+    !line.is_empty() && *line != "running 1 test" && !line.starts_with("thread 'a_rank'")
+}
+
 /// What a rank does that another test has started; nothing where none has.
 #[test]
 fn a_rank() {
@@ -146,7 +164,7 @@ fn a_rank_that_fails_ends_all() {
             ("abort", 4, "error: rank 1 of 3: rows.jsonl is not there"),
             ("hang", 4, " s for 1 of 1 bytes from rank "),
         ] {
-            let ended = run(mpi.scene(3, scene).env("DSGC_WAIT_SECONDS", "1"));
+            let ended = run_in_order(mpi.scene(3, scene).env("DSGC_WAIT_SECONDS", "1"));
             assert_eq!(ended.code, Some(code), "{} {scene}: {}", mpi.name, ended.text);
             assert!(ended.text.contains(sentence), "{} {scene}: {}", mpi.name, ended.text);
             assert!(ended.took < Duration::from_secs(10), "{} {scene} took {:?}", mpi.name, ended.took);
@@ -157,6 +175,9 @@ fn a_rank_that_fails_ends_all() {
                     ended.text
                 );
             }
+            // That rank's message first, before what libraries and launchers say of the end.
+            let first = ended.text.lines().map(|line| line.trim_start_matches("test a_rank ... ").trim()).find(is_said);
+            assert!(first.is_some_and(|line| line.contains(sentence)), "{} {scene}: {}", mpi.name, ended.text);
         }
     }
 }
@@ -316,6 +337,60 @@ fn a_pipeline_has_the_numbers_of_threads() {
             assert_eq!(ended.text.matches("sft wrote `model` to runs/sft").count(), 1, "{}", ended.text);
             assert_equal(&place, &as_threads, &format!("{layout} under {}", mpi.name));
         }
+    }
+}
+
+/// The most memory that the ranks of a run have had, in bytes, for each.
+fn most_memory(mut command: Command, mark: &str) -> BTreeMap<u32, f64> {
+    let mut job = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the launcher starts");
+    let mut most = BTreeMap::new();
+    let ended = loop {
+        if let Some(ended) = job.try_wait().expect("a child") {
+            break ended;
+        }
+        for rank in ranks_of(mark) {
+            let status = fs::read_to_string(format!("/proc/{rank}/status")).unwrap_or_default();
+            let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+            most.extend(kib.map(|kib| (rank, 1024.0 * kib.parse::<f64>().expect("a number"))));
+        }
+        thread::sleep(Duration::from_millis(2));
+    };
+    assert!(ended.success());
+    most
+}
+
+/// Beside what a process takes for a program that is next to nothing, each rank takes what `dsgc compile` prints.
+#[test]
+fn ranks_take_the_memory_that_was_planned() {
+    let _alone = alone();
+    let sizes = |hidden: usize| {
+        let mut sets =
+            [ZERO, "stages.sft.max_steps=1", "save_steps=none", "data.texts.eval=none"].map(String::from).to_vec();
+        sets.push(format!("models.base.config.hidden={hidden}"));
+        sets.push(format!("models.base.config.ffn={}", 4 * hidden));
+        sets
+    };
+    let run = |sets: &[String]| {
+        let place = Place::with(PIPELINE);
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        let report = place.out(&["compile", "pipeline.yaml", "--json"], &sets);
+        let report: Value = serde_json::from_str(&report).expect("JSON");
+        let planned = report[0]["memory"]["peak"].as_f64().expect("bytes");
+        let mark = format!("DSGC_TEST_JOB=memory-{}-{planned}", std::process::id());
+        let (name, value) = mark.split_once('=').expect("a variable");
+        let mut command = MPICH.ranks(2, DSGC);
+        command.current_dir(place.path(".")).env(name, value).args(["run", "pipeline.yaml"]);
+        command.args(sets.iter().flat_map(|set| ["--set", set]));
+        let most = most_memory(command, &mark);
+        assert_eq!(most.len(), 2, "{most:?}");
+        (planned, most)
+    };
+    let ((little, least), (planned, most)) = (run(&sizes(16)), run(&sizes(512)));
+    assert!(planned > 56.0 * f64::from(1 << 20) && little < 0.1 * planned, "{planned} and {little}");
+    let without = least.values().fold(0.0, |a: f64, b| a.max(*b)) - little;
+    for (rank, most) in most {
+        let taken = most - without;
+        assert!((0.9..=1.05).contains(&(taken / planned)), "process {rank} took {taken} of {planned}");
     }
 }
 

@@ -1,10 +1,12 @@
 //! Graph by graph: what all ranks of a mesh compute in lockstep is what one rank computes, in doubles.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use dsgc_ir::fuzz::{Rng, random_bindings, random_tensor};
 use dsgc_ir::print::GraphText;
-use dsgc_ir::{Bindings, DType, Data, Graph, Mesh, Op, Program, StateId, StateKind, Tensor};
+use dsgc_ir::{Bindings, DType, Data, Graph, Mesh, Op, Planned, Program, State, StateId, StateKind, Tensor};
+use dsgc_kernels::cpu::CpuTarget;
 use dsgc_kernels::interp::{Evaluated, Given, InterpTarget, Precision, eval_graph, eval_ranks};
 use dsgc_passes::{PIPELINE, PassContext, run_passes};
 
@@ -171,15 +173,82 @@ fn ranks_that_share_layers_compute_what_one_computes() {
     }
 }
 
+/// A model of which what is too small to be cut is far less than a hundredth.
+const LARGE: &str = "
+dsgc: 1
+models:
+  base: {model: opt, tokenizer: TOKENIZER, config: {hidden: 256, layers: 3, heads: 4, ffn: 1024, max_positions: 60}}
+data:
+  texts: {path: rows.jsonl, fields: {text: prompt}}
+stages:
+  sft: {model: base, data: texts, batch_size: 16, micro_batch_size: 2, max_length: 24, max_steps: 1}
+";
+
+/// Parameters, gradients and two moments take 16 bytes a parameter, of which a rank has what its stage of ZeRO says, and the
+/// padding of what cannot be shared evenly.
+#[test]
+fn states_of_a_rank_are_those_of_zeros_formulas() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let rows = [r#"{"prompt": "Question?"}"#.to_string()];
+    let program = stages::program(folder.path(), LARGE, &rows, &[]);
+    let names: Vec<&str> = PIPELINE.iter().map(|pass| pass.name).collect();
+    let whole = |state: &State| 4 * state.whole_shape().iter().product::<usize>();
+    for ranks in [2, 4, 8] {
+        for zero_stage in 0..=3 {
+            let mut program = Program { mesh: Mesh { data: ranks, ..Mesh::default() }, ..program.clone() };
+            program.stage.roles.iter_mut().for_each(|role| role.zero_stage = zero_stage);
+            let planned = run_passes(program, &names, &PassContext::new(&CpuTarget { threads: 1 }));
+            let planned = Planned::new(planned.unwrap_or_else(|e| panic!("{e:?}"))).unwrap_or_else(|e| panic!("{e}"));
+            let params: usize = planned.params_of("model").map(|(id, _)| whole(planned.state(id))).sum();
+            let (p, n) = (params as f64, ranks as f64);
+            let expected = match zero_stage {
+                0 => 4.0 * p,
+                1 => 2.0 * p + 2.0 * p / n,
+                2 => p + 3.0 * p / n,
+                _ => 4.0 * p / n,
+            };
+            let cut = |state: &&State| state.placement.as_ref().is_some_and(|placement| !placement.cuts.is_empty());
+            let states: usize = planned.states.iter().map(|state| state.bytes()).sum();
+            let padding = planned.states.iter().filter(cut).map(|state| state.bytes() as f64 - whole(state) as f64 / n);
+            let (padding, what) = (padding.sum::<f64>(), format!("{ranks} ranks, zero {zero_stage}"));
+            let apart = (states as f64 - padding - expected).abs();
+            assert!(apart <= 0.01 * expected, "{what}: {states} bytes with {padding} of padding, expected {expected}");
+            // 62 rows of positions; every other dim that is cut is whole in all of these.
+            let rows = 62usize.div_ceil(ranks) as f64 - 62.0 / n;
+            let cuts = [0.0, 2.0, 3.0, 4.0][usize::from(zero_stage)];
+            assert_eq!(padding, cuts * rows * 256.0 * 4.0, "{what}");
+            // The device has no other memory, and each state begins at a cache line.
+            let arena = planned.arena.persistent;
+            assert!((states..states + 64 * planned.states.len()).contains(&arena), "{what}: {arena} of {states}");
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_shared_evenly_is_said() {
     let rows: Vec<String> = (0..8).map(|i| format!("{{\"prompt\": \"Question {i}?\"}}")).collect();
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let program = stages::program(folder.path(), &pipeline(LLAMA), &rows, &[]);
-    let program = Program { mesh: Mesh { tensor: 4, ..Mesh::default() }, ..program };
+    let pipeline = pipeline(LLAMA) + "compile: {parallel: {tensor: 4}}\n";
+    let program = stages::program(folder.path(), &pipeline, &rows, &[]);
+    let sources = program.sources.clone();
     let names: Vec<&str> = PIPELINE.iter().map(|pass| pass.name).collect();
     let errors = run_passes(program, &names, &PassContext::new(&InterpTarget)).expect_err("two heads for four ranks");
     let message = "4 ranks cannot share dim 0 of `model.layers.0.self_attn.q_proj.weight`, which is f32[16, 16]";
     assert_eq!(errors[0].message, message);
     assert_eq!(errors[0].help, ["what goes with it, such as heads, has the divisor 2: `tensor` can be 1, 2"]);
+    // Where it is asked for, and where the model declares the weight.
+    let library = Path::new(env!("CARGO_MANIFEST_DIR")).join("frontends/yaml/std/models/llama.yaml");
+    let [asked, declared] = &errors[0].labels[..] else { panic!("found {:?}", errors[0].labels) };
+    for (label, text, file, from) in [
+        (asked, "asked for here", folder.path().join("pipeline.yaml"), "4"),
+        (declared, "declared here", library, "self_attn.q_proj.weight"),
+    ] {
+        assert_eq!(label.text, text);
+        let source = &sources[label.span.source as usize];
+        assert!(Path::new(source).file_name() == file.file_name(), "{text} in {source}");
+        let whole = std::fs::read_to_string(&file).expect("a file");
+        let line = whole.lines().nth(label.span.line as usize - 1).expect("a line");
+        let at: String = line.chars().skip(label.span.column as usize - 1).take(label.span.len as usize).collect();
+        assert_eq!(at, from, "{text}: {line}");
+    }
 }

@@ -635,6 +635,45 @@ fn ranks_send_what_the_formulas_say() {
     }
 }
 
+/// What `dsgc compile` prints for a step is what each rank counts, where rows are as long as they can be and parts are even.
+#[test]
+fn every_rank_sends_what_is_printed() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let text = SFT.replace("hidden: 16, layers: 2, heads: 2, ffn: 32", "hidden: 32, layers: 2, heads: 4, ffn: 64");
+    let text = text.replace("max_positions: 32", "max_positions: 34");
+    let sets = ["stages.sft.max_steps=2", "stages.sft.eval_steps=100", "data.texts.eval=none"];
+    let place = Place::with(&text);
+    let rows: Vec<String> =
+        (0..16).map(|i| format!("{{\"prompt\": \"{}\"}}", format!("{i} is odd? ").repeat(20))).collect();
+    let program = stages::program(folder.path(), &text, &rows, &sets);
+    let steps = 2;
+    for (data, tensor, zero_stage) in [(1, 2, 0), (2, 2, 0), (2, 2, 3)] {
+        let layout = format!("compile.parallel={{data: {data}, tensor: {tensor}, zero_stage: {zero_stage}}}");
+        let report = place.out(&["compile", "pipeline.yaml", "--json"], &[&sets[..], &[&layout]].concat());
+        let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
+        let printed = report[0]["updates"][0]["sent_bytes_per_step"].as_u64().expect("bytes");
+        assert!(printed > 0, "{layout}");
+        let planned = planned(&laid_out(&program, Mesh { data, tensor, ..Mesh::default() }, zero_stage), On::Cpu);
+        let rank = |member: Member| {
+            let sent = Arc::new(Mutex::new(0));
+            let counts = sent.clone();
+            let run = move |device: &mut dyn Device, name: &str, inputs: &[(&str, &Tensor)]| -> Outputs {
+                let before = device.sent();
+                let outputs = device.run(name, inputs)?;
+                *counts.lock().expect("no rank panics") += device.sent() - before;
+                Ok(outputs)
+            };
+            let device = Box::new(Watched { device: device(&planned, On::Fast, &member), run });
+            let mut session = Session::open_as(planned.clone(), device, member, &mut |_| Ok(()))?;
+            session.run(&mut |_| Ok(())).map_err(|e| vec![e])?;
+            let sent: u64 = *sent.lock().expect("no rank panics");
+            Ok(sent)
+        };
+        let sent = on_threads(planned.mesh, rank, first_message).unwrap_or_else(|e: Vec<Diag>| panic!("{e:?}"));
+        assert_eq!(sent, vec![steps * printed; data * tensor], "{layout}");
+    }
+}
+
 #[test]
 fn a_rank_that_fails_ends_all() {
     let folder = tempfile::tempdir().expect("a temporary folder");

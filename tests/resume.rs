@@ -274,7 +274,41 @@ fn what_is_broken_or_of_another_run_is_named() {
     fs::write(&states, altered).expect("a file");
     let error = fails(&["--resume", "auto"]);
     assert!(error.contains("is not what was written: its SHA-256 is another"), "{error}");
+    fs::write(&states, &whole).expect("a file");
+
+    // The file that names the others: altered so that it still reads, cut off, without its hash.
+    let manifest = place.path(&format!("{}/checkpoint.json", checkpoint(4)));
+    let written = fs::read_to_string(&manifest).expect("a file");
+    let other = written.replacen("\"model\": 4", "\"model\": 3", 1);
+    assert!(other != written && serde_json::from_str::<Value>(&other).is_ok(), "{written}");
+    let (unsealed, _) = written.rsplit_once(",\n").expect("it has members");
+    let broken = [
+        (other.as_str(), "is not what was written: its SHA-256 is another"),
+        (&written[..written.len() / 2], "is no checkpoint of ours: EOF"),
+        (&format!("{unsealed}\n}}\n"), "it does not end with the `sha256` of what it says"),
+    ];
+    for (text, why) in broken {
+        fs::write(&manifest, text).expect("a file");
+        for from in ["auto", &checkpoint(4)] {
+            let error = fails(&["--resume", from]);
+            assert!(error.contains("step-00000004/checkpoint.json") && error.contains(why), "{from}: {error}");
+            let before = format!("`--resume {}` takes the one before it", checkpoint(2));
+            assert!(error.contains(&before), "{from}: {error}");
+        }
+    }
     place.out(&[&run[..], &["--resume", &checkpoint(2)]].concat(), &[]);
+
+    // What says that a stage is done is whole or not there; if it is cut off all the same, the run can go on.
+    let finished = place.path("runs/sft/finished.json");
+    let text = fs::read_to_string(&finished).expect("a file");
+    fs::write(&finished, &text[..text.len() / 2]).expect("a file");
+    let error = fails(&["--resume", "auto"]);
+    assert!(error.contains("`runs/sft/finished.json` is no JSON of ours"), "{error}");
+    assert!(error.contains("remove it: the stage then goes on from its newest checkpoint"), "{error}");
+    fs::remove_file(&finished).expect("it is there");
+    place.out(&[&run[..], &["--resume", "auto"]].concat(), &[]);
+    assert_eq!(fs::read_to_string(&finished).expect("it is done"), text);
+    assert!(!place.path("runs/sft/finished.json.writing").exists());
 
     // A run that begins anew leaves nothing of an earlier one in its way, and loses nothing.
     place.out(&run, &["save_total_limit=1"]);
@@ -285,6 +319,15 @@ fn what_is_broken_or_of_another_run_is_named() {
         .expect("a file");
     let error = fails(&["--resume", &checkpoint(4)]);
     assert!(error.contains("a run goes on with the rows that it began with"), "{error}");
+}
+
+/// A number of as many digits as there are is the same when it is read again.
+#[test]
+fn a_setting_of_many_digits_is_that_of_the_same_run() {
+    let place = place();
+    let run = ["run", "pipeline.yaml", "--stage", "sft", "--set", "stages.sft.learning_rate=0.0018447362809681143"];
+    place.out(&run, &[]);
+    place.out(&[&run[..], &["--resume", "runs/sft/checkpoints/step-00000004"]].concat(), &[]);
 }
 
 /// A rate at which the loss goes up and down.

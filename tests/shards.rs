@@ -3,13 +3,17 @@
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
+use std::thread;
+use std::time::Duration;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Mesh, Planned, Program, Tensor};
+use dsgc_ir::print::GraphText;
+use dsgc_ir::{Class, Mesh, Planned, Program, Tensor};
 use dsgc_kernels::Device;
-use dsgc_kernels::ranks::Member;
+use dsgc_kernels::ranks::{Member, threads_within};
 use dsgc_runtime::{Keeper, Session, on_threads};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 #[path = "common/on_ranks.rs"]
 #[allow(dead_code)] // Other tests use the rest.
@@ -109,6 +113,14 @@ fn what_is_read_is_what_was_written() {
     }
 }
 
+/// The text of a manifest with the hash that it then has.
+fn sealed(mut manifest: Value) -> String {
+    manifest.as_object_mut().expect("an object").remove("sha256");
+    let text = serde_json::to_string_pretty(&manifest).expect("JSON") + "\n";
+    let hash: String = Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect();
+    text.replacen("\n}\n", &format!(",\n  \"sha256\": \"{hash}\"\n}}\n"), 1)
+}
+
 #[test]
 fn what_is_wrong_with_a_share_is_named() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -138,7 +150,7 @@ fn what_is_wrong_with_a_share_is_named() {
     let (name, shard) = shards.iter_mut().find(|(_, s)| s["parts"][1].is_object()).expect("a state in parts");
     let name = name.clone();
     shard["parts"].as_array_mut().expect("parts").pop();
-    fs::write(checkpoint.join("checkpoint.json"), manifest.to_string()).expect("a file");
+    fs::write(checkpoint.join("checkpoint.json"), sealed(manifest)).expect("a file");
     let error = on_ranks::run(&on(&program, ONE), On::Doubles, true, None);
     let error = error.expect_err("a part is missing").remove(0).message;
     assert!(error.ends_with(&format!("the parts are not the whole of `{name}`")), "{error}");
@@ -187,4 +199,56 @@ fn ranks_with_another_loss_end() {
     let losses: Vec<f64> = losses.split(", ").map(|l| l.split(' ').next().unwrap().parse().expect("a loss")).collect();
     assert!(error.starts_with(step) && error.contains(" on rank 0, ") && error.ends_with(" on rank 2"), "{error}");
     assert!((losses[0] - losses[1]).abs() < 1e-11 && losses[0] != losses[1], "{error}");
+}
+
+/// Two ranks, of which the last one has gone when the second step comes to a graph, and says nothing: why the first one ends.
+fn left_alone(planned: &Planned, graph: &'static str) -> String {
+    let ranks = threads_within(2, Duration::from_millis(500));
+    let rank = |at: usize| {
+        let member = Member { mesh: planned.mesh, transport: ranks[at].clone() };
+        let mut device = device(planned, On::Cpu, &member);
+        if at == 1 {
+            let mut stepped = false;
+            let run = move |device: &mut dyn Device, name: &str, inputs: &[(&str, &Tensor)]| -> Outputs {
+                if stepped && name == graph {
+                    return Err(Diag::error("it has gone"));
+                }
+                stepped |= name == "model.apply";
+                device.run(name, inputs)
+            };
+            device = Box::new(Watched { device, run });
+        }
+        let mut session = Session::open_as(planned.clone(), device, member, &mut |_| Ok(()))?;
+        session.run(&mut |_| Ok(())).map_err(|e| vec![e])
+    };
+    let error = thread::scope(|scope| {
+        scope.spawn(|| rank(1).expect_err("it goes"));
+        rank(0).expect_err("nobody comes")
+    });
+    error[0].message.clone()
+}
+
+/// The message names the op as the graph's text form does, so that a reader finds it among all others of its kind.
+#[test]
+fn a_rank_that_hangs_is_missed_at_a_step_and_an_op() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let planned = planned(&on(&program(folder.path()), (1, 2, 1, 3)), On::Cpu);
+    for name in ["model.loss.grad", "model.apply"] {
+        let graph = planned.graph(name).expect("a step has it");
+        let text = GraphText(graph, &planned).to_string();
+        let collective = |kind: &str| text.lines().filter(|line| line.contains(&format!(" = {kind} "))).count();
+        let all: usize = ["all_gather", "all_reduce", "reduce_scatter"].map(collective).iter().sum();
+        let (_, first) = graph.ops().find(|(_, op)| op.op.class() == Class::Collective).expect("ranks send");
+        let message = left_alone(&planned, name);
+        let (before, after) = message.split_once(", at `").unwrap_or_else(|| panic!("no op in {message}"));
+        assert!(before.contains("rank 0 has waited 0.") && before.ends_with(" from rank 1"), "{message}");
+        let (op, after) = after.split_once("` ").expect("an op");
+        let (result, after) = after.split_once(' ').expect("its result");
+        assert_eq!(op, first.op.name(), "{message}");
+        assert!(after.starts_with(&format!("in @{name}, step 2 of `sft`; `DSGC_WAIT_SECONDS`")), "{message}");
+        let of_it = |line: &&str| line.trim().starts_with(result) && line.contains(&format!(" = {op} "));
+        let found: Vec<&str> = text.lines().filter(of_it).collect();
+        assert_eq!(found.len(), 1, "{result} is one of {all} in\n{text}");
+        assert!(name == "model.apply" || all > 5, "{all} in\n{text}");
+    }
 }

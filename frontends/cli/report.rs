@@ -75,6 +75,10 @@ struct RoleSize {
     frozen: u64,
     /// Those of the role that it is a snapshot of.
     shared: u64,
+    /// Rank of its low-rank factors and how many weights have some, if it is trained by LoRA.
+    lora: Option<(usize, usize)>,
+    /// How many of its parameters a training leaves as they are.
+    left: usize,
     /// What it computes in, if that is not f32.
     precision: Option<DType>,
     /// What the weights of its layers are kept in, if that is not f32.
@@ -96,6 +100,8 @@ impl RoleSize {
             trained: 0,
             frozen: 0,
             shared: 0,
+            lora: None,
+            left: 0,
             precision: role.precision,
             weights: role.weights,
             is_trained: role.trained,
@@ -103,6 +109,10 @@ impl RoleSize {
             copies: 0,
             saved: 0,
         };
+        let training = program.stage.trainings.iter().find(|training| training.role == role.name);
+        size.lora = training
+            .and_then(|training| training.lora.as_ref())
+            .and_then(|lora| Some((lora.r, lora.adapter.as_ref()?.modules.len())));
         for (id, name) in program.all_params_of(&role.name) {
             let state = program.state(id);
             let part = match state.kind {
@@ -111,6 +121,8 @@ impl RoleSize {
                 _ => &mut size.frozen,
             };
             *part += numbers(state);
+            let is_left = state.kind == StateKind::Param { trained: false } && !role.shared.contains(&name);
+            size.left += usize::from(is_left && training.is_some());
             let kept = |id: StateId| Some(program.state(id).ty.dtype) == role.weights;
             size.kept[0] |= kept(id);
             size.kept[1] |= program.copies_of(id).any(kept);
@@ -134,7 +146,12 @@ impl fmt::Display for RoleSize {
             [_, true] => Some(format!("generates with weights in {dtype}")),
             _ => None,
         });
-        let changes: Vec<String> = precision.into_iter().chain(weights).collect();
+        let trains = match self.lora {
+            Some((rank, weights)) => Some(format!("trains factors of rank {rank} beside {weights} weights")),
+            None if self.left > 0 => Some(format!("leaves {} parameters as they are", self.left)),
+            None => None,
+        };
+        let changes: Vec<String> = precision.into_iter().chain(weights).chain(trains).collect();
         if !changes.is_empty() {
             write!(f, "; changes numbers: {}", changes.join(", "))?;
         }
@@ -291,6 +308,9 @@ impl StageReport {
                 }
                 if let Some(dtype) = r.weights {
                     role["weights"] = json!(dtype.name());
+                }
+                if let Some((rank, weights)) = r.lora {
+                    role["lora"] = json!({"rank": rank, "weights": weights});
                 }
                 if r.precision.or(r.weights).is_some() {
                     role["copies_bytes"] = json!(r.copies);

@@ -203,31 +203,37 @@ impl Placement {
     /// If there are not as many parts as ranks.
     pub fn whole(&self, mesh: &Mesh, parts: &[Tensor]) -> Tensor {
         assert_eq!(parts.len(), mesh.ranks(), "a part of every rank");
-        // Extents before each cut.
-        let mut before = vec![self.whole.clone()];
-        for cut in &self.cuts {
-            let mut shape = before[before.len() - 1].clone();
-            shape[cut.dim] = shape[cut.dim].div_ceil(mesh.size(cut.over));
-            before.push(shape);
+        let mut whole = Tensor::zeros_like(&self.whole, &parts[0]);
+        let mut put: Vec<Vec<usize>> = Vec::new();
+        for (rank, part) in parts.iter().enumerate() {
+            let region = self.region(mesh, rank);
+            let first: Vec<usize> = region.iter().map(|places| places.start).collect();
+            // Of what several ranks have, the first one's counts.
+            if self.is_at(mesh.place(Axis::Pipeline, rank)) && !put.contains(&first) {
+                let extents: Vec<usize> = region.iter().map(|places| places.len()).collect();
+                let own = if part.shape == extents { part } else { &part.beginning(&extents) };
+                whole.put(&first, own);
+                put.push(first);
+            }
         }
-        // What a place does not have, its ranks take from the first one that does.
-        let owner = |rank: usize| match self.is_at(mesh.place(Axis::Pipeline, rank)) {
-            true => rank,
-            false => mesh.group(Axis::Pipeline, rank)[self.places[0]],
-        };
-        let mut parts: Vec<Tensor> = (0..parts.len()).map(|rank| parts[owner(rank)].clone()).collect();
-        for (cut, shape) in self.cuts.iter().zip(&before).rev() {
-            let join = |rank: usize| {
-                let group: Vec<&Tensor> = mesh.group(cut.over, rank).iter().map(|&r| &parts[r]).collect();
-                Tensor::unshard(cut.dim, &group, shape[cut.dim])
-            };
-            parts = (0..parts.len()).map(join).collect();
-        }
-        parts.swap_remove(0)
+        whole
     }
 }
 
 impl Tensor {
+    /// Zeros of the same kind as another tensor's elements.
+    pub fn zeros_like(shape: &[usize], like: &Tensor) -> Tensor {
+        let len = shape.iter().product();
+        let data = match &like.data {
+            Data::F32(_) => Data::F32(vec![0.0; len]),
+            Data::F64(_) => Data::F64(vec![0.0; len]),
+            Data::I32(_) => Data::I32(vec![0; len]),
+            Data::Bool(_) => Data::Bool(vec![false; len]),
+            Data::Key(_) => Data::Key(vec![[0; 2]; len]),
+        };
+        Tensor::new(shape, data)
+    }
+
     /// The first places of all dims.
     pub fn beginning(&self, extents: &[usize]) -> Tensor {
         extents.iter().enumerate().fold(self.clone(), |t, (dim, &extent)| Tensor::unshard(dim, &[&t], extent))

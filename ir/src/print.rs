@@ -114,6 +114,24 @@ pub fn value_names(graph: &Graph) -> Vec<String> {
         .collect()
 }
 
+/// The printed name of one value, as in [`value_names`], for a message about it: in most graphs without those of all others.
+pub fn value_name(graph: &Graph, value: Value) -> String {
+    let own = graph.name_of(value);
+    if own.is_empty() {
+        return value.0.to_string();
+    }
+    // It may be what the number made of another value's name.
+    if own.rsplit('.').next().is_some_and(|end| end.parse::<u32>().is_ok()) {
+        return value_names(graph).swap_remove(value.0 as usize);
+    }
+    let is_taken = |name: &str| (0..value.0).any(|earlier| graph.name_of(Value(earlier)) == name);
+    let mut name = own.to_string();
+    while is_taken(&name) {
+        name = format!("{name}.{}", value.0);
+    }
+    name
+}
+
 fn write_graph(f: &mut fmt::Formatter<'_>, graph: &Graph, program: &Program) -> fmt::Result {
     let names = value_names(graph);
     let name = |v: Value| format!("%{}", names[v.0 as usize]);

@@ -1,8 +1,9 @@
 //! The text form: what is written reads back, and what cannot be read is an error at its place.
 
 use dsgc_ir::fuzz::{Rng, random_program};
-use dsgc_ir::parse;
+use dsgc_ir::print::{value_name, value_names};
 use dsgc_ir::stage::{Origin, Role, Source, Stage, Statement};
+use dsgc_ir::{Value, parse};
 
 #[test]
 fn random_programs_read_back() {
@@ -153,6 +154,21 @@ fn what_cannot_be_read_is_an_error_at_its_place() {
         wrong.push(format!("found {found}\nexpected {place} {message} ({help}) for\n{text}\n"));
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_name_of_one_value_is_that_among_all() {
+    let text =
+        "graph @g(%x: f32[2], %y: f32[2]) {\n  %2 = exp %x\n  %3 = exp %x\n  %4 = exp %x\n  %5 = exp %x\n  return\n}";
+    for names in [["x", "x", "y", ""], ["y.3", "y", "", "y"], ["7", "x.5", "x", "x"], ["a", "b", "a", "a.4"]] {
+        let mut program = parse(text).expect("it is read");
+        let graph = &mut program.graphs[0];
+        (2..).zip(names).filter(|(_, name)| !name.is_empty()).for_each(|(v, name)| graph.set_name(Value(v), name));
+        let all = value_names(graph);
+        for value in graph.values() {
+            assert_eq!(value_name(graph, value), all[value.0 as usize], "{names:?}");
+        }
+    }
 }
 
 #[test]

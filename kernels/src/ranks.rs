@@ -13,6 +13,7 @@ mod watch;
 use std::sync::Arc;
 
 use dsgc_ir::diag::Diag;
+use dsgc_ir::print::value_name;
 use dsgc_ir::{Axis, Graph, Mesh, OpData};
 
 pub use collectives::{Group, Number};
@@ -56,7 +57,10 @@ pub trait Transport: Send + Sync {
     /// The oldest message that a rank has posted to this one and this one has not received; waits for it.
     fn receive(&self, from: usize) -> Result<Vec<u8>, Diag>;
 
-    /// What this rank begins, which a message says where it waits too long: `` `all_reduce` %sum in @grad ``.
+    /// What this rank does until it says otherwise, which a message says where it waits too long: `` step 3 of `sft` ``.
+    fn begin(&self, what: &str);
+
+    /// What it sends or waits for within that: `` `all_reduce` %157 in @grad ``.
     fn note(&self, what: &str);
 
     /// Ends the run of all ranks: whatever others wait for fails with this reason.
@@ -95,6 +99,8 @@ impl Transport for Alone {
         panic!("bug: the only rank waits for a message");
     }
 
+    fn begin(&self, _: &str) {}
+
     fn note(&self, _: &str) {}
 
     fn abort(&self, _: &str) {}
@@ -130,10 +136,9 @@ impl Member {
         self.transport.note(what);
     }
 
-    /// An op of a graph in words, for a message about it.
+    /// An op of a graph in words, for a message about it: with its first result as the text form of the graph names it.
     pub(crate) fn naming(&self, graph: &Graph, op: &OpData) -> String {
-        let name = op.results().map(|value| graph.name_of(value)).find(|name| !name.is_empty());
-        let result = name.map(|name| format!("%{name} ")).unwrap_or_default();
+        let result = op.results().next().map(|value| format!("%{} ", value_name(graph, value))).unwrap_or_default();
         format!("`{}` {result}in @{}", op.op.name(), graph.name)
     }
 

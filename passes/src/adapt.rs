@@ -25,7 +25,7 @@ pub const PASS: Pass =
     Pass { name: "adapt", requires: &[Fact::Typed], provides: &[Fact::Adapted], numerics: Numerics::AsAsked, run };
 
 /// Runs the pass.
-pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> {
+pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
     let mut trainings = std::mem::take(&mut program.stage.trainings);
     let mut errors = Vec::new();
     for training in &mut trainings {
@@ -36,22 +36,24 @@ pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> 
                 continue;
             }
         };
+        context.matched("parameter frozen", frozen.len());
         for id in frozen {
             program.states[id.0 as usize].kind = StateKind::Param { trained: false };
         }
         if let Some(lora) = &mut training.lora {
             let name = |id: &StateId| program.state(*id).name[training.role.len() + 1..].to_string();
             let whole = trained.iter().map(name).collect();
+            context.matched(&format!("weight with factors of rank {}", lora.r), adapted.len());
             lora.adapter = Some(lora::adapt(&mut program, &training.role, lora, &adapted, whole));
         }
     }
     program.stage.trainings = trainings;
-    if errors.is_empty() { Ok(share(program)) } else { Err(errors) }
+    if errors.is_empty() { Ok(share(program, context)) } else { Err(errors) }
 }
 
 /// Lets snapshots read the parameters that they have in common with the role they are taken of for as long as the stage
 /// runs (D10), and takes their own ones away.
-fn share(mut program: Program) -> Program {
+fn share(mut program: Program, context: &PassContext) -> Program {
     let changes = changes(&program);
     // Per state, the one that takes its place.
     let mut place: Vec<StateId> = program.state_ids().map(|(id, _)| id).collect();
@@ -81,6 +83,7 @@ fn share(mut program: Program) -> Program {
     if shared.iter().all(Vec::is_empty) {
         return program;
     }
+    context.matched("parameter of a snapshot that is its original's", shared.iter().map(Vec::len).sum());
     for (role, names) in program.stage.roles.iter_mut().zip(shared) {
         role.shared = names;
     }

@@ -43,7 +43,7 @@ pub const PASS: Pass = Pass {
 };
 
 /// Runs the pass.
-pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> {
+pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
     let mut derive = Derive::default();
     let mut plan = std::mem::take(&mut program.stage.plan);
     derive.statements(&mut program, &mut plan, None);
@@ -59,6 +59,12 @@ pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> 
     if !derive.errors.is_empty() {
         return Err(derive.errors);
     }
+    let whole = derive.updates.values().filter(|derived| matches!(derived, Derived::Whole(_))).count();
+    context.matched("loss with gradient and step in one graph", whole);
+    context.matched("loss with gradients of parts of a batch", derive.updates.len() - whole);
+    context.matched("step after the gradients of all parts", derive.applied.len());
+    context.matched("call of all rows at once", derive.called.len());
+    context.matched("call of parts of the rows", derive.calls.len());
     program.graphs.retain(|g| !derive.used.contains(&g.name) || derive.called.contains_key(&g.name));
     Ok(program)
 }

@@ -22,14 +22,22 @@ pub const PASS: Pass =
     Pass { name: "canonicalize", requires: &[Fact::Typed], provides: &[], numerics: Numerics::Exact, run };
 
 /// Runs the pass.
-pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> {
-    program.graphs = program.graphs.iter().map(|g| of_graph(g, &program)).collect();
+pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
+    let of_graph = |graph: &Graph| {
+        let (graph, found) = canonicalize(graph, &program);
+        let alive = without_dead_ops(&graph, &program);
+        for (what, times) in found.into_iter().chain([("dead op dropped", graph.len() - alive.len())]) {
+            context.matched(what, times);
+        }
+        alive
+    };
+    program.graphs = program.graphs.iter().map(of_graph).collect();
     Ok(program)
 }
 
 /// One graph in the form that the pass gives it.
 pub(crate) fn of_graph(graph: &Graph, program: &Program) -> Graph {
-    without_dead_ops(&canonicalize(graph, program), program)
+    without_dead_ops(&canonicalize(graph, program).0, program)
 }
 
 /// What becomes of an op.
@@ -42,7 +50,9 @@ enum Rewrite {
     Op(Op, Vec<Value>),
 }
 
-fn canonicalize(graph: &Graph, program: &Program) -> Graph {
+/// The graph, and what was found how often.
+fn canonicalize(graph: &Graph, program: &Program) -> (Graph, BTreeMap<&'static str, usize>) {
+    let mut found: BTreeMap<&'static str, usize> = BTreeMap::new();
     let mut rebuild = Rebuild::same(graph);
     // Equal ops on equal operands in one phase and layer: printed op, operands and phase -> results. Merging across
     // phases would keep forward values alive until backward, which is for `rematerialize` to decide; across layers
@@ -52,10 +62,15 @@ fn canonicalize(graph: &Graph, program: &Program) -> Graph {
         let args: Vec<Value> = op.args.iter().map(|&a| rebuild.get(a)).collect();
         let (new_op, new_args) = match rewrite(&rebuild.new, &op.op, &args, op) {
             Rewrite::Value(v) => {
+                *found.entry("op that does nothing").or_default() += 1;
                 rebuild.set(op.result(), v);
                 continue;
             }
-            Rewrite::Op(new_op, new_args) => (new_op, new_args),
+            Rewrite::Op(new_op, new_args) => {
+                let is_const = matches!(new_op, Op::Const { .. });
+                *found.entry(if is_const { "constant folded" } else { "chain of two as one" }).or_default() += 1;
+                (new_op, new_args)
+            }
             Rewrite::Keep => (op.op.clone(), args),
         };
         if matches!(new_op, Op::Write { .. }) {
@@ -68,6 +83,7 @@ fn canonicalize(graph: &Graph, program: &Program) -> Graph {
         let phase = if new_op.class() == Class::State { Phase::Forward } else { op.site.phase };
         let key = (new_op.to_string(), new_args.clone(), phase, layer);
         if let Some(results) = seen.get(&key) {
+            *found.entry("equal op joined").or_default() += 1;
             for (old, new) in op.results().zip(results) {
                 rebuild.set(old, *new);
             }
@@ -76,7 +92,7 @@ fn canonicalize(graph: &Graph, program: &Program) -> Graph {
         rebuild.push(op, new_op, &new_args, program);
         seen.insert(key, op.results().map(|r| rebuild.get(r)).collect());
     }
-    rebuild.finish()
+    (rebuild.finish(), found)
 }
 
 fn rewrite(new: &Graph, op: &Op, args: &[Value], old: &OpData) -> Rewrite {

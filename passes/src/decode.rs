@@ -27,7 +27,7 @@ pub const PASS: Pass =
     Pass { name: "decode", requires: &[Fact::Typed, Fact::Adapted], provides: &[], numerics: Numerics::Exact, run };
 
 /// Runs the pass.
-pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> {
+pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
     let mut stage = std::mem::take(&mut program.stage);
     let mut derive = Derive::default();
     for source in &stage.sources {
@@ -39,6 +39,13 @@ pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> 
         derive.statements(&mut program, &mut evaluation.body);
     }
     program.stage = stage;
+    for (_, steps) in &derive.done {
+        for name in [&steps.prefill, &steps.step] {
+            let ops = program.graph(name).into_iter().flat_map(Graph::ops);
+            let cached = ops.filter(|(_, op)| matches!(op.op, Op::CachedAttention { .. })).count();
+            context.matched(&format!("attention to a cache in @{name}"), cached);
+        }
+    }
     program.graphs.retain(|g| !derive.done.iter().any(|(generate, _)| generate.forward == g.name));
     if derive.errors.is_empty() { Ok(program) } else { Err(derive.errors) }
 }

@@ -41,7 +41,7 @@ mod products;
 mod regions;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Graph, Op, OpData, OpId, Program, Target, Value};
+use dsgc_ir::{Graph, Op, OpId, Program, Target, Value};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::rebuild::{Rebuild, without_dead_ops};
@@ -54,11 +54,11 @@ pub const PASS: Pass = Pass { name: "fuse", requires: &[Fact::Typed], provides: 
 /// Runs the pass.
 pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
     program.graphs = program.graphs.iter().map(|graph| fused(graph, &program, context)).collect();
-    let ops = program.graphs.iter().flat_map(|g| g.ops());
-    let reduces = |op: &OpData| matches!(&op.op, Op::Fused { body, .. } if body.reduction().is_some());
-    let count = ops.filter(|(_, op)| reduces(op)).count();
-    if count > 0 {
-        context.matched("regions around a reduction", count);
+    for (_, op) in program.graphs.iter().flat_map(|g| g.ops()) {
+        if let Op::Fused { body, .. } = &op.op {
+            let reduces = body.reduction().is_some();
+            context.matched(if reduces { "regions around a reduction" } else { "regions of elementwise ops" }, 1);
+        }
     }
     Ok(program)
 }

@@ -20,18 +20,19 @@ pub const PASS: Pass =
     Pass { name: "infer", requires: &[Fact::Logical], provides: &[Fact::Typed], numerics: Numerics::Exact, run };
 
 /// Runs the pass.
-pub fn run(mut program: Program, _: &PassContext) -> Result<Program, Vec<Diag>> {
-    program.graphs = program.graphs.iter().map(|g| infer(g, &program)).collect();
+pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
+    program.graphs = program.graphs.iter().map(|g| infer(g, &program, context)).collect();
     Ok(program)
 }
 
-fn infer(graph: &Graph, program: &Program) -> Graph {
+fn infer(graph: &Graph, program: &Program, context: &PassContext) -> Graph {
     let fixed: BTreeMap<Symbol, Dim> = graph
         .dims
         .iter()
         .filter(|d| d.min == d.max && graph.batch.as_ref() != Some(&d.symbol))
         .map(|d| (d.symbol.clone(), Dim::from(d.min)))
         .collect();
+    context.matched("dim as a number", fixed.len());
     let mut new = substituted(graph, &fixed, program);
     new.dims.retain(|d| !fixed.contains_key(&d.symbol));
     new

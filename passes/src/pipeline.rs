@@ -69,8 +69,11 @@ impl<'a> PassContext<'a> {
         PassContext { target, numerics: Numerics::Exact, explain: false, notes: RefCell::default() }
     }
 
-    /// Says that something matched so many times.
+    /// Says that something matched so many times; nothing where it did not.
     pub fn matched(&self, what: &str, times: usize) {
+        if times == 0 {
+            return;
+        }
         *self.notes.borrow_mut().matched.entry(what.to_string()).or_default() += times;
     }
 

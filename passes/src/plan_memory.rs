@@ -82,10 +82,14 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     for graph in &mut graphs {
         let storages = Storages::new(graph, &program, target);
         let begin = kept_by_generation(graph, &program, target).1;
-        let (offsets, used) = pack(&storages.all, begin, allocation);
-        let (on_host, end) = pack(&storages.on_host, states_on_host, None);
+        let (offsets, used, by) = pack(&storages.all, begin, allocation);
+        let (on_host, end, _) = pack(&storages.on_host, states_on_host, None);
         arena.host = arena.host.max(end);
         storages.place(graph, &program, &offsets, &on_host);
+        let (in_operands, in_states) = storages.shared(graph);
+        context.matched("value in the place of an operand", in_operands);
+        context.matched("value in the place of a state", in_states);
+        context.matched(&format!("graph packed by {by}"), usize::from(!storages.all.is_empty()));
         if let Some(memory) = limit
             && arena.persistent + used + arena.scratch + arena.held > memory
         {
@@ -411,6 +415,21 @@ impl Storages {
         storages
     }
 
+    /// How many results are made in the place of an operand, and in that of a state.
+    fn shared(&self, graph: &Graph) -> (usize, usize) {
+        let (mut stored, mut in_states) = (0, 0);
+        for (_, op) in graph.ops().filter(|(_, op)| op.op.class() != Class::View) {
+            for result in op.results() {
+                match self.of[result.0 as usize] {
+                    Home::Storage(_) => stored += 1,
+                    Home::State(_) => in_states += usize::from(!matches!(op.op, Op::Read { .. })),
+                    Home::Host(_) => {}
+                }
+            }
+        }
+        (stored - (self.all.len() - graph.inputs().count()), in_states)
+    }
+
     /// Writes the offsets into the graph, on the device and in the host's memory.
     fn place(&self, graph: &mut Graph, program: &Program, offsets: &[usize], on_host: &[usize]) {
         for value in graph.values() {
@@ -505,30 +524,33 @@ fn uses(args: &[Value], graph: &Graph, value: Value) -> usize {
     args.iter().filter(|&&a| root(graph, a) == value).count()
 }
 
-/// Offsets of all storages and the size of the region: the best of four orders.
-fn pack(storages: &[Storage], begin: usize, allocation: Option<usize>) -> (Vec<usize>, usize) {
+/// An order of storages, by the numbers that sort them.
+type Key<'a> = &'a dyn Fn(usize) -> (i64, i64);
+
+/// Offsets of all storages, the size of the region, and the best of four orders, which gave them.
+fn pack(storages: &[Storage], begin: usize, allocation: Option<usize>) -> (Vec<usize>, usize, &'static str) {
     let span = |s: &Storage| s.live.1 - s.live.0;
     let area = |s: &Storage| s.bytes as i64 * (span(s) + 1);
-    let orders: [&dyn Fn(usize) -> (i64, i64); 4] = [
-        &|i| (-(storages[i].bytes as i64), storages[i].live.0),
-        &|i| (-area(&storages[i]), storages[i].live.0),
-        &|i| (-span(&storages[i]), -(storages[i].bytes as i64)),
-        &|i| (storages[i].live.0, -(storages[i].bytes as i64)),
+    let orders: [(&str, Key); 4] = [
+        ("size", &|i| (-(storages[i].bytes as i64), storages[i].live.0)),
+        ("size times life", &|i| (-area(&storages[i]), storages[i].live.0)),
+        ("life", &|i| (-span(&storages[i]), -(storages[i].bytes as i64))),
+        ("birth", &|i| (storages[i].live.0, -(storages[i].bytes as i64))),
     ];
     let bound = begin + peak(storages).0;
-    let mut best: Option<(Vec<usize>, usize)> = None;
-    for key in orders {
+    let mut best: Option<(Vec<usize>, usize, &'static str)> = None;
+    for (name, key) in orders {
         let mut order: Vec<usize> = (0..storages.len()).collect();
         order.sort_by_key(|&i| (key(i), i));
-        let plan = best_fit(storages, &order, begin, allocation);
-        if best.as_ref().is_none_or(|b| plan.1 < b.1) {
-            best = Some(plan);
+        let (offsets, used) = best_fit(storages, &order, begin, allocation);
+        if best.as_ref().is_none_or(|b| used < b.1) {
+            best = Some((offsets, used, name));
         }
         if best.as_ref().is_some_and(|b| b.1 == bound) {
             break;
         }
     }
-    best.unwrap_or((Vec::new(), begin))
+    best.unwrap_or((Vec::new(), begin, orders[0].0))
 }
 
 /// Places storages in this order, each in the smallest gap between those that it meets, or behind them.
@@ -657,14 +679,14 @@ mod tests {
                     Storage { bytes: 64 * (1 + next(40)) as usize, live: (start, start + next(15) as i64) }
                 })
                 .collect();
-            let (offsets, total) = pack(&storages, 0, None);
+            let (offsets, total, _) = pack(&storages, 0, None);
             let apart = |offsets: &[usize], i: usize, j: usize| {
                 let (a, b) = (offsets[i], offsets[j]);
                 a + storages[i].bytes <= b || b + storages[j].bytes <= a
             };
             // The largest storage fills an allocation.
             let each = 64 * 40;
-            let (cut, most) = pack(&storages, 0, Some(each));
+            let (cut, most, _) = pack(&storages, 0, Some(each));
             for i in 0..count {
                 assert!(cut[i] / each == (cut[i] + storages[i].bytes - 1) / each, "seed {seed}: storage {i} is cut");
                 assert!(cut[i] + storages[i].bytes <= most);

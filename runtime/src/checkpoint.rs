@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <output_dir>/<stage>/checkpoints/step-00000100/
-//!   checkpoint.json      format, step, identity of the program, counters, files with their sizes and hashes
+//!   checkpoint.json      format, step, identity of the program, counters, files with their sizes and hashes, its own hash
 //!   states.safetensors   parameters that training changes, moments, states of the recipe, by their names
 //!   tables.safetensors   replay buffers and cached outputs, if there are any
 //! ```
@@ -182,7 +182,11 @@ impl<'a> Keeper<'a> {
         let path = self.finished_file();
         let about = Finished { steps, identity: self.identity.clone() };
         fs::create_dir_all(path.parent().unwrap_or(Path::new("."))).map_err(|e| failed("create", &path, &e))?;
-        write(&path, &json(&about))
+        // A file that ends in its middle would be there after a crash.
+        let staging = path.with_file_name(format!("{FINISHED}{STAGING}"));
+        write(&staging, &json(&about))?;
+        fs::rename(&staging, &path).map_err(|e| failed("rename", &staging, &e))?;
+        synchronise(path.parent().unwrap_or(Path::new(".")))
     }
 
     /// The number of steps of this run of the stage, if it is done.
@@ -192,8 +196,10 @@ impl<'a> Keeper<'a> {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             read => read.map_err(|e| failed("read", &path, &e))?,
         };
-        let about: Finished = serde_json::from_str(&text)
-            .map_err(|e| Diag::error(format!("`{}` is no JSON of ours: {e}", path.display())))?;
+        let about: Finished = serde_json::from_str(&text).map_err(|e| {
+            let message = format!("`{}` is no JSON of ours: {e}", path.display());
+            Diag::error(message).help("remove it: the stage then goes on from its newest checkpoint")
+        })?;
         Ok((about.identity == self.identity).then_some(about.steps))
     }
 
@@ -214,14 +220,7 @@ impl<'a> Keeper<'a> {
     /// An error names the file that is not what was written, and the checkpoint before it; or what this run has other than
     /// the one that wrote it.
     pub fn open(&self, path: &Path) -> Result<Checkpoint, Diag> {
-        let checkpoint = Checkpoint::open(path).map_err(|broken| {
-            let before = |other: &PathBuf| step_of(other) < step_of(path);
-            let older = listed(&self.folder).unwrap_or_default().into_iter().rev().find(before);
-            match older {
-                Some(older) => broken.help(format!("`--resume {}` takes the one before it", older.display())),
-                None => broken.help("there is none before it: without `--resume` the stage begins anew"),
-            }
-        })?;
+        let checkpoint = Checkpoint::open(path).map_err(|broken| before(path, broken))?;
         match checkpoint.manifest.identity.differs(&self.identity) {
             None => Ok(checkpoint),
             Some(differ) => {
@@ -240,7 +239,18 @@ fn folder(output_dir: &str) -> PathBuf {
 
 /// The stage whose checkpoint a folder is.
 pub fn stage_of(path: &Path) -> Result<String, Diag> {
-    Manifest::read(path).map(|manifest| manifest.stage)
+    Manifest::read(path).map(|manifest| manifest.stage).map_err(|broken| before(path, broken))
+}
+
+/// What is wrong with a checkpoint, and what a run can go on from instead.
+fn before(path: &Path, broken: Diag) -> Diag {
+    // The path is what the user wrote, or is no checkpoint at all.
+    let Some(step) = step_of(path) else { return broken };
+    let all = listed(path.parent().unwrap_or(Path::new("."))).unwrap_or_default();
+    match all.into_iter().rev().find(|other| step_of(other) < Some(step)) {
+        Some(older) => broken.help(format!("`--resume {}` takes the one before it", older.display())),
+        None => broken.help("there is none before it: without `--resume` the stage begins anew"),
+    }
 }
 
 /// All checkpoints of a folder, the oldest first.
@@ -327,7 +337,27 @@ struct Written {
     sha256: String,
 }
 
+/// What stands between the text of a manifest and its hash, which is that of the text and of [`END`].
+const SEAL: &str = ",\n  \"sha256\": \"";
+/// What stands behind a manifest's last member.
+const END: &str = "\n}\n";
+
 impl Manifest {
+    /// The text of `checkpoint.json`: JSON whose last member is the hash of the text without it.
+    fn sealed(&self) -> String {
+        let text = json(self);
+        let hash = hex(Sha256::new_with_prefix(&text));
+        let members = text.strip_suffix(END).unwrap_or_else(|| panic!("bug: a manifest ends otherwise: {text}"));
+        format!("{members}{SEAL}{hash}\"{END}")
+    }
+
+    /// Whether a text has its own hash; nothing if it has none.
+    fn is_sealed(text: &str) -> Option<bool> {
+        let (members, hash) = text.rsplit_once(SEAL)?;
+        let hash = hash.strip_suffix(END)?.strip_suffix('"')?;
+        Some(hex(Sha256::new_with_prefix(format!("{members}{END}"))) == hash)
+    }
+
     fn read(path: &Path) -> Result<Manifest, Diag> {
         let file = path.join(MANIFEST);
         let text = fs::read_to_string(&file).map_err(|e| failed("read", &file, &e))?;
@@ -340,7 +370,11 @@ impl Manifest {
             }
             None => return Err(wrong("it has no `format`".into())),
         }
-        serde_json::from_value(value).map_err(|e| wrong(e.to_string()))
+        match Manifest::is_sealed(&text) {
+            Some(true) => serde_json::from_value(value).map_err(|e| wrong(e.to_string())),
+            Some(false) => Err(not_written(&file)),
+            None => Err(wrong("it does not end with the `sha256` of what it says".into())),
+        }
     }
 
     /// Numbers of the last evaluation.
@@ -366,8 +400,7 @@ impl Checkpoint {
                 return Err(Diag::error(format!("`{}` has {found} bytes, expected {expected}", file.display())));
             }
             if found != *written {
-                let message = format!("`{}` is not what was written: its SHA-256 is another", file.display());
-                return Err(Diag::error(message));
+                return Err(not_written(&file));
             }
         }
         Ok(Checkpoint { path: path.into(), manifest: Box::new(manifest) })
@@ -526,7 +559,7 @@ impl Session {
             files,
             shards,
         };
-        write(&staging.join(MANIFEST), &json(&manifest))?;
+        write(&staging.join(MANIFEST), &manifest.sealed())?;
         synchronise(&staging)?;
         // A run that went on from an older one comes by here again; what stands here is good until the new one is.
         if path.exists() {
@@ -669,6 +702,11 @@ fn synchronise(path: &Path) -> Result<(), Diag> {
         return Ok(());
     }
     File::open(path).and_then(|file| file.sync_all()).map_err(|e| failed("write", path, &e))
+}
+
+/// A file with another hash than it had.
+fn not_written(path: &Path) -> Diag {
+    Diag::error(format!("`{}` is not what was written: its SHA-256 is another", path.display()))
 }
 
 fn failed(what: &str, path: &Path, error: &io::Error) -> Diag {

@@ -19,6 +19,7 @@ impl Session {
     /// Random numbers are the same in every evaluation, and those of training do not depend on how often it is done.
     pub(crate) fn evaluate(&mut self, step: u64, observer: Observer) -> Result<Metrics, Diag> {
         let started = Instant::now();
+        self.begins(&format!("the evaluation after step {step}"));
         let counters = std::mem::take(&mut self.counters);
         let metrics = self.evaluations();
         self.counters = counters;

@@ -312,6 +312,10 @@ impl Transport for Mpi {
         Ok(message)
     }
 
+    fn begin(&self, what: &str) {
+        self.watch.begin(what);
+    }
+
     fn note(&self, what: &str) {
         self.watch.note(what);
     }

@@ -49,11 +49,18 @@ impl Rank {
 
     /// The whole of a state. Where ranks have parts of it, all of them call this.
     pub fn get(&self, program: &Program, id: StateId) -> Result<Tensor, Diag> {
-        let own = self.device.state(id);
-        let Some(placement) = placement(program, id) else { return Ok(own) };
-        let parts = self.member.all().messages(&pack(&own))?;
-        let parts: Vec<Tensor> = parts.iter().map(|part| unpack(part).0).collect();
+        let Some(placement) = placement(program, id) else { return Ok(self.device.state(id)) };
+        // A state may be as large as all else, so each form of it goes as the next one comes.
+        let parts = self.parts(program, id)?.into_iter().map(|part| unpack(&part).0).collect::<Vec<Tensor>>();
         Ok(placement.whole(&self.member.mesh, &parts))
+    }
+
+    /// What all ranks have of a state, as they send it. All of them call this.
+    fn parts(&self, program: &Program, id: StateId) -> Result<Vec<Vec<u8>>, Diag> {
+        let all = self.member.all();
+        all.note(&format!("the parts of `{}`", program.state(id).name));
+        let own = pack(&self.device.state(id));
+        all.messages(&own)
     }
 
     /// Does something on the first rank only, which can read whole states there; what it gives, on that rank. The others send
@@ -67,7 +74,7 @@ impl Rank {
             loop {
                 match self.told(DONE)? {
                     DONE => return Ok(None),
-                    id => drop(self.get(program, StateId(id as u32))?),
+                    id => drop(self.parts(program, StateId(id as u32))?),
                 }
             }
         }
@@ -78,8 +85,9 @@ impl Rank {
 
     /// What the first rank says to all others.
     fn told(&self, by_first: u64) -> Result<u64, Diag> {
-        let mut told = [by_first];
-        self.member.all().broadcast(0, &mut told)?;
+        let (mut told, all) = ([by_first], self.member.all());
+        all.note("what the first rank does alone");
+        all.broadcast(0, &mut told)?;
         Ok(told[0])
     }
 
@@ -89,12 +97,13 @@ impl Rank {
         if self.member.mesh.is_single() {
             return Ok(here);
         }
+        let all = self.member.all();
+        all.note("what all ranks must have alike");
         let message = serde_json::to_vec(&(here, facts)).unwrap_or_else(|e| panic!("bug: texts are no JSON: {e}"));
         let read = |message: &Vec<u8>| {
             serde_json::from_slice(message).unwrap_or_else(|e| panic!("bug: a rank sent no JSON: {e}"))
         };
-        let all: Vec<(bool, BTreeMap<String, String>)> =
-            self.member.all().messages(&message)?.iter().map(read).collect();
+        let all: Vec<(bool, BTreeMap<String, String>)> = all.messages(&message)?.iter().map(read).collect();
         for (rank, (_, theirs)) in all.iter().enumerate() {
             for (name, other) in theirs {
                 let first = all.iter().position(|(_, facts)| facts.contains_key(name)).unwrap_or(rank);
@@ -114,6 +123,7 @@ impl Rank {
 
 /// Whether this holds on any rank of a group.
 pub(crate) fn any(group: &Group, here: bool) -> Result<bool, Diag> {
+    group.note("whether other ranks go on");
     let mut all = vec![0u8; group.size()];
     all[group.at()] = u8::from(here);
     group.all_gather(&mut all, 1)?;
@@ -160,6 +170,7 @@ pub(crate) fn of_all_parts(group: &Group, made: Vec<Named>) -> Result<Vec<Named>
     let names: Vec<&String> = first.keys().collect();
     let message: Vec<u8> = made.iter().flat_map(|part| part.values()).flat_map(pack).collect();
     let mut all = Vec::new();
+    group.note("what other ranks made of their rows");
     for message in group.messages(&message)? {
         let mut rest = message.as_slice();
         for _ in 0..made.len() {

@@ -173,6 +173,7 @@ impl Session {
             member.mesh.place(Axis::Pipeline, member.rank()),
             "bug: a rank of another place than the program's"
         );
+        member.transport.begin(&format!("the beginning of `{}`", program.stage.name));
         let (device, spent) = InPieces::wrap(device, &program, &member);
         let mut rank = Rank { device, member };
         rank.agree(&planned(&program, &rank.member), false).map_err(|e| vec![e])?;
@@ -256,6 +257,7 @@ impl Session {
         if !self.program.stage.pieces.is_empty() {
             observer(&Event::Waited { places: self.waited()? })?;
         }
+        self.begins("the end");
         // Writing needs memory of its own, which what trained before does not need any more.
         self.rank.device.rest();
         self.rank.on_first(&self.program, |states| roles::save_all(&self.program, states, observer))?;
@@ -264,6 +266,11 @@ impl Session {
             self.rank.on_first(&self.program, |_| keeper.finish(self.steps()))?;
         }
         Ok(Ended::Finished)
+    }
+
+    /// What of the stage begins, for the message of a rank that waits too long.
+    pub(crate) fn begins(&self, what: &str) {
+        self.rank.member.transport.begin(&format!("{what} of `{}`", self.program.stage.name));
     }
 
     /// For each place along `pipeline`, the share of the time in which its ranks waited. All ranks call this.
@@ -327,6 +334,7 @@ impl Session {
                     continue;
                 }
                 let started = Instant::now();
+                self.begins(&format!("step {step}"));
                 let batch = self.data[&source.name].batch(rows);
                 let origin = Origin { source: source.name.clone(), held: false, rows: rows.to_vec() };
                 let (mut values, mut told) = (Values::default(), Told::default());
@@ -358,6 +366,7 @@ impl Session {
                 let Some(keeper) = keeper else { continue };
                 if stops || keeper.due(step) {
                     let started = Instant::now();
+                    self.begins(&format!("the checkpoint after step {step}"));
                     let written = self.write_checkpoint(keeper, step, &reached)?;
                     if let Some(folder) = written {
                         observer(&Event::Checkpoint { step, folder, seconds: started.elapsed().as_secs_f64() })?;

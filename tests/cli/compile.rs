@@ -175,6 +175,24 @@ fn memory_can_be_had_for_time() {
 }
 
 #[test]
+fn what_is_trained_in_place_of_all_is_said_to_change_numbers() {
+    let place = Workplace::new();
+    let of_role = |set: &str| {
+        let words = place.out(&["compile", "pipeline.yaml", "--stage", "more", "--set", set]);
+        let line = words.lines().find(|line| line.starts_with("    model ")).map(String::from);
+        line.unwrap_or_else(|| panic!("no role in {words}"))
+    };
+    assert!(!of_role("stages.more.batch_size=4").contains("changes numbers"));
+    // Six weights of each layer; a bias of each of them and of its norms, and that of the last norm.
+    let lora = of_role("stages.more.lora_r=4");
+    assert!(lora.ends_with(" frozen; changes numbers: trains factors of rank 4 beside 12 weights"), "{lora}");
+    let frozen = of_role("stages.more.freeze=['*bias']");
+    assert!(frozen.ends_with(" frozen; changes numbers: leaves 17 parameters as they are"), "{frozen}");
+    let report = json(&place, &["--stage", "more", "--set", "stages.more.lora_r=4"]).remove(0);
+    assert_eq!(report["roles"][0]["lora"], serde_json::json!({"rank": 4, "weights": 12}));
+}
+
+#[test]
 fn an_unknown_stage_is_told() {
     let place = Workplace::new();
     has(&place.refused(&["compile", "pipeline.yaml", "--stage", "stf"]), &["error: unknown stage `stf`", "`sft`"]);

@@ -59,6 +59,11 @@ impl<'a> Group<'a> {
         self.ranks.len()
     }
 
+    /// What this rank sends next, or waits for ([`Transport::note`]).
+    pub fn note(&self, what: &str) {
+        self.transport.note(what);
+    }
+
     /// Bytes that this rank has sent.
     pub fn sent(&self) -> u64 {
         self.sent.get()

@@ -248,6 +248,10 @@ impl Transport for Threads {
         Ok(mail.posted.pop_front().expect("there is a message"))
     }
 
+    fn begin(&self, what: &str) {
+        self.watch.begin(what);
+    }
+
     fn note(&self, what: &str) {
         self.watch.note(what);
     }

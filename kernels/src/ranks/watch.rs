@@ -34,7 +34,16 @@ pub struct Watch {
     rank: usize,
     least: Duration,
     waits: Mutex<VecDeque<Duration>>,
-    at: Mutex<String>,
+    at: Mutex<At>,
+}
+
+/// Where a rank is.
+#[derive(Default)]
+struct At {
+    /// What it does: a step.
+    doing: String,
+    /// What it sends or waits for within that, if anything yet.
+    what: String,
 }
 
 impl Watch {
@@ -43,17 +52,26 @@ impl Watch {
         Watch { rank, least, waits: Mutex::default(), at: Mutex::default() }
     }
 
-    /// What the rank begins, for the message.
-    pub fn note(&self, what: &str) {
-        let mut at = self.at.lock().unwrap_or_else(PoisonError::into_inner);
-        at.clear();
-        at.push_str(what);
+    /// What the rank does until it says otherwise, for the message.
+    pub fn begin(&self, what: &str) {
+        *self.at.lock().unwrap_or_else(PoisonError::into_inner) = At { doing: what.into(), what: String::new() };
     }
 
-    /// What was noted last, as the end of a message.
+    /// What it sends or waits for within that.
+    pub fn note(&self, what: &str) {
+        let mut at = self.at.lock().unwrap_or_else(PoisonError::into_inner);
+        at.what.clear();
+        at.what.push_str(what);
+    }
+
+    /// What was said last of both, as the end of a message.
     pub fn place(&self) -> String {
         let at = self.at.lock().unwrap_or_else(PoisonError::into_inner);
-        if at.is_empty() { String::new() } else { format!(", at {at}") }
+        match [at.what.as_str(), at.doing.as_str()] {
+            ["", ""] => String::new(),
+            ["", at] | [at, ""] => format!(", at {at}"),
+            [what, doing] => format!(", at {what}, {doing}"),
+        }
     }
 
     /// A wait that has ended after this time.
@@ -101,10 +119,13 @@ mod tests {
         // What was long ago is not usual.
         (0..LAST).for_each(|_| watch.waited(Duration::ZERO));
         assert!(watch.is_late(Duration::from_secs(2)));
+        watch.begin("step 7 of `sft`");
+        let late = || watch.late(Duration::from_millis(2500), "8 bytes from rank 1");
+        assert!(late().starts_with("rank 3 has waited 2.5 s for 8 bytes from rank 1, at step 7 of `sft`; "));
         watch.note("`all_reduce` %g in @sft.grad");
-        let message = watch.late(Duration::from_millis(2500), "8 bytes from rank 1");
-        assert!(
-            message.starts_with("rank 3 has waited 2.5 s for 8 bytes from rank 1, at `all_reduce` %g in @sft.grad")
-        );
+        assert!(late().contains(" from rank 1, at `all_reduce` %g in @sft.grad, step 7 of `sft`; "));
+        // What was sent in the last step is not what this one waits for.
+        watch.begin("step 8 of `sft`");
+        assert!(late().contains(" from rank 1, at step 8 of `sft`; "));
     }
 }

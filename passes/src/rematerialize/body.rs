@@ -21,7 +21,7 @@ pub(super) struct Group {
     pub(super) ops: Vec<OpId>,
     /// What it may keep, from the least time to the least bytes.
     pub(super) hull: Rc<Vec<Cut>>,
-    /// Bytes that its backward pass needs of it.
+    /// Bytes that its backward pass needs of it, and that are kept if nothing but views runs again.
     pub(super) all: u64,
 }
 
@@ -45,9 +45,9 @@ impl Bodies {
         let users = Users::of(graph);
         let groups = groups.into_iter().map(|(tag, ops)| {
             let problem = users.problem(&tag, &ops);
-            let needed = problem.values.iter().filter(|v| v.needed);
-            let all = needed.filter_map(|v| v.keep).sum();
+            let all = problem.all_kept();
             let hull = self.0.entry(problem).or_insert_with_key(|problem| Rc::new(problem.hull())).clone();
+            assert!(hull.iter().all(|cut| cut.bytes <= all), "bug: a cut keeps more than all that is needed");
             Group { tag, ops, hull, all }
         });
         groups.collect()

@@ -60,6 +60,18 @@ pub(super) struct Cut {
 }
 
 impl Problem {
+    /// Bytes that are kept if nothing runs again but what has no bytes of its own to keep. No best cut keeps more.
+    pub(super) fn all_kept(&self) -> u64 {
+        let mut there: Vec<bool> = self.values.iter().map(|value| value.needed).collect();
+        // Operands stand before results.
+        for (at, value) in self.values.iter().enumerate().rev() {
+            if let (true, None, Some(op)) = (there[at], value.keep, value.made_by) {
+                self.ops[op].args.iter().for_each(|&arg| there[arg] = true);
+            }
+        }
+        self.values.iter().zip(there).filter(|(_, there)| *there).filter_map(|(value, _)| value.keep).sum()
+    }
+
     /// All cuts that are best for some price of time in bytes: from the least time to the least bytes.
     pub(super) fn hull(&self) -> Vec<Cut> {
         let all_bytes: u128 = self.values.iter().filter_map(|v| v.keep).map(u128::from).sum();
@@ -204,6 +216,10 @@ mod tests {
                 assert_eq!(cost(&problem, &cut.again), Some((cut.bytes, cut.time)), "seed {seed}");
                 assert_eq!(price((cut.bytes, cut.time)), best, "seed {seed} at {of_bytes}, {of_time}");
             }
+            // What is needed is a choice too, and none of the hull keeps more.
+            let kept = problem.all_kept();
+            assert!(all.contains(&(kept, 0)), "seed {seed}: {kept} of {all:?}");
+            assert!(problem.hull().iter().all(|cut| cut.bytes <= kept), "seed {seed}");
             sizes = sizes.max(n);
         }
         assert_eq!(sizes, 12);

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Axis, Data, Program, StateId, Tensor};
+use dsgc_ir::{Axis, Program, StateId, Tensor};
 use dsgc_kernels::ranks::Member;
 use safetensors::SafeTensors;
 use serde::{Deserialize, Serialize};
@@ -77,7 +77,9 @@ impl Session {
         }
         let message = serde_json::to_vec(&(&files, &shards)).unwrap_or_else(|e| panic!("bug: shards are no JSON: {e}"));
         let (mut files, mut shards) = (BTreeMap::new(), Shards::new());
-        for message in member.all().messages(&message)? {
+        let all = member.all();
+        all.note("where other ranks have written their shares");
+        for message in all.messages(&message)? {
             let read = serde_json::from_slice::<(BTreeMap<String, Written>, Shards)>(&message);
             let (written, theirs) = read.unwrap_or_else(|e| panic!("bug: a rank sent no shards: {e}"));
             files.extend(written);
@@ -127,7 +129,7 @@ impl Checkpoint {
                 if tensor.shape != part.shape {
                     return Err(wrong("a file has another part"));
                 }
-                let whole = whole.get_or_insert_with(|| zeros(&shard.shape, &tensor));
+                let whole = whole.get_or_insert_with(|| Tensor::zeros_like(&shard.shape, &tensor));
                 if whole.dtype() != tensor.dtype() {
                     return Err(wrong("files have several kinds"));
                 }
@@ -143,19 +145,6 @@ impl Checkpoint {
 fn needed(program: &Program, member: &Member, id: StateId) -> Option<Vec<Range<usize>>> {
     let of = |id| region(program, member, id, member.rank());
     program.copies_of(id).into_iter().all(|copy| of(copy) == of(id)).then(|| of(id))
-}
-
-/// A tensor of zeros of the same kind as another one.
-fn zeros(shape: &[usize], like: &Tensor) -> Tensor {
-    let len = shape.iter().product();
-    let data = match &like.data {
-        Data::F32(_) => Data::F32(vec![0.0; len]),
-        Data::F64(_) => Data::F64(vec![0.0; len]),
-        Data::I32(_) => Data::I32(vec![0; len]),
-        Data::Bool(_) => Data::Bool(vec![false; len]),
-        Data::Key(_) => Data::Key(vec![[0; 2]; len]),
-    };
-    Tensor::new(shape, data)
 }
 
 impl Shard {
