@@ -5,10 +5,7 @@ use half::{bf16, f16};
 
 use super::Precision;
 use super::real::Real;
-use crate::between;
-
-/// The poison: as floats of either width NaN, as an integer -336_211, which is no index, as a truth value neither.
-const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
+use crate::{between, poison};
 
 /// Memory as the plan lays it out. In f64 mode every offset and size is multiplied so that floats which became doubles
 /// have the same neighbours: by the most that one grows, a weight in 4 bits. Elements of other types leave the rest of their
@@ -105,17 +102,17 @@ impl Memory {
     /// Puts a tensor of a declared type into a buffer; its floats have the width of the arena.
     pub(super) fn write(&mut self, buffer: Buffer, dtype: DType, tensor: &Tensor) -> Result<(), String> {
         let bytes: Vec<u8> = match &tensor.data {
-            Data::F32(v) if dtype == DType::Bf16 => v.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
-            Data::F32(v) if dtype == DType::F16 => v.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+            Data::F32(v) if dtype == DType::Bf16 => flat(v, |x| bf16::from_f32(x).to_le_bytes()),
+            Data::F32(v) if dtype == DType::F16 => flat(v, |x| f16::from_f32(x).to_le_bytes()),
             Data::F32(v) if let DType::Quantized(quantized) = dtype => {
                 let width = tensor.shape.last().copied().unwrap_or(1);
                 let mut bytes = vec![0; self.bytes(dtype, v.len(), width)];
                 quantized.pack(v, width, &mut bytes);
                 bytes
             }
-            Data::F32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            Data::F64(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            Data::I32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Data::F32(v) => flat(v, f32::to_le_bytes),
+            Data::F64(v) => flat(v, f64::to_le_bytes),
+            Data::I32(v) => flat(v, i32::to_le_bytes),
             Data::Bool(v) => v.iter().map(|&x| u8::from(x)).collect(),
             Data::Key(v) => v.iter().flatten().flat_map(|x| x.to_le_bytes()).collect(),
         };
@@ -132,10 +129,8 @@ impl Memory {
     }
 }
 
-fn poison(bytes: &mut [u8]) {
-    for (i, byte) in bytes.iter_mut().enumerate() {
-        *byte = POISON[i % 4];
-    }
+fn flat<T: Copy, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    values.iter().map(|&x| bytes(x)).collect::<Vec<_>>().into_flattened()
 }
 
 /// Whether two buffers have bytes in common.
