@@ -6,11 +6,14 @@
 mod place;
 #[path = "../kernels/tests/ranks/suite.rs"]
 mod suite;
+#[path = "common/tiny.rs"]
+#[allow(dead_code)] // Other tests use the rest.
+mod tiny;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -21,6 +24,7 @@ use dsgc_runtime::mpi;
 use serde_json::Value;
 
 use place::Place;
+use tiny::Tiny;
 
 const DSGC: &str = env!("CARGO_BIN_EXE_dsgc");
 
@@ -269,9 +273,16 @@ const EARLY: &str = "compile.parallel={pipeline: 2, microbatches: 2, schedule: 1
 const LATE_WEIGHTS: &str = "compile.parallel={pipeline: 2, microbatches: 2, schedule: zero_bubble}";
 const ONE: &str = "compile.parallel={data: 1}";
 
+/// Where the only stage writes.
+fn of_stage(place: &Place) -> PathBuf {
+    let stages = fs::read_dir(place.path("runs")).expect("a folder").map(|entry| entry.expect("an entry").path());
+    let [stage] = <[PathBuf; 1]>::try_from(stages.collect::<Vec<_>>()).expect("one stage");
+    stage
+}
+
 /// The lines of the metrics without times.
 fn metrics(place: &Place) -> Vec<Value> {
-    let text = fs::read_to_string(place.path("runs/sft/metrics.jsonl")).expect("metrics");
+    let text = fs::read_to_string(of_stage(place).join("metrics.jsonl")).expect("metrics");
     let mut lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("an object")).collect();
     for line in &mut lines {
         let line = line.as_object_mut().expect("an object");
@@ -282,8 +293,12 @@ fn metrics(place: &Place) -> Vec<Value> {
 
 fn assert_equal(found: &Place, expected: &Place, what: &str) {
     assert_eq!(metrics(found), metrics(expected), "{what}");
-    let weights = |place: &Place| fs::read(place.path("runs/sft/model.safetensors")).expect("weights");
-    assert!(weights(found) == weights(expected), "{what}: weights differ");
+    let weights = |place: &Place| {
+        let of_role = |role| fs::read(of_stage(place).join(role).join("model.safetensors")).ok();
+        ["", "actor", "critic", "ema"].map(of_role)
+    };
+    let expected = weights(expected);
+    assert!(expected.iter().any(Option::is_some) && weights(found) == expected, "{what}: weights differ");
 }
 
 fn assert_near(found: &Place, expected: &Place, what: &str) {
@@ -315,6 +330,40 @@ fn a_pipeline_has_the_numbers_of_threads() {
             // One speaks for all.
             assert_eq!(ended.text.matches("sft wrote `model` to runs/sft").count(), 1, "{}", ended.text);
             assert_equal(&place, &as_threads, &format!("{layout} under {}", mpi.name));
+        }
+    }
+}
+
+/// Stages on four ranks, along two axes or one.
+#[test]
+fn four_ranks_have_the_numbers_of_threads() {
+    let _alone = alone();
+    let tiny = |model, stage, layers| Tiny { model, stage, layers };
+    for (tiny, layout) in [
+        (tiny("llama", "ppo", 2), "compile.parallel={data: 2, tensor: 2, zero_stage: 3}"),
+        (tiny("llama", "ppo", 4), "compile.parallel={tensor: 2, pipeline: 2, schedule: interleaved_1f1b}"),
+        (tiny("opt", "ppo", 2), "compile.parallel={data: 2, pipeline: 2, schedule: 1f1b, zero_stage: 1}"),
+        (tiny("llama", "sft", 4), "compile.parallel={pipeline: 4, schedule: zero_bubble}"),
+    ] {
+        let place = || {
+            let place = Place::with(&tiny.pipeline("1e-3"));
+            tiny::write_tokenizer(&place.path("."));
+            fs::write(place.path("rows.jsonl"), tiny::rows().join("\n")).expect("a file");
+            place
+        };
+        let [one, as_threads] = [ONE, layout].map(|layout| {
+            let place = place();
+            place.out(&["run", "pipeline.yaml"], &[layout]);
+            place
+        });
+        assert!(metrics(&one).len() >= 20);
+        assert_near(&as_threads, &one, layout);
+        for mpi in BOTH {
+            let place = place();
+            let mut command = mpi.ranks(4, DSGC);
+            let ended = run(command.current_dir(place.path(".")).args(["run", "pipeline.yaml", "--set", layout]));
+            assert_eq!(ended.code, Some(0), "{}: {}", mpi.name, ended.text);
+            assert_equal(&place, &as_threads, &format!("{tiny:?}, {layout} under {}", mpi.name));
         }
     }
 }
