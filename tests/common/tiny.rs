@@ -52,9 +52,9 @@ stages:
     actor: {model: MODEL, learning_rate: LEARNING_RATE, warmup_steps: 0}
     critic: {model: MODEL, learning_rate: LEARNING_RATE, warmup_steps: 0}
     data: {prompts: prompts, ptx: texts}
-    batch_size: 8
-    micro_batch_size: 2
-    minibatch_size: 8
+    batch_size: 4
+    micro_batch_size: 1
+    minibatch_size: 4
     max_prompt_len: 12
     max_new_tokens: 4
     max_steps: 20
@@ -65,6 +65,10 @@ stages:
 ";
 
 const SPECIAL: [&str; 4] = ["<s>", "<pad>", "</s>", "<unk>"];
+
+/// A metric that is compared in doubles only: a quotient of two variances of a few numbers, each of which is the difference of two
+/// sums that are nearly equal, so in single precision it has few digits.
+pub const OF_FEW_DIGITS: &str = "critic/explained_variance";
 
 /// One of the models, `opt` or `llama`, in one of the stages, `sft` or `ppo`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -69,8 +69,8 @@ impl Memory {
         let width = shape.last().copied().unwrap_or(1);
         let at = self.range(buffer, self.bytes(dtype, n, width))?;
         let bytes = &self.regions[buffer.region as usize][at];
-        let halves = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-        let words = || bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
+        let halves = || bytes.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b));
+        let words = || bytes.as_chunks().0.iter().copied();
         let data = match (dtype, self.precision) {
             (DType::F32, Precision::F32) => Data::F32(words().map(f32::from_le_bytes).collect()),
             (DType::Bf16, Precision::F32) => Data::F32(halves().map(|b| bf16::from_bits(b).to_f32()).collect()),
@@ -81,8 +81,7 @@ impl Memory {
                 Data::F32(numbers)
             }
             (DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_), Precision::F64) => {
-                let doubles = bytes.chunks_exact(8).map(|b| [b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
-                Data::F64(doubles.map(f64::from_le_bytes).collect())
+                Data::F64(bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect())
             }
             (DType::I32, _) => Data::I32(words().map(i32::from_le_bytes).collect()),
             (DType::Bool, _) => {
