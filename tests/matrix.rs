@@ -99,7 +99,7 @@ const FOUR_IN_LINE: &Layouts = &[(2, &["{data: 4, zero_stage: 1}"]), (4, &["{pip
 fn load(tiny: Tiny, on: On, sets: &[&str]) -> (TempDir, Program) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     tiny::write_tokenizer(folder.path());
-    // In single precision a weight follows its gradient no further than that is exact.
+    // Adam moves every weight by about the learning rate, however small its gradient is beside the rounding errors of that.
     let learning_rate = if on == On::Doubles { "1e-2" } else { "1e-3" };
     let program = stages::program(folder.path(), &tiny.pipeline(learning_rate), &tiny::rows(), sets);
     (folder, program)
