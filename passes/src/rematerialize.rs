@@ -13,7 +13,7 @@
 //! other layers or the loss need is kept always, so what runs again lives for one layer's gradients only.
 //!
 //! What costs nothing is computed again always. `gradient_checkpointing: true` takes the smallest cut of every layer, `false` no
-//! other cut than that. Elsewhere, where the memory is limited, by `max_memory` or by the device, and a graph does not fit,
+//! other cut than that. Elsewhere, where the memory is limited, by `compile: {memory: ...}` or by the device, and a graph does not fit,
 //! layers go over to smaller cuts one by one, the cheapest step by bytes that it saves first and the earliest layer first,
 //! until the plan of the graph fits; so as much is kept as there is room for. If it never fits, `plan_memory` says so.
 //!
