@@ -1,4 +1,5 @@
-//! Ranks with different layers beside one: the same numbers in every schedule.
+//! Ranks with different layers beside one, beyond what `tests/matrix.rs` has: settings of stages, what is handed on, and who has
+//! which layers.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +17,7 @@ mod on_ranks;
 #[allow(dead_code)] // Other tests use the rest.
 mod stages;
 
-use on_ranks::{On, Outputs, Watched, device, difference_above, first_message, laid_out, planned_at_all, ran};
+use on_ranks::{On, Outputs, Watched, assert_near, device, first_message, laid_out, planned_at_all, ran};
 
 const SFT: &str = "
 dsgc: 1
@@ -88,121 +89,45 @@ fn program(folder: &Path, pipeline: &str, sets: &[&str]) -> Program {
     stages::program(folder, pipeline, &rows, sets)
 }
 
-/// Ranks in a mesh with a schedule, what those with different rows share out, and runs of layers of a rank.
+/// Ranks along `pipeline` with a schedule, and runs of layers of a rank.
 #[derive(Clone, Copy, Debug)]
 struct Layout {
     mesh: Mesh,
     order: PipelineOrder,
-    zero_stage: u8,
     chunks: usize,
 }
 
-/// Ranks along `pipeline` alone.
 fn in_line(pipeline: usize, order: PipelineOrder) -> Layout {
     let chunks = if order == PipelineOrder::Interleaved { 2 } else { 1 };
-    Layout { mesh: Mesh { pipeline, ..Mesh::default() }, order, zero_stage: 0, chunks }
+    Layout { mesh: Mesh { pipeline, ..Mesh::default() }, order, chunks }
 }
 
 fn on(program: &Program, layout: Layout) -> Program {
-    let mut program = laid_out(program, layout.mesh, layout.zero_stage);
+    let mut program = laid_out(program, layout.mesh, 0);
     program.stage.parallel.order = layout.order;
     program.stage.parallel.virtual_stages = layout.chunks;
     program
 }
 
-/// Two places with others along `data` and `tensor`.
-fn beside(data: usize, tensor: usize, zero_stage: u8, layout: Layout) -> Layout {
-    Layout { mesh: Mesh { data, tensor, ..layout.mesh }, zero_stage, ..layout }
-}
-
-/// Every layout beside one rank, with metrics that are taken to be at least so large.
-fn every_layout(pipeline: &str, sets: &[&str], layouts: &[Layout], device: On, least: f64, bound: f64) {
+/// Every layout beside one rank.
+fn every_layout(pipeline: &str, sets: &[&str], layouts: &[Layout], device: On, bound: f64) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = program(folder.path(), pipeline, sets);
-    let run = |program: &Program| {
-        let mut ran = ran(program, device, false, None);
-        if device != On::Doubles {
-            // A quotient of variances of a few numbers, which magnifies the rounding of these.
-            ran.steps.iter_mut().for_each(|metrics| metrics.retain(|name, _| name != "critic/explained_variance"));
-        }
-        ran
-    };
-    let one = run(&program);
+    let one = ran(&program, device, false, None);
     for &layout in layouts {
-        let found = run(&on(&program, layout));
-        let (metrics, states) = difference_above(&found, &one, least);
-        assert!(metrics <= bound && states <= bound, "{layout:?}: metrics differ by {metrics:e}, states by {states:e}");
+        assert_near(&ran(&on(&program, layout), device, false, None), &one, bound, &format!("{layout:?}"));
     }
 }
 
 /// In doubles, which tell another order of sums from another sum.
 fn exactly(pipeline: &str, sets: &[&str], layouts: &[Layout]) {
-    every_layout(pipeline, sets, layouts, On::Doubles, 1e-3, 1e-9);
-}
-
-/// In single precision, where a metric may be the difference of numbers of the size of one: it is as exact as those.
-fn nearly(pipeline: &str, sets: &[&str], layouts: &[Layout]) {
-    every_layout(pipeline, sets, layouts, On::Fast, 1.0, 1e-5);
+    every_layout(pipeline, sets, layouts, On::Doubles, 1e-9);
 }
 
 /// Every schedule that is possible on so many ranks with so many layers.
 fn all_orders(places: usize, layers: usize) -> Vec<Layout> {
     let all = PipelineOrder::ALL.map(|order| in_line(places, order));
     all.into_iter().filter(|layout| layout.mesh.pipeline * layout.chunks <= layers).collect()
-}
-
-/// Twenty steps of four short rows in four parts.
-const TWENTY: [&str; 5] = [
-    "stages.sft.max_steps=20",
-    "stages.sft.eval_steps=100",
-    "stages.sft.max_length=8",
-    "stages.sft.batch_size=4",
-    "stages.sft.micro_batch_size=1",
-];
-
-const PPO_TWENTY: [&str; 7] = [
-    "stages.ppo.max_steps=20",
-    "stages.ppo.batch_size=2",
-    "stages.ppo.micro_batch_size=1",
-    "stages.ppo.minibatch_size=2",
-    "stages.ppo.max_prompt_len=8",
-    "stages.ppo.max_new_tokens=3",
-    "stages.ppo.min_answer=3",
-];
-
-/// Four and eight ranks along several axes.
-fn products() -> Vec<Layout> {
-    let (two, four) = (|order| in_line(2, order), in_line(4, PipelineOrder::OneForwardOneBackward));
-    vec![
-        beside(2, 1, 2, two(PipelineOrder::OneForwardOneBackward)),
-        beside(1, 2, 0, two(PipelineOrder::ZeroBubble)),
-        beside(2, 2, 3, two(PipelineOrder::Interleaved)),
-        beside(2, 1, 0, four),
-    ]
-}
-
-/// The table of tokens is at the first place, where it is read, and at the last one, whose head it is.
-#[test]
-fn twenty_steps_of_sft_have_one_ranks_numbers() {
-    exactly(SFT, &TWENTY, &[all_orders(2, 4), all_orders(4, 4), products()].concat());
-}
-
-#[test]
-fn twenty_steps_of_sft_are_near_on_the_cpu() {
-    let sets = [&TWENTY[..], &["stages.sft.learning_rate=1e-3"]].concat();
-    nearly(SFT, &sets, &[all_orders(2, 4), all_orders(4, 4), products()].concat());
-}
-
-#[test]
-fn twenty_steps_of_ppo_have_one_ranks_numbers() {
-    let early = in_line(2, PipelineOrder::OneForwardOneBackward);
-    exactly(PPO, &PPO_TWENTY, &[all_orders(2, 2), vec![beside(2, 1, 3, early), beside(1, 2, 0, early)]].concat());
-}
-
-#[test]
-fn twenty_steps_of_ppo_are_near_on_the_cpu() {
-    let sets = [&PPO_TWENTY[..], &["stages.ppo.actor.learning_rate=1e-3", "stages.ppo.critic.learning_rate=1e-3"]];
-    nearly(PPO, &sets.concat(), &all_orders(2, 2));
 }
 
 /// Heads of their own; five rows in parts of two, and three places for four layers.
@@ -217,17 +142,11 @@ fn lora_and_dropout_have_one_ranks_numbers() {
     exactly(SFT, &sets, &[in_line(2, PipelineOrder::OneForwardOneBackward)]);
 }
 
-#[test]
-fn recomputed_layers_have_one_ranks_numbers() {
-    let sets = ["compile.gradient_checkpointing=true"];
-    exactly(SFT, &sets, &[in_line(2, PipelineOrder::ZeroBubble), in_line(2, PipelineOrder::Interleaved)]);
-}
-
 /// Copies of weights in few bits are where the weights are.
 #[test]
 fn bf16_is_near_one_ranks_numbers() {
     let sets = ["stages.sft.max_steps=3", "stages.sft.bf16=true"];
-    every_layout(SFT, &sets, &[in_line(2, PipelineOrder::OneForwardOneBackward)], On::Cpu, 1e-3, 2e-2);
+    every_layout(SFT, &sets, &[in_line(2, PipelineOrder::OneForwardOneBackward)], On::Cpu, 2e-2);
 }
 
 /// Rollouts in one call, whose scoring and first update would be one graph on one rank.

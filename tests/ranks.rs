@@ -1,4 +1,5 @@
-//! Several ranks beside one: the same numbers whatever is shared out, checkpoints of one layout in another, and ends.
+//! Several ranks beside one, beyond what `tests/matrix.rs` has: shares that are unequal, settings of stages, checkpoints of one
+//! layout in another, memory and messages, and ends.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,7 +10,7 @@ use std::time::{Duration, Instant};
 use dsgc_ir::cost::graph_sending;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Generate, Statement};
-use dsgc_ir::{Mesh, Planned, Program, Tensor};
+use dsgc_ir::{Graph, Mesh, Planned, Program, Tensor};
 use dsgc_kernels::cpu::CpuTarget;
 use dsgc_kernels::ranks::Member;
 use dsgc_kernels::{Device, bind};
@@ -186,20 +187,10 @@ fn every_layout_of(program: &Program, layouts: &[(usize, u8)], on: On, bound: f6
     one
 }
 
-/// Long enough for what differs to grow.
-const TWENTY: [&str; 1] = ["stages.sft.max_steps=20"];
-
-const ALL: [(usize, u8); 9] = [(2, 0), (2, 1), (2, 2), (2, 3), (3, 0), (3, 2), (3, 3), (4, 1), (4, 3)];
-
 /// Three ranks have 2, 3 and 3 rows of a batch in parts of 2: some parts have none.
 #[test]
-fn sft_of_opt_has_one_ranks_numbers() {
-    every_layout(SFT, &TWENTY, &ALL, On::Doubles, 1e-9);
-}
-
-#[test]
-fn sft_of_llama_has_one_ranks_numbers() {
-    every_layout(SFT, &["stages.sft.model=llama", TWENTY[0]], &[(2, 3), (3, 1), (4, 0)], On::Doubles, 1e-9);
+fn ranks_with_unequal_rows_have_one_ranks_numbers() {
+    every_layout(SFT, &[], &[(3, 0), (3, 1), (3, 2), (3, 3)], On::Doubles, 1e-9);
 }
 
 /// More ranks than rows: some have none at all.
@@ -213,12 +204,6 @@ fn ranks_without_rows_have_the_others_numbers() {
 fn lora_and_dropout_have_one_ranks_numbers() {
     let sets = ["stages.sft.lora_r=16", "stages.sft.lora_dropout=0.5"];
     every_layout(SFT, &sets, &[(2, 1), (3, 3)], On::Doubles, 1e-9);
-}
-
-#[test]
-fn ppo_has_one_ranks_numbers() {
-    every_layout(PPO, &[], &[(2, 0)], On::Doubles, 1e-9);
-    every_layout(PPO, &["stages.ppo.max_steps=20"], &[(2, 3)], On::Doubles, 1e-9);
 }
 
 /// With parameters in parts, ranks generate in step: an answer that ends on one of them waits for the others'. Rows whose answer is
@@ -261,11 +246,6 @@ fn fp16_has_one_ranks_numbers() {
 fn bf16_is_near() {
     let sets = ["stages.sft.bf16=true", "stages.sft.max_steps=3"];
     every_layout(SFT, &sets, &[(2, 1), (3, 3)], On::Cpu, 1e-4);
-}
-
-#[test]
-fn the_cpu_in_single_precision_is_near() {
-    every_layout(SFT, &["stages.sft.max_steps=20", "stages.sft.learning_rate=1e-3"], &[(2, 0), (3, 3)], On::Fast, 1e-5);
 }
 
 #[test]
@@ -421,7 +401,7 @@ fn generations(body: &mut [Statement], each: &mut dyn FnMut(&mut Generate)) {
     }
 }
 
-/// Under ZeRO 3 parameters are gathered for the backward pass again, and `max_memory` has that among the bytes that it limits: what is
+/// Under ZeRO 3 parameters are gathered for the backward pass again, and a limit of memory has that among its bytes: what is
 /// computed again to keep it is the same bit by bit.
 #[test]
 fn a_limit_of_memory_is_kept_with_gathers_and_changes_no_bit() {
@@ -434,14 +414,20 @@ fn a_limit_of_memory_is_kept_with_gathers_and_changes_no_bit() {
     let bytes = |program: &Program| planned(program, On::Cpu).arena.total();
     let (most, least) = (bytes(&free), bytes(&least));
     let expected = ran(&free, On::Cpu, false, None);
-    for share in [2, 4] {
+    let sent = |plan: &Planned| -> u64 {
+        let of =
+            |graph: &Graph| graph_sending(graph, &graph.upper_bounds(), &plan.mesh).expect("dims have ranges").bytes;
+        plan.graphs.iter().map(of).sum()
+    };
+    let without = sent(&planned(&free, On::Cpu));
+    for limit in [least + (most - least) / 4, least + (most - least) / 2, 2 * most] {
         let mut limited = free.clone();
-        let limit = least + (most - least) / share;
         limited.stage.memory.max = Some(limit);
         let plan = planned(&limited, On::Cpu);
         assert!(plan.arena.total() <= limit, "{} of {limit}", plan.arena.total());
-        let gathers = |plan: &Planned| plan.op_counts()["all_gather"];
-        assert!(gathers(&plan) >= gathers(&planned(&free, On::Cpu)));
+        // Where there is room, gradients use what the forward pass has gathered; nothing is gathered more than twice.
+        let bound = if limit > most { without * 4 / 5 } else { without };
+        assert!(sent(&plan) <= bound, "{} of {without} sent under {limit}", sent(&plan));
         assert!(ran(&limited, On::Cpu, false, None) == expected, "{limit} of {least} to {most}: other bits");
     }
 }
@@ -558,29 +544,19 @@ fn shared_layers(pipeline: &str, sets: &[&str], layouts: &[(usize, usize, u8)], 
 }
 
 #[test]
-fn ranks_that_share_layers_have_one_ranks_numbers() {
-    shared_layers(SFT, &TWENTY, &[(1, 2, 0), (2, 2, 0), (2, 2, 3)], On::Doubles, 1e-9);
-    shared_layers(SFT, &["stages.sft.model=llama", TWENTY[0]], &[(1, 2, 0), (4, 2, 1)], On::Doubles, 1e-9);
+fn lora_and_dropout_on_ranks_that_share_layers_have_one_ranks_numbers() {
     let lora = ["stages.sft.lora_r=16", "stages.sft.lora_dropout=0.5"];
     shared_layers(SFT, &lora, &[(1, 2, 0), (2, 2, 3)], On::Doubles, 1e-9);
 }
 
 #[test]
-fn rlhf_on_ranks_that_share_layers_has_one_ranks_numbers() {
-    shared_layers(PPO, &[], &[(1, 2, 0), (2, 2, 3)], On::Doubles, 1e-9);
+fn pairs_and_groups_on_ranks_that_share_layers_have_one_ranks_numbers() {
     shared_layers(DPO, &[], &[(1, 2, 0)], On::Doubles, 1e-9);
     shared_layers(GROUPED, &[], &[(2, 2, 2)], On::Doubles, 1e-9);
 }
 
 #[test]
-fn ranks_that_share_layers_are_near_on_the_cpu() {
-    shared_layers(
-        SFT,
-        &["stages.sft.max_steps=20", "stages.sft.learning_rate=1e-3"],
-        &[(1, 2, 0), (2, 2, 3)],
-        On::Fast,
-        1e-5,
-    );
+fn bf16_on_ranks_that_share_layers_is_near() {
     shared_layers(SFT, &["stages.sft.max_steps=3", "stages.sft.bf16=true"], &[(1, 2, 0), (2, 2, 1)], On::Fast, 2e-2);
 }
 

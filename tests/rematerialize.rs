@@ -237,7 +237,7 @@ fn a_missed_limit_says_how_many_rows_fit() {
     let limit = with(3);
     let errors = compile(with_memory(program.clone(), at_most(limit))).expect_err("it does not fit");
     let text = said(&errors);
-    assert!(text.contains("needs at least") && text.contains("`max_memory` allows"), "{text}");
+    assert!(text.contains("needs at least") && text.contains("`memory` allows"), "{text}");
     let help = text.split("`micro_batch_size: ").nth(1).and_then(|t| t.split('`').next());
     let rows: usize = help.and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("no rows in {text}"));
     assert!((3..12).contains(&rows), "{text}");

@@ -188,6 +188,11 @@ pub fn seconds(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings) 
     })
 }
 
+/// How long messages take, predicted, in the unit of [`time`].
+pub fn time_of_sending(sending: Sending) -> u64 {
+    (sending.seconds() * BYTES_PER_SECOND) as u64
+}
+
 /// Bytes that the first rank of a group sends for an op, by rings: of a sum `2 (n - 1) / n` of its bytes, of a part of a sum or
 /// of all parts `(n - 1) / n`, as far as parts are equally long. An unbound symbol otherwise.
 pub fn sent(op: &Op, args: &[&Type], results: &[&Type], bindings: &Bindings, mesh: &Mesh) -> Result<u64, Symbol> {

@@ -76,6 +76,15 @@ pub trait Device {
     }
 }
 
+/// Fills bytes that hold nothing with a pattern that shows: as floats of either width NaN, as an integer -336_211, which is no
+/// index, as a truth value neither.
+fn poison(bytes: &mut [u8]) {
+    const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
+    let (words, rest) = bytes.as_chunks_mut();
+    words.fill(POISON);
+    rest.copy_from_slice(&POISON[..rest.len()]);
+}
+
 /// The places of the values region, which has so many bytes, between those that a generation keeps.
 fn between(kept: &[Buffer], end: usize) -> Vec<Buffer> {
     let mut kept: Vec<(usize, usize)> = kept.iter().map(|b| (b.offset, b.offset + b.bytes)).collect();

@@ -47,7 +47,7 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
 /// Says that a device keeps nothing in the host's memory, of what keys ask for.
 pub(crate) fn refused(target: &dyn Target, what: &str, keys: &str) -> Diag {
     let message = format!("{} cannot keep {what} in the host's memory", target.name());
-    Diag::error(message).help(format!("leave {keys} out; `zero_stage` and `max_memory` need less memory too"))
+    Diag::error(message).help(format!("leave {keys} out; `zero_stage` and `compile.memory` need less memory too"))
 }
 
 /// The states that are to be at home in the host's memory, and what they are.

@@ -608,7 +608,7 @@ fn peak(storages: &[Storage]) -> (usize, i64) {
 fn does_not_fit(graph: &Graph, program: &Program, storages: &Storages, arena: Arena, memory: usize) -> Diag {
     let needed = arena.total() + arena.held;
     let asked = &program.stage.memory;
-    let who = if asked.max == Some(memory) { "`max_memory` allows" } else { "the device has" };
+    let who = if asked.max == Some(memory) { "`memory` allows" } else { "the device has" };
     let between = if arena.held > 0 { format!(", between pieces {}", size(arena.held)) } else { String::new() };
     let mut diag = Diag::error(format!(
         "graph @{} needs at least {} of memory, {who} {}: parameters and state {}, values {}, workspace {}{between}",

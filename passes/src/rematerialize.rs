@@ -13,15 +13,19 @@
 //! other layers or the loss need is kept always, so what runs again lives for one layer's gradients only.
 //!
 //! What costs nothing is computed again always. `gradient_checkpointing: true` takes the smallest cut of every layer, `false` no
-//! other cut than that. Elsewhere, where the memory is limited, by `max_memory` or by the device, and a graph does not fit,
+//! other cut than that. Elsewhere, where the memory is limited, by `compile: {memory: ...}` or by the device, and a graph does not fit,
 //! layers go over to smaller cuts one by one, the cheapest step by bytes that it saves first and the earliest layer first,
 //! until the plan of the graph fits; so as much is kept as there is room for. If it never fits, `plan_memory` says so.
+//!
+//! Parameters of which ranks have parts (ZeRO 3) take part in this: gradients gather them again, and where memory has a limit,
+//! and there is room, they use what the forward pass has gathered. The time of a gather is that of what it sends.
 //!
 //! Values are the same bit by bit: random ops have their keys as operands, and a state's old value is still there.
 
 mod body;
 mod class;
 mod cut;
+mod gathers;
 
 use std::collections::BTreeMap;
 
@@ -38,6 +42,7 @@ use crate::plan_memory::{limit, most_held, persistent_bytes, planned_bytes, scra
 use crate::rebuild::{Rebuild, without_dead_ops};
 use crate::split_stages;
 use body::{Bodies, Group};
+use gathers::{Gather, gathers};
 
 /// The pass.
 pub const PASS: Pass = Pass {
@@ -61,35 +66,72 @@ fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies
         return graph.clone();
     }
     let groups = bodies.groups(graph);
+    let gathers = gathers(graph, program);
     let checkpoints = program.stage.memory.gradient_checkpointing;
-    // Per group, the cut of its hull.
-    let mut choice: Vec<usize> =
-        groups.iter().map(|g| if checkpoints && g.tag.is_some() { g.hull.len() - 1 } else { 0 }).collect();
-    let mut chosen = with_cuts(graph, program, &groups, &choice);
+    let first = |g: &Group| if checkpoints && g.tag.is_some() { g.hull.len() - 1 } else { 0 };
+    let mut choice = Choice { cuts: groups.iter().map(first).collect(), again: vec![true; gathers.len()] };
+    let made = |choice: &Choice| {
+        let kept = gathers.iter().zip(&choice.again).filter(|(_, again)| !**again).map(|(gather, _)| gather.state);
+        gathers::keep(with_cuts(graph, program, &groups, &choice.cuts), program, &kept.collect())
+    };
+    let mut chosen = made(&choice);
     if let Some(limit) = limit(program, context.target).filter(|_| !program.stage.memory.keep_all) {
         let fits = |graph: &Graph| arena(graph, program, context.target) <= limit;
+        choice.again.fill(false);
+        chosen = made(&choice);
         if !fits(&chosen) {
-            let steps = steps(&groups, &choice);
+            let steps = steps(&groups, &gathers, &choice);
             let taken = |n: usize| {
                 let mut choice = choice.clone();
-                steps[..n].iter().for_each(|&(group, to)| choice[group] = to);
+                steps[..n].iter().for_each(|step| choice.take(*step));
                 choice
             };
             // The fewest steps with which it fits; all, where it never does.
             let (mut few, mut enough) = (0, steps.len());
             while few + 1 < enough {
                 let middle = few.midpoint(enough);
-                match fits(&with_cuts(graph, program, &groups, &taken(middle))) {
+                match fits(&made(&taken(middle))) {
                     true => enough = middle,
                     false => few = middle,
                 }
             }
             choice = taken(enough);
-            chosen = with_cuts(graph, program, &groups, &choice);
+            chosen = made(&choice);
         }
     }
-    note(graph, &groups, &choice, context);
+    note(graph, &groups, &choice.cuts, context);
+    let kept = choice.again.iter().filter(|again| !**again).count();
+    if kept > 0 {
+        context.matched("all_gather kept for gradients", kept);
+    }
     chosen
+}
+
+/// What is kept and what is not.
+#[derive(Clone)]
+struct Choice {
+    /// Per group, the cut of its hull.
+    cuts: Vec<usize>,
+    /// Per parameter that is gathered, whether gradients gather it again.
+    again: Vec<bool>,
+}
+
+/// From one choice to another that keeps less.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Less {
+    /// Another cut of a group.
+    Cut(usize, usize),
+    /// A parameter is gathered again.
+    Gather(usize),
+}
+
+impl Choice {
+    fn take(&mut self, step: Less) {
+        match step {
+            Less::Cut(group, to) => self.cuts[group] = to,
+            Less::Gather(at) => self.again[at] = true,
+        }
+    }
 }
 
 /// Bytes of memory that this graph takes after the passes that follow, of the place along `pipeline` that needs most: what they
@@ -125,21 +167,26 @@ fn arena_of(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
     persistent_bytes(program, target) + scratch + planned_bytes(&graph, program, target)
 }
 
-/// All steps from the cuts that are chosen to the smallest: group and cut, those that save most bytes for their time
-/// first. Of equal ones the first layer's comes first: what it keeps is kept longest.
-fn steps(groups: &[Group], choice: &[usize]) -> Vec<(usize, usize)> {
-    let mut steps: Vec<((u128, u128), usize, usize)> = Vec::new();
+/// All steps from a choice to what keeps least, those that save most bytes for their time first. Of equal ones the first
+/// layer's comes first: what it keeps is kept longest.
+fn steps(groups: &[Group], gathers: &[Gather], choice: &Choice) -> Vec<Less> {
+    let mut steps: Vec<((u128, u128), Less)> = Vec::new();
     for (i, group) in groups.iter().enumerate().filter(|(_, g)| g.tag.is_some()) {
-        for (from, pair) in group.hull.windows(2).enumerate().skip(choice[i]) {
+        for (from, pair) in group.hull.windows(2).enumerate().skip(choice.cuts[i]) {
             let (saved, spent) = (pair[0].bytes - pair[1].bytes, pair[1].time - pair[0].time);
-            steps.push(((u128::from(saved), u128::from(spent)), i, from + 1));
+            steps.push(((u128::from(saved), u128::from(spent)), Less::Cut(i, from + 1)));
         }
     }
-    // On a hull, steps save less and less for their time: those of a group stay in their order.
-    steps.sort_by(|((a_saved, a_spent), a, a_to), ((b_saved, b_spent), b, b_to)| {
-        (b_saved * a_spent).cmp(&(a_saved * b_spent)).then((a, a_to).cmp(&(b, b_to)))
+    let again = gathers.iter().enumerate().map(|(at, gather)| {
+        let by = (u128::from(gather.bytes), u128::from(gather.time));
+        (by, Less::Gather(at))
     });
-    steps.into_iter().map(|(_, group, to)| (group, to)).collect()
+    steps.extend(again);
+    // On a hull, steps save less and less for their time: those of a group stay in their order.
+    steps.sort_by(|((a_saved, a_spent), a), ((b_saved, b_spent), b)| {
+        (b_saved * a_spent).cmp(&(a_saved * b_spent)).then(a.cmp(b))
+    });
+    steps.into_iter().map(|(_, step)| step).collect()
 }
 
 /// The graph that keeps what these cuts of the groups keep.

@@ -159,19 +159,19 @@ fn memory_can_be_had_for_time() {
     let (kept, least) = (peak(&[]), peak(&["compile.gradient_checkpointing=true"]));
     assert!(least < kept, "{least} of {kept}");
     assert_eq!(peak(&["compile.gradient_checkpointing=auto"]), kept);
-    let limit = format!("compile.max_memory={} KiB", kept.midpoint(least).div_ceil(1024));
+    let limit = format!("compile.memory={} KiB", kept.midpoint(least).div_ceil(1024));
     assert!((least..=kept.midpoint(least) + 1024).contains(&peak(&[&limit])));
     let changes = ["compile", "pipeline.yaml", "--stage", "more", "--emit", "changes", "--set", &limit];
     has(&place.out(&changes), &["rematerialize: @model.loss.step, model.decoder.layers 0: keeps ", "for the gradient"]);
     let refused = |limit: &str| place.refused(&["compile", "pipeline.yaml", "--stage", "more", "--set", limit]);
-    let missed = refused("compile.max_memory=100KiB");
-    has(&missed, &["needs at least", "`max_memory` allows 100.00 KiB", "parameters and state", "micro_batch_size"]);
+    let missed = refused("compile.memory=100KiB");
+    has(&missed, &["needs at least", "`memory` allows 100.00 KiB", "parameters and state", "micro_batch_size"]);
     let limits = ["--set", "compile.gradient_checkpointing=false", "--set", &limit];
     let missed = place.refused(&[&["compile", "pipeline.yaml", "--stage", "more"][..], &limits].concat());
     has(&missed, &["needs at least", "`gradient_checkpointing: auto` keeps less, and computes the rest again"]);
     let word = "compile.gradient_checkpointing=always";
     has(&refused(word), &["found `always`, expected one of `true`, `false` and `auto`", "--set:1:32"]);
-    has(&refused("compile.max_memory=2"), &["found `2` as `max_memory`, expected a size", "2GiB"]);
+    has(&refused("compile.memory=2"), &["found `2` as `memory`, expected a size", "2GiB"]);
 }
 
 #[test]

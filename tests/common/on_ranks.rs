@@ -74,7 +74,17 @@ pub struct Ran {
 /// Runs a stage on all ranks, from a checkpoint if there is one; `stops` says after which step somebody wants it to stop, and on
 /// which rank.
 pub fn run(program: &Program, on: On, resume: bool, stops: Option<(usize, u64)>) -> Result<Ran, Vec<Diag>> {
-    let plans = planned_at_all(program, on);
+    run_planned(program, &planned_at_all(program, on), on, resume, stops)
+}
+
+/// The same with the plans of all places.
+pub fn run_planned(
+    program: &Program,
+    plans: &[Planned],
+    on: On,
+    resume: bool,
+    stops: Option<(usize, u64)>,
+) -> Result<Ran, Vec<Diag>> {
     let cut = plans[0].states.iter().any(|state| state.placement.as_ref().is_some_and(|p| !p.cuts.is_empty()));
     let cuts = program.mesh.tensor > 1
         || (program.mesh.data > 1 && program.stage.roles.iter().any(|role| role.zero_stage > 0));

@@ -150,7 +150,7 @@ const KEYS: &[Foreign] = &[
     f("activation_offloading",           HF,      "`compile: {offload_activations: true}`"),
     f("actor_gradient_checkpointing",    DSC,     "`compile: {gradient_checkpointing: true}`"),
     f("critic_gradient_checkpointing",   DSC,     "`compile: {gradient_checkpointing: true}`"),
-    f("activation_memory_budget",        "PyTorch's name", "`compile: {max_memory: ...}`, in bytes of all memory: `2GiB`"),
+    f("activation_memory_budget",        "PyTorch's name", "`compile: {memory: ...}`, in bytes of all memory: `2GiB`"),
     f("n_gpus_per_node",                 VERL,    "`compile: {devices: ...}`"),
     // Algorithms
     f("rl",                              AXOLOTL, "`recipe` of an entry of `stages`"),

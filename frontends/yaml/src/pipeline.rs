@@ -264,11 +264,11 @@ pub const COMPILE: Table = Table {
             "gradient_checkpointing",
             Form::Choice(&["true", "false", "auto"]),
             "`true` keeps the least of every layer and recomputes the rest for its gradient, `false` recomputes nothing, \
-             `auto`, unless given, what `max_memory` asks for",
+             `auto`, unless given, what `memory` asks for",
         ),
         key("offload_activations", Form::Bool, "keep what layers keep for their gradients in the host's memory"),
         key(
-            "max_memory",
+            "memory",
             Form::Literal,
             "most memory of a stage, such as `2GiB`: as much is recomputed as that takes, and no more",
         ),

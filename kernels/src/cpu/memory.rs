@@ -7,12 +7,10 @@ use dsgc_ir::{Arena, Buffer, DType, Data, Region, Tensor};
 use memmap2::MmapMut;
 
 use super::narrow;
+use crate::poison;
 
 /// A cache line: the alignment of every buffer.
 pub(super) const ALIGNMENT: usize = 64;
-
-/// Bytes that are a signalling pattern of NaN as floats and no index as integers.
-const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
 
 /// A part of the arena: zeros that the system need not provide before they are written to.
 pub(super) struct Zeros {
@@ -85,10 +83,7 @@ impl Memory {
     pub(super) fn poison(&mut self, buffer: Buffer) {
         let at: Ptr<u8> = self.at(buffer);
         // SAFETY: `at` checked that the buffer lies in the arena.
-        let bytes = unsafe { at.slice_mut(0, buffer.bytes) };
-        for (byte, poison) in bytes.iter_mut().zip(POISON.iter().cycle()) {
-            *byte = *poison;
-        }
+        poison(unsafe { at.slice_mut(0, buffer.bytes) });
     }
 
     /// Fills the workspace with poison, but for so many bytes at its end.

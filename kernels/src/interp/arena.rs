@@ -5,10 +5,7 @@ use half::{bf16, f16};
 
 use super::Precision;
 use super::real::Real;
-use crate::between;
-
-/// The poison: as floats of either width NaN, as an integer -336_211, which is no index, as a truth value neither.
-const POISON: [u8; 4] = 0xFFFA_DEAD_u32.to_le_bytes();
+use crate::{between, poison};
 
 /// Memory as the plan lays it out. In f64 mode every offset and size is multiplied so that floats which became doubles
 /// have the same neighbours: by the most that one grows, a weight in 4 bits. Elements of other types leave the rest of their
@@ -72,8 +69,8 @@ impl Memory {
         let width = shape.last().copied().unwrap_or(1);
         let at = self.range(buffer, self.bytes(dtype, n, width))?;
         let bytes = &self.regions[buffer.region as usize][at];
-        let halves = || bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-        let words = || bytes.chunks_exact(4).map(|b| [b[0], b[1], b[2], b[3]]);
+        let halves = || bytes.as_chunks().0.iter().map(|b| u16::from_le_bytes(*b));
+        let words = || bytes.as_chunks().0.iter().copied();
         let data = match (dtype, self.precision) {
             (DType::F32, Precision::F32) => Data::F32(words().map(f32::from_le_bytes).collect()),
             (DType::Bf16, Precision::F32) => Data::F32(halves().map(|b| bf16::from_bits(b).to_f32()).collect()),
@@ -84,8 +81,7 @@ impl Memory {
                 Data::F32(numbers)
             }
             (DType::F32 | DType::Bf16 | DType::F16 | DType::Quantized(_), Precision::F64) => {
-                let doubles = bytes.chunks_exact(8).map(|b| [b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
-                Data::F64(doubles.map(f64::from_le_bytes).collect())
+                Data::F64(bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect())
             }
             (DType::I32, _) => Data::I32(words().map(i32::from_le_bytes).collect()),
             (DType::Bool, _) => {
@@ -105,17 +101,17 @@ impl Memory {
     /// Puts a tensor of a declared type into a buffer; its floats have the width of the arena.
     pub(super) fn write(&mut self, buffer: Buffer, dtype: DType, tensor: &Tensor) -> Result<(), String> {
         let bytes: Vec<u8> = match &tensor.data {
-            Data::F32(v) if dtype == DType::Bf16 => v.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
-            Data::F32(v) if dtype == DType::F16 => v.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
+            Data::F32(v) if dtype == DType::Bf16 => flat(v, |x| bf16::from_f32(x).to_le_bytes()),
+            Data::F32(v) if dtype == DType::F16 => flat(v, |x| f16::from_f32(x).to_le_bytes()),
             Data::F32(v) if let DType::Quantized(quantized) = dtype => {
                 let width = tensor.shape.last().copied().unwrap_or(1);
                 let mut bytes = vec![0; self.bytes(dtype, v.len(), width)];
                 quantized.pack(v, width, &mut bytes);
                 bytes
             }
-            Data::F32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            Data::F64(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            Data::I32(v) => v.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Data::F32(v) => flat(v, f32::to_le_bytes),
+            Data::F64(v) => flat(v, f64::to_le_bytes),
+            Data::I32(v) => flat(v, i32::to_le_bytes),
             Data::Bool(v) => v.iter().map(|&x| u8::from(x)).collect(),
             Data::Key(v) => v.iter().flatten().flat_map(|x| x.to_le_bytes()).collect(),
         };
@@ -132,10 +128,8 @@ impl Memory {
     }
 }
 
-fn poison(bytes: &mut [u8]) {
-    for (i, byte) in bytes.iter_mut().enumerate() {
-        *byte = POISON[i % 4];
-    }
+fn flat<T: Copy, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    values.iter().map(|&x| bytes(x)).collect::<Vec<_>>().into_flattened()
 }
 
 /// Whether two buffers have bytes in common.

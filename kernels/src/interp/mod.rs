@@ -294,8 +294,7 @@ fn run_planned<F: Real>(
             }
         }
         live.extend(op.results());
-        let (stay, die): (Vec<Value>, Vec<Value>) = live.into_iter().partition(|v| last[v.0 as usize] > id.0);
-        live = stay;
+        let die: Vec<Value> = live.extract_if(.., |v| last[v.0 as usize] <= id.0).collect();
         for dead in die.into_iter().map(buffer) {
             // A value in place of a dead one, or a view of it, still needs the bytes. States are never dead.
             let needed = |b: Buffer| live.iter().map(|&v| buffer(v)).chain(kept.iter().copied()).any(|l| overlap(l, b));

@@ -13,7 +13,9 @@ pub(crate) fn strides(shape: &[usize]) -> Vec<usize> {
 pub(crate) fn offsets(shape: &[usize], strides: &[usize]) -> Vec<usize> {
     let mut all = vec![0];
     for (&extent, &stride) in shape.iter().zip(strides) {
-        all = all.iter().flat_map(|base| (0..extent).map(move |i| base + i * stride)).collect();
+        let mut inner = Vec::with_capacity(all.len() * extent);
+        all.iter().for_each(|base| inner.extend((0..extent).map(|i| base + i * stride)));
+        all = inner;
     }
     all
 }

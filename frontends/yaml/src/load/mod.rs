@@ -309,11 +309,11 @@ fn compile(documents: &mut Documents<'_>, pipeline: &Pipeline) -> (Device, HostS
                 (memory.gradient_checkpointing, memory.keep_all) = (word == "true", word == "false");
             }
             ("offload_activations", Constant::Bool(on)) => memory.offload_activations = *on,
-            ("max_memory", Constant::None) => memory.max = None,
-            ("max_memory", given) => match settings::bytes(given) {
+            ("memory", Constant::None) => memory.max = None,
+            ("memory", given) => match settings::bytes(given) {
                 Some(bytes) => (memory.max, memory.span) = (Some(bytes), value.span),
                 None => {
-                    let diag = Diag::error(format!("found {} as `max_memory`, expected a size", shown(given)));
+                    let diag = Diag::error(format!("found {} as `memory`, expected a size", shown(given)));
                     documents.error(diag.label(value.span, "").help("write a number and its unit, such as `2GiB`"));
                 }
             },
