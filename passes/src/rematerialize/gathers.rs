@@ -24,9 +24,8 @@ pub(super) fn gathers(graph: &Graph, program: &Program) -> Vec<Gather> {
         return Vec::new();
     }
     let bounds = graph.upper_bounds();
-    let (forward, again): (Vec<(StateId, OpId)>, Vec<(StateId, OpId)>) =
-        all(graph).partition(|(_, id)| graph.op(*id).site.phase == Phase::Forward);
-    let again: BTreeMap<StateId, OpId> = again.into_iter().collect();
+    let is_forward = |id: OpId| graph.op(id).site.phase == Phase::Forward;
+    let again: BTreeMap<StateId, OpId> = all(graph).filter(|&(_, id)| !is_forward(id)).collect();
     let one = |(state, id): (StateId, OpId)| {
         let op = graph.op(id);
         let twice = again.get(&state).is_some_and(|&other| graph.op(other).op == op.op);
@@ -35,7 +34,7 @@ pub(super) fn gathers(graph: &Graph, program: &Program) -> Vec<Gather> {
         let time = time_of_sending(sending(&op.op, &args, &results, &bounds, &program.mesh).ok()?);
         Some(Gather { state, bytes, time })
     };
-    forward.into_iter().filter_map(one).collect()
+    all(graph).filter(|&(_, id)| is_forward(id)).filter_map(one).collect()
 }
 
 /// The gathers of states by what they gather.
