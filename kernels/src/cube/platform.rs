@@ -29,8 +29,9 @@ pub struct Description {
 }
 
 /// Puts a planned program into a platform's best device, as a rank; of several CUDA devices, ranks take one each in turn. A
-/// rank that is a process by itself is the so manieth of its machine. All ranks do this together. An error where this binary was built without the platform or this
-/// machine has no such device.
+/// rank that is a process by itself is the so manieth of its machine. All ranks do this together. An error where this binary
+/// was built without the platform or this machine has no such device.
+#[cfg_attr(not(feature = "cuda"), allow(unused_variables))] // Only of CUDA's are there several.
 pub fn open(platform: Platform, program: Planned, member: Member, at: Option<usize>) -> Result<Box<dyn Device>, Diag> {
     present(platform)?;
     match platform {
