@@ -76,7 +76,7 @@ fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies
     };
     let mut chosen = made(&choice);
     if let Some(limit) = limit(program, context.target).filter(|_| !program.stage.memory.keep_all) {
-        let fits = |graph: &Graph| arena(graph, program, context.target) <= limit;
+        let fits = |graph: &Graph| arenas(graph, program, context.target).all(|bytes| bytes <= limit);
         choice.again.fill(false);
         chosen = made(&choice);
         if !fits(&chosen) {
@@ -134,37 +134,42 @@ impl Choice {
     }
 }
 
-/// Bytes of memory that this graph takes after the passes that follow, of the place along `pipeline` that needs most: what they
-/// choose is the same at all places, which have pieces of one graph.
+/// Bytes of memory that this graph takes after the passes that follow, at the place along `pipeline` that needs most.
 pub(crate) fn arena(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
-    if program.mesh.pipeline == 1 {
-        return arena_of(graph, program, target);
-    }
+    arenas(graph, program, target).max().unwrap_or(0)
+}
+
+/// The same at each place. What passes choose is the same at all of them, which have pieces of one graph.
+fn arenas(graph: &Graph, program: &Program, target: &dyn Target) -> impl Iterator<Item = usize> {
     let mut whole = program.clone();
     let same = whole.graphs.iter_mut().find(|same| same.name == graph.name).expect("it is a graph of the program");
     *same = without_dead_ops(graph, program);
-    let of_place = |place: usize| {
+    let name = graph.name.clone();
+    (0..program.mesh.pipeline).map(move |place| {
         let split = split_stages::run(Program { place, ..whole.clone() }, &PassContext::new(target));
         // The fewer values lie between pieces, the sooner there is room.
         let Ok(split) = split else { return usize::MAX };
-        let pieces = split.stage.pieces.get(&graph.name).into_iter().flatten().map(|piece| &piece.graph);
-        let own: Vec<&Graph> = pieces.chain([&graph.name]).filter_map(|name| split.graph(name)).collect();
-        most_held(&split) + own.iter().map(|piece| arena_of(piece, &split, target)).max().unwrap_or(0)
-    };
-    (0..program.mesh.pipeline).map(of_place).max().unwrap_or(0)
+        let pieces = split.stage.pieces.get(&name).into_iter().flatten().map(|piece| &piece.graph);
+        let own: Vec<&Graph> = pieces.chain([&name]).filter_map(|name| split.graph(name)).collect();
+        most_held(&split) + arena_of(&own, &split, target)
+    })
 }
 
-/// Bytes of the arena that this graph takes after fusion and what follows it. Its workspace is that of the graph that needs
-/// most.
-fn arena_of(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
+/// Bytes of the arena that the one of these graphs takes that needs most, after fusion and what follows it. Its workspace is that
+/// of the graph of the program that needs most.
+fn arena_of(graphs: &[&Graph], program: &Program, target: &dyn Target) -> usize {
     let quiet = PassContext::new(target);
     let fused = |graph: &Graph| fused(&merge(&without_dead_ops(graph, program), program, &quiet), program, &quiet);
-    let others = program.graphs.iter().filter(|g| g.name != graph.name);
-    let scratch = others.map(|g| scratch_bytes(&fused(g), target)).max().unwrap_or(0);
-    let graph = offload(&fused(graph), program, &quiet);
-    let graph = order(&graph, program, target).map_or(graph, |better| better.graph);
-    let scratch = scratch.max(scratch_bytes(&graph, target));
-    persistent_bytes(program, target) + scratch + planned_bytes(&graph, program, target)
+    let others = program.graphs.iter().filter(|other| graphs.iter().all(|graph| graph.name != other.name));
+    let mut scratch = others.map(|other| scratch_bytes(&fused(other), target)).max().unwrap_or(0);
+    let mut values = 0;
+    for graph in graphs {
+        let graph = offload(&fused(graph), program, &quiet);
+        let graph = order(&graph, program, target).map_or(graph, |better| better.graph);
+        scratch = scratch.max(scratch_bytes(&graph, target));
+        values = values.max(planned_bytes(&graph, program, target));
+    }
+    persistent_bytes(program, target) + scratch + values
 }
 
 /// All steps from a choice to what keeps least, those that save most bytes for their time first. Of equal ones the first
