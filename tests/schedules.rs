@@ -10,28 +10,21 @@ use dsgc_ir::stage::Piece;
 mod on_ranks;
 #[allow(dead_code)] // Other tests use the rest.
 mod stages;
+#[path = "common/tiny.rs"]
+#[allow(dead_code)] // Other tests use the rest.
+mod tiny;
 
 use on_ranks::{On, laid_out, planned};
+use tiny::Tiny;
 
-const SFT: &str = "
-dsgc: 1
-models:
-  opt: {model: opt, tokenizer: TOKENIZER, config: {hidden: 16, layers: 4, heads: 2, ffn: 32, max_positions: 32}}
-  llama:
-    model: llama
-    tokenizer: TOKENIZER
-    config: {hidden: 16, layers: 4, heads: 4, kv_heads: 2, ffn: 32, max_positions: 32}
-data:
-  texts: {path: rows.jsonl, fields: {text: prompt}}
-stages:
-  sft: {model: opt, data: texts, batch_size: 8, micro_batch_size: 1, max_length: 24, max_steps: 5, learning_rate: 1e-2}
-";
 const PLACES: usize = 2;
 
-/// The pieces of the gradients of a stage that is laid out so.
-fn pieces(order: PipelineOrder, mesh: Mesh, zero_stage: u8, sets: &[&str]) -> Vec<Piece> {
+/// The pieces of the gradients of a tiny model's SFT that is laid out so.
+fn pieces(model: &'static str, order: PipelineOrder, mesh: Mesh, zero_stage: u8, sets: &[&str]) -> Vec<Piece> {
     let folder = tempfile::tempdir().expect("a folder can be made");
-    let program = stages::program(folder.path(), SFT, &["{\"prompt\": \"A question?\"}".to_string()], sets);
+    tiny::write_tokenizer(folder.path());
+    let tiny = Tiny { model, stage: "sft", layers: 4 };
+    let program = stages::program(folder.path(), &tiny.pipeline("1e-2"), &tiny::rows(), sets);
     let mut program = laid_out(&program, mesh, zero_stage);
     program.stage.parallel.order = order;
     program.stage.parallel.virtual_stages = chunks(order);
@@ -53,11 +46,9 @@ fn length(order: PipelineOrder, parts: usize) -> usize {
 }
 
 fn keeps_to_its_schedule(mesh: Mesh, zero_stage: u8, sets: &[&str]) {
-    for (model, order) in ["opt", "llama"].iter().flat_map(|m| PipelineOrder::ALL.map(|order| (m, order))) {
+    for (model, order) in ["opt", "llama"].into_iter().flat_map(|m| PipelineOrder::ALL.map(|order| (m, order))) {
         let what = format!("{model} {} {mesh}, zero_stage {zero_stage}, {sets:?}", order.name());
-        let sets: Vec<String> =
-            [format!("stages.sft.model={model}")].into_iter().chain(sets.iter().map(|s| s.to_string())).collect();
-        let pieces = pieces(order, mesh, zero_stage, &sets.iter().map(String::as_str).collect::<Vec<_>>());
+        let pieces = pieces(model, order, mesh, zero_stage, sets);
         for place in 0..PLACES {
             let of = |work| pieces.iter().filter(|piece| piece.place == place && piece.work == work).count();
             let weight = usize::from(order.splits_backward());
