@@ -17,6 +17,9 @@ mod attention;
 mod merged;
 mod operands;
 mod region;
+mod training;
+
+pub use training::random_training;
 
 /// Elements of the largest value: enough for every structure, small enough for thousands of graphs a second.
 const MOST_ELEMENTS: i64 = 512;
@@ -107,7 +110,7 @@ pub fn random_model(seed: u64, size: usize) -> Program {
 /// Up to three graphs, of whose ops one in `products` is a product with a parameter; none if that is 0.
 fn draw_graphs(rng: &mut Rng, program: &mut Program, size: usize, products: usize) {
     for i in 0..rng.between(1, 3) {
-        let graph = Draw::new(rng, program, &format!("g{i}")).graph(size, products);
+        let graph = Draw::new(rng, program, &format!("g{i}"), 1).graph(size, products);
         program.graphs.push(graph);
     }
 }
@@ -158,12 +161,15 @@ struct Draw<'a> {
     graph: Graph,
     /// All combinations of values of the dims.
     bindings: Vec<Bindings>,
+    /// Values that no further op takes.
+    hidden: Vec<Value>,
 }
 
 impl<'a> Draw<'a> {
-    fn new(rng: &'a mut Rng, program: &'a Program, name: &str) -> Draw<'a> {
+    /// A graph without ops, which takes at least so many rows.
+    fn new(rng: &'a mut Rng, program: &'a Program, name: &str, least_rows: i64) -> Draw<'a> {
         let mut graph = Graph::new(name);
-        for (symbol, min, max) in [("B", 1, 3), ("T", 2, 5), ("N", 3, 3)] {
+        for (symbol, min, max) in [("B", least_rows, 3), ("T", 2, 5), ("N", 3, 3)] {
             graph.dims.push(DimRange { symbol: symbol.into(), min, max });
         }
         graph.batch = Some(Symbol::from("B"));
@@ -173,10 +179,11 @@ impl<'a> Draw<'a> {
                 |b: &Bindings, n| b.iter().map(|(s, v)| (s.clone(), *v)).chain([(d.symbol.clone(), n)]).collect();
             bindings = bindings.iter().flat_map(|b| (d.min..=d.max).map(move |n| with(b, n))).collect();
         }
-        Draw { rng, program, graph, bindings }
+        Draw { rng, program, graph, bindings, hidden: Vec::new() }
     }
 
-    fn graph(mut self, size: usize, products: usize) -> Graph {
+    /// Inputs of every element type.
+    fn inputs(&mut self) {
         let [b, t, n] = ["B", "T", "N"].map(Dim::symbol);
         // The first input shows all dims.
         let mut input = |name: &str, dtype, dims: &[&Dim]| {
@@ -188,6 +195,10 @@ impl<'a> Draw<'a> {
         input("trained", DType::Bool, &[&b, &t]);
         input("row", DType::F32, &[&n]);
         input("key", DType::Key, &[]);
+    }
+
+    fn graph(mut self, size: usize, products: usize) -> Graph {
+        self.inputs();
         // One rank has nobody to send anything to.
         let rows: Vec<&Row> = ROWS.iter().filter(|row| !is_of_layout(row)).collect();
         let mut row = self.rng.choose(&rows).name;
@@ -297,7 +308,9 @@ impl<'a> Draw<'a> {
                 self.push(Op::Stop {}, &[x]);
             }
             "dropout" => {
-                let x = self.any(DType::F32);
+                // What is left out depends on the row.
+                let rows = Dim::symbol("B");
+                let x = self.find(|ty| ty.dtype == DType::F32 && ty.dims.first() == Some(&rows)).expect("`x` has rows");
                 let stream = self.rng.bits();
                 self.push(Op::Dropout { p: 0.5, role: "model".into(), stream }, &[x]);
             }
@@ -464,7 +477,10 @@ impl<'a> Draw<'a> {
                 let x = Type::new(DType::F32, [&lead[..], &rest[..]].concat());
                 if self.fits(&x) {
                     let positions = Type::new(DType::I32, lead.to_vec());
-                    let args = [x, positions, Type::new(DType::F32, [half])].map(|ty| self.value_of(&ty));
+                    let [x, positions, frequencies] =
+                        [x, positions, Type::new(DType::F32, [half])].map(|ty| self.value_of(&ty));
+                    // Settings, which have no gradient.
+                    let args = [x, positions, self.must(Op::Stop {}, &[frequencies])];
                     let inverse = self.rng.once_in(2);
                     self.push(Op::Rope { inverse }, &args);
                 }

@@ -432,7 +432,7 @@ fn planned(program: &Program, graph: &Graph) -> Result<(), Fault> {
                             && graph.ty(other).dtype.bytes() == graph.ty(result).dtype.bytes()
                             && graph.ty(other).bytes(&bounds) == graph.ty(result).bytes(&bounds)
                             && in_place.iter().any(|&(res, arg)| res == r && shares(graph, op.args[arg], other))
-                            && may_be_overwritten(graph, op, other);
+                            && may_be_overwritten(graph, op, other, result);
                         if overlap(buffer(result), buffer(other)) && !may {
                             let (a, b) = (&names[result.0 as usize], &names[other.0 as usize]);
                             return fault(Some(id), format!("%{a} overwrites %{b}, which is still needed"));
@@ -466,13 +466,14 @@ fn shares(graph: &Graph, a: Value, b: Value) -> bool {
     root(graph, a) == root(graph, b)
 }
 
-/// Whether an op that works in place may do so over this operand. One that stands for several operands at once may be
+/// Whether an op that works in place may make this result over this operand. One that stands for several operands at once may be
 /// overwritten only where all operands of an element are read before its results are written. A result of a region that
-/// reduces may be as large as an operand that later rows read again; only one of the region's dims is read once.
-pub fn may_be_overwritten(graph: &Graph, op: &OpData, operand: Value) -> bool {
+/// reduces may be as large as an operand that later rows read again; only one of the region's dims is read once. And what is
+/// reduced, where that is one element of each row, is there before the operands of the elements are read.
+pub fn may_be_overwritten(graph: &Graph, op: &OpData, operand: Value, result: Value) -> bool {
     if let Op::Fused { shape, body } = &op.op
         && body.reduction().is_some()
-        && graph.ty(operand).len() != Dim::product(shape)
+        && (graph.ty(operand).len() != Dim::product(shape) || graph.ty(result).dims != *shape)
     {
         return false;
     }

@@ -394,7 +394,7 @@ impl Storages {
                                     && dies
                                     && graph.ty(arg).dtype.bytes() == graph.ty(result).dtype.bytes()
                                     && bytes(arg) == bytes(result)
-                                    && may_be_overwritten(graph, op, arg);
+                                    && may_be_overwritten(graph, op, arg, result);
                                 fits.then_some(home)
                             });
                             match dying {
@@ -509,7 +509,7 @@ fn written_in_place(graph: &Graph, program: &Program, last: &[u32]) -> Vec<Optio
         let free = reads.get(&state).into_iter().flatten().all(|&old| {
             let works_in_place = in_place.iter().any(|&(res, arg)| res == result && root(graph, op.args[arg]) == old);
             let until = OpId(last[old.0 as usize]);
-            let may = works_in_place && may_be_overwritten(graph, op, old);
+            let may = works_in_place && may_be_overwritten(graph, op, old, made);
             until < def || (until == def && may && uses(op.args.as_slice(), graph, old) == 1)
         });
         if free {

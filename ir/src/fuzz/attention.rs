@@ -41,6 +41,8 @@ impl Draw<'_> {
         let (window, slopes) = (self.rng.below(3), self.slopes(heads * group));
         args.extend(slopes);
         let forward = self.push(Op::Attention { causal, scale, window }, &args);
+        // The logarithm of its divisor is there for the gradient, and has none itself.
+        self.hidden.extend(forward.get(1));
         if grad && !forward.is_empty() {
             args.truncate(4);
             args.extend(forward);
@@ -50,8 +52,11 @@ impl Draw<'_> {
         }
     }
 
-    /// Slopes of so many heads, or nothing.
+    /// Slopes of so many heads, or nothing. They are settings, which have no gradient.
     pub(super) fn slopes(&mut self, heads: i64) -> Option<Value> {
-        self.rng.once_in(2).then(|| self.value_of(&Type::new(DType::F32, [Dim::from(heads)])))
+        self.rng.once_in(2).then(|| {
+            let slopes = self.value_of(&Type::new(DType::F32, [Dim::from(heads)]));
+            self.must(Op::Stop {}, &[slopes])
+        })
     }
 }

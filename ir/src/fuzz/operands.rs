@@ -9,16 +9,15 @@ use crate::types::{DType, Type};
 impl Draw<'_> {
     /// A value of any type; mostly a late one, so that ops meet.
     pub(super) fn value(&mut self) -> Value {
-        let n = self.graph.values().len();
-        let among = self.rng.choose(&[n, n.min(6), 1]);
-        Value((n - 1 - self.rng.below(among)) as u32)
+        self.find(|_| true).expect("there are inputs")
     }
 
     /// A value for which something holds, if there is one.
     pub(super) fn find(&mut self, holds: impl Fn(&Type) -> bool) -> Option<Value> {
-        let all: Vec<Value> = self.graph.values().filter(|&v| holds(self.graph.ty(v))).collect();
+        let all: Vec<Value> =
+            self.graph.values().filter(|v| holds(self.graph.ty(*v)) && !self.hidden.contains(v)).collect();
         (!all.is_empty()).then(|| {
-            let among = self.rng.choose(&[all.len(), all.len().min(4), 1]);
+            let among = self.rng.choose(&[all.len(), all.len().min(6), 1]);
             all[all.len() - 1 - self.rng.below(among)]
         })
     }
