@@ -6,7 +6,8 @@
 //! %z = relu %y
 //! ```
 //!
-//! A region has one shape, one phase and one layer, so equal layers stay equal. Broadcasts disappear into it: an
+//! A region has one shape and one layer, so equal layers stay equal, and is part of the forward pass, of the backward pass or of
+//! the update. Broadcasts disappear into it: an
 //! operand that is stretched is read as it is, a stretched constant becomes a step. Values that are used inside only
 //! have no memory any more; others are results.
 //!
@@ -23,7 +24,7 @@
 //! ```
 //!
 //! A reduction over the first dims or over all, as that of a bias' gradient, is a region's end: nothing in it takes the
-//! result. A region has one reduction. Of two in a row, what takes the first one's value goes to the second one if that moves
+//! result. It goes behind the op that makes its operand, before others take that. A region has one reduction. Of two in a row, what takes the first one's value goes to the second one if that moves
 //! no more bytes: a softmax is its largest element and the rest, and stores no `exp`. A region that finishes a product
 //! (below) has none, because a product that is neither written nor read saves more.
 //!
@@ -40,13 +41,15 @@
 mod products;
 mod regions;
 
+use std::collections::BTreeMap;
+
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Graph, Op, OpId, Program, Target, Value};
+use dsgc_ir::{Graph, Op, OpData, OpId, Program, Target, Value};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::rebuild::{Rebuild, without_dead_ops};
 pub(crate) use regions::is_step;
-use regions::{Regions, has_reductions, stretches};
+use regions::{Regions, ends_region, has_reductions, stretches};
 
 /// The pass.
 pub const PASS: Pass = Pass { name: "fuse", requires: &[Fact::Typed], provides: &[], numerics: Numerics::Exact, run };
@@ -67,7 +70,26 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
 pub(crate) fn fused(graph: &Graph, program: &Program, context: &PassContext) -> Graph {
     // Every value of a region has a use; operands that regions take without a broadcast leave it dead.
     let alive = |graph: &Graph| without_dead_ops(graph, program);
-    products::finish(&alive(&fuse(&alive(graph), program, context.target)), program, context)
+    products::finish(&alive(&fuse(&sums_early(&alive(graph), program), program, context.target)), program, context)
+}
+
+/// The graph where every reduction with which a region may end stands behind the elementwise op that makes its operand.
+fn sums_early(graph: &Graph, program: &Program) -> Graph {
+    let mut behind: BTreeMap<OpId, Vec<&OpData>> = BTreeMap::new();
+    for (_, op) in graph.ops().filter(|(_, op)| ends_region(graph, op)) {
+        if let Some(def) = graph.def(op.args[0]).filter(|&def| is_step(graph, graph.op(def))) {
+            behind.entry(def).or_default().push(op);
+        }
+    }
+    let mut rebuild = Rebuild::same(graph);
+    for (id, op) in graph.ops() {
+        let is_made = op.results().next().is_some_and(|result| rebuild.find(result).is_some());
+        if !is_made {
+            rebuild.copy(op, program);
+        }
+        behind.get(&id).into_iter().flatten().for_each(|sum| rebuild.copy(sum, program));
+    }
+    rebuild.finish()
 }
 
 /// The graph with its elementwise ops and reductions joined.

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use dsgc_ir::body::can_be_step;
 use dsgc_ir::verify::{last_uses, root};
 use dsgc_ir::{
-    Along, Bindings, Body, Builder, Class, DType, Dim, Graph, Loc, Op, OpData, OpId, Reason, Site, StateId, Step,
-    Target, Type, Value,
+    Along, Bindings, Body, Builder, Class, DType, Dim, Graph, Loc, Op, OpData, OpId, Phase, Reason, Site, StateId,
+    Step, Target, Type, Value,
 };
 
 use crate::canonicalize::constant;
@@ -206,7 +206,7 @@ impl<'a> Regions<'a> {
     /// Whether an op may become part of the region of an earlier one, whose elements have these dims.
     fn may_follow(&self, id: OpId, earlier: OpId, shape: &[Dim]) -> bool {
         let (op, site) = (self.graph.op(id), &self.graph.op(earlier).site);
-        is_step(self.graph, op) && self.shape(id) == shape && op.site.phase == site.phase && op.site.tag == site.tag
+        is_step(self.graph, op) && self.shape(id) == shape && in_one_pass(&op.site, site) && op.site.tag == site.tag
     }
 
     /// Bytes that a region reads and writes.
@@ -305,7 +305,7 @@ impl<'a> Regions<'a> {
     fn may_join(&self, older: usize, own: usize, at: OpId) -> bool {
         let members = &self.members[older];
         let (first, next) = (self.graph.op(members[0]), self.graph.op(at));
-        if first.site.phase != next.site.phase || first.site.tag != next.site.tag {
+        if !in_one_pass(&first.site, &next.site) || first.site.tag != next.site.tag {
             return false;
         }
         let mut both = [&members[..], &self.members[own][..]].concat();
@@ -526,7 +526,10 @@ impl<'a> Regions<'a> {
         let reason = if members.len() > 1 { Reason::Fused } else { last.site.loc.reason };
         let loc =
             Loc { reason: if last.site.loc.span.is_some() { reason } else { Reason::default() }, ..last.site.loc };
-        let site = Site { loc, ..last.site.clone() };
+        // Gradients of inputs are what others wait for.
+        let of_input = members.iter().any(|&m| self.graph.op(m).site.phase == Phase::BackwardInput);
+        let phase = if of_input { Phase::BackwardInput } else { last.site.phase };
+        let site = Site { loc, phase, ..last.site.clone() };
         let view = |rebuild: &mut Rebuild, value: Value, shape: Vec<Dim>| {
             Builder::new(&mut rebuild.new, site.clone()).one(Op::Reshape { shape }, &[value])
         };
@@ -572,6 +575,18 @@ fn joins(graph: &Graph, op: &OpData) -> bool {
         None => false,
     };
     along && extent(true) != Some(1) && can_be_step(&op.op, std::slice::from_ref(arg))
+}
+
+/// Whether an op is a reduction with which a region may end.
+pub(super) fn ends_region(graph: &Graph, op: &OpData) -> bool {
+    let along = || Along::of(reduced_axes(&op.op)?, graph.ty(op.args[0]).rank());
+    reduces(op) && joins(graph, op) && along() != Some(Along::Rows)
+}
+
+/// Whether ops are both of the forward pass, both of the backward pass, or both of the update.
+fn in_one_pass(a: &Site, b: &Site) -> bool {
+    let is_backward = |site: &Site| matches!(site.phase, Phase::BackwardInput | Phase::BackwardWeight);
+    a.phase == b.phase || (is_backward(a) && is_backward(b))
 }
 
 /// Whether an op is a reduction that may be in a region.
