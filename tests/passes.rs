@@ -43,10 +43,10 @@ fn every_pass_has_filetests() {
 #[test]
 fn exact_passes_keep_every_bit_of_random_programs() {
     let others = PIPELINE.iter().filter(|p| p.numerics != Numerics::Exact).map(|p| p.name);
-    let tested = ["adapt", "share_prefix", "precision", "quantize", "partition", "split_stages"];
+    let tested = ["adapt", "share_prefix", "share_rows", "precision", "quantize", "partition", "split_stages"];
     assert!(
         others.eq(tested),
-        "a pass that is not exact needs a test of its own, as tests/adapt, tests/precision, tests/shared_prefix.rs, tests/ranks.rs and tests/pipeline.rs"
+        "a pass that is not exact needs a test of its own, as tests/adapt, tests/precision, tests/shared_prefix.rs, tests/shared_rows.rs, tests/ranks.rs and tests/pipeline.rs"
     );
     for seed in 0..200 {
         let mut program = random_program(seed, 10 + seed as usize % 30);

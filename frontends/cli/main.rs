@@ -21,7 +21,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use commands::{bench, chat, check, compile, doctor, generate, launch, library, opt, run, score};
+use commands::{bench, chat, check, compile, doctor, generate, launch, library, merge, opt, run, score};
 use dsgc_runtime::mpi;
 
 /// A compiler for training pipelines: YAML graphs to planned programs.
@@ -46,6 +46,8 @@ enum Command {
     Generate(generate::Args),
     /// Talk with a model.
     Chat(chat::Args),
+    /// Make one model of an adapter and its base.
+    Merge(merge::Args),
     /// Run passes on a program in text form.
     Opt(opt::Args),
     /// Look into the standard library.
@@ -87,6 +89,7 @@ fn main() -> ExitCode {
         Command::Score(args) => score::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Merge(args) => merge::run(&args),
         Command::Opt(args) => opt::run(&args),
         Command::Std(args) => library::run(&args),
         Command::Doctor(args) => doctor::run(&args),

@@ -420,6 +420,9 @@ pub enum Packing {
     Texts,
     /// Texts one after the other, cut into rows of `max_length` tokens.
     Blocks,
+    /// Texts of a batch, as many as a row of its longest text's length takes. `batch_size` counts texts. Asked for where a
+    /// recipe allows it; the pass `share_rows` takes it back where it would change numbers.
+    Batch,
 }
 
 impl Packing {
@@ -485,6 +488,9 @@ pub struct Lora {
     pub targets: Targets,
     /// What a stage writes at its end.
     pub save: LoraSave,
+    /// Whether the model's folder is an adapter whose factors are trained further, in place of new ones.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub continues: bool,
     /// Where the user asks for it.
     pub span: Span,
     /// What has become of it; filled in by the pass `adapt`.

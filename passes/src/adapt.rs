@@ -65,6 +65,8 @@ fn share(mut program: Program, context: &PassContext) -> Program {
             let alike = original.is_none_or(|of| (of.precision, of.weights) == (role.precision, role.weights));
             for (id, name) in program.params_of(&role.name).filter(|_| alike) {
                 let original = program.state_named(&format!("{of}/{name}"));
+                // Factors that are not zero at first are merged into the copy.
+                let differs = continued(&program, of).iter().any(|module| name.strip_suffix(".weight") == Some(module));
                 let fits = |original: &StateId| {
                     program.state(*original).ty == program.state(id).ty
                         && !changes[id.0 as usize]
@@ -72,7 +74,7 @@ fn share(mut program: Program, context: &PassContext) -> Program {
                         // Snapshots of one another: the runtime says what is wrong with them.
                         && root(&place, *original) != id
                 };
-                if let Some(original) = original.filter(fits) {
+                if let Some(original) = original.filter(fits).filter(|_| !differs) {
                     place[id.0 as usize] = original;
                     names.push(name.to_string());
                 }
@@ -88,6 +90,13 @@ fn share(mut program: Program, context: &PassContext) -> Program {
         role.shared = names;
     }
     without_states(program, &place)
+}
+
+/// The layers of a role whose factors are those of an adapter.
+fn continued<'p>(program: &'p Program, role: &str) -> &'p [String] {
+    let training = program.stage.trainings.iter().find(|training| training.role == role);
+    let lora = training.and_then(|training| training.lora.as_ref()).filter(|lora| lora.continues);
+    lora.and_then(|lora| lora.adapter.as_ref()).map_or(&[], |adapter| &adapter.modules)
 }
 
 /// Per state, whether a graph or an optimizer writes more to it than first values.

@@ -26,6 +26,7 @@ mod rebuild;
 pub mod rematerialize;
 pub mod reshard;
 pub mod share_prefix;
+pub mod share_rows;
 pub mod simplify;
 pub mod split_stages;
 

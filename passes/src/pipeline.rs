@@ -9,8 +9,8 @@ use dsgc_ir::{Level, Planned, Program, Target};
 
 use crate::{
     adapt, autodiff, canonicalize, copies, decode, fit, fuse, infer, join_updates, merge, offload, offload_activations,
-    order, partition, plan_memory, precision, prefetch, quantize, rematerialize, reshard, share_prefix, simplify,
-    split_stages,
+    order, partition, plan_memory, precision, prefetch, quantize, rematerialize, reshard, share_prefix, share_rows,
+    simplify, split_stages,
 };
 
 /// What a program satisfies at a point of the pipeline.
@@ -108,6 +108,7 @@ pub const PIPELINE: &[Pass] = &[
     adapt::PASS,
     canonicalize::PASS,
     share_prefix::PASS,
+    share_rows::PASS,
     decode::PASS,
     // Before gradients: what is cut away here has none.
     simplify::PASS,

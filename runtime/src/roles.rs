@@ -26,7 +26,7 @@ pub(crate) fn load(program: &Program, rank: &mut Rank, observer: Observer) -> Re
     let order = in_order(&stage.roles).map_err(|e| vec![e])?;
     for role in order {
         let loaded = load_role(program, rank, role).and_then(|new| {
-            begin_factors(program, rank, role).map_err(|e| vec![e])?;
+            begin_factors(program, rank, role)?;
             Ok(new)
         });
         match loaded {
@@ -69,11 +69,30 @@ fn load_role(program: &Program, rank: &mut Rank, role: &Role) -> Result<Vec<Stri
             return Err(vec![diag.help("run the whole pipeline, or that stage first with `--stage`")]);
         }
     };
-    load_folder(program, rank, role, Path::new(folder))
+    let folder = begins_at(&program.stage, role, folder).map_err(|e| vec![e])?;
+    load_folder(program, rank, role, &folder)
+}
+
+/// The folder that a role begins with: the model's, or where its adapter is trained further, that of the adapter.
+fn begins_at(stage: &Stage, role: &Role, folder: &str) -> Result<PathBuf, Diag> {
+    let Some((lora, _)) = lora_of(stage, &role.name).filter(|(lora, _)| lora.continues) else {
+        return Ok(folder.into());
+    };
+    let own = [PathBuf::from(folder), Path::new(folder).join("adapter")];
+    own.into_iter().find(|folder| folder.join(ADAPTER).is_file()).ok_or_else(|| {
+        Diag::error(format!(
+            "found no adapter in `{folder}` or `{folder}/adapter`, whose training `lora_continue` goes on with"
+        ))
+        .label(lora.span, "LoRA is asked for here")
+        .help("name the folder of an adapter, or a stage with `lora_save: adapter` or `both`")
+    })
 }
 
 /// What makes a folder that of a model, or of an adapter to one.
-const CONFIGS: [&str; 2] = ["config.json", "adapter_config.json"];
+const CONFIGS: [&str; 2] = ["config.json", ADAPTER];
+
+/// What makes a folder that of an adapter.
+const ADAPTER: &str = "adapter_config.json";
 
 /// Runs the graph that draws a role's parameters.
 fn init(program: &Program, rank: &mut Rank, role: &Role) -> Result<(), Diag> {
@@ -88,18 +107,54 @@ fn draw(program: &Program, rank: &mut Rank, graph: &str) -> Result<(), Diag> {
     rank.device.run(&graph.name, &inputs).map(drop)
 }
 
-/// Draws the low-rank factors of a role that has some. An adapter that is to be written must have a base that others
-/// can load.
-fn begin_factors(program: &Program, rank: &mut Rank, role: &Role) -> Result<(), Diag> {
+/// Draws the low-rank factors of a role that has some, or reads those of an adapter. An adapter that is to be written must
+/// have a base that others can load.
+fn begin_factors(program: &Program, rank: &mut Rank, role: &Role) -> Result<(), Vec<Diag>> {
     let Some((lora, adapter)) = lora_of(&program.stage, &role.name) else { return Ok(()) };
-    if let (Some(base), LoraSave::Adapter | LoraSave::Both) = (base_of(&program.stage, role), lora.save)
+    if lora.continues {
+        return read_factors(program, rank, role, lora, adapter);
+    }
+    let checked = base_is_loadable(&program.stage, role, lora).and_then(|()| draw(program, rank, &adapter.init));
+    checked.map_err(|e| vec![e])
+}
+
+/// Reads the factors of the adapter that a role begins with, and what was trained beside them.
+fn read_factors(
+    program: &Program,
+    rank: &mut Rank,
+    role: &Role,
+    lora: &Lora,
+    adapter: &Adapter,
+) -> Result<(), Vec<Diag>> {
+    let base = base_of(&program.stage, role).expect("the loader lets no adapter of random weights be trained further");
+    let folder = begins_at(&program.stage, role, base).and_then(Folder::open).map_err(|e| vec![e])?;
+    let found = folder.adapter().expect("`begins_at` looked");
+    let factors = adapter.modules.iter().flat_map(|module| Adapter::factors(module));
+    let own =
+        |name: &str| program.param(&role.name, name).unwrap_or_else(|| panic!("bug: there is no parameter `{name}`"));
+    let (ids, wanted): (Vec<StateId>, Vec<(String, Vec<usize>)>) = factors
+        .chain(adapter.whole.iter().cloned())
+        .map(|name| (own(&name), (name.clone(), program.state(own(&name)).whole_shape())))
+        .unzip();
+    let tensors = found.read((lora.r, lora.alpha), &role.model.tensors, &wanted);
+    let tensors = tensors.map_err(|errors| {
+        errors.into_iter().map(|error| error.label(lora.span, "LoRA is asked for here")).collect::<Vec<_>>()
+    })?;
+    ids.iter().zip(&tensors).for_each(|(&id, tensor)| rank.set(program, id, tensor));
+    Ok(())
+}
+
+fn base_is_loadable(stage: &Stage, role: &Role, lora: &Lora) -> Result<(), Diag> {
+    if let (Some(base), LoraSave::Adapter | LoraSave::Both) = (base_of(stage, role), lora.save)
         && Folder::open(base)?.adapter().is_some()
     {
         let message = format!("the adapter of `{}` would have another adapter as its base, `{base}`", role.name);
         let diag = Diag::error(message).label(lora.span, "LoRA is asked for here");
-        return Err(diag.help("nobody could load it: write `lora_save: merged`"));
+        return Err(
+            diag.help("nobody could load it: write `lora_save: merged`, or `lora_continue: true` to train that one")
+        );
     }
-    draw(program, rank, &adapter.init)
+    Ok(())
 }
 
 /// The folder that a role's model comes from, if it comes from one.
@@ -117,6 +172,12 @@ fn lora_of<'a>(stage: &'a Stage, role: &str) -> Option<(&'a Lora, &'a Adapter)> 
     Some((lora, lora.adapter.as_ref().expect("the passes filled it in")))
 }
 
+/// The factor on the product of a weight's low-rank factors, and their names, if it has some.
+fn factors_of(lora: &Lora, adapter: &Adapter, weight: &str) -> Option<(f64, [String; 2])> {
+    let module = adapter.modules.iter().find(|module| weight.strip_suffix(".weight") == Some(module.as_str()))?;
+    Some((lora.alpha / lora.r as f64, Adapter::factors(module)))
+}
+
 /// The parameters of a role's model, `(id, Hugging Face name)`, with those that it shares and without factors.
 fn params_of(program: &Program, role: &str) -> Vec<(StateId, String)> {
     let modules = lora_of(&program.stage, role).map_or(&[][..], |(_, adapter)| &adapter.modules[..]);
@@ -124,14 +185,22 @@ fn params_of(program: &Program, role: &str) -> Vec<(StateId, String)> {
     program.all_params_of(role).into_iter().filter(|(_, name)| !factors.contains(name)).collect()
 }
 
-/// Copies the parameters of another role, by their Hugging Face names; those that the two share are there already.
+/// Copies the parameters of another role, by their Hugging Face names; those that the two share are there already. Weights with
+/// factors that are not zero at first are copied with them merged in.
 fn snapshot(program: &Program, rank: &mut Rank, role: &Role, of: &str) -> Result<(), Vec<Diag>> {
     let mut errors = Vec::new();
+    let continued = lora_of(&program.stage, of).filter(|(lora, _)| lora.continues);
     for (id, name) in program.params_of(&role.name) {
         let from = program.param(of, name);
+        let factors = continued.and_then(|(lora, adapter)| factors_of(lora, adapter, name));
         match from.filter(|&from| program.state(from).whole_dims() == program.state(id).whole_dims()) {
             Some(from) => {
-                let value = rank.get(program, from).map_err(|e| vec![e])?;
+                let whole = |id: StateId| rank.get(program, id).map_err(|e| vec![e]);
+                let mut value = whole(from)?;
+                if let Some((scale, names)) = factors {
+                    let [a, b] = names.map(|name| program.param(of, &name).expect("the pass `adapt` declared it"));
+                    value = merge(&value, [&whole(a)?, &whole(b)?], scale);
+                }
                 rank.set(program, id, &value);
             }
             None => errors.push(Diag::error(format!(
@@ -166,7 +235,8 @@ pub(crate) fn load_folder(
         init(program, rank, role).map_err(|e| vec![e])?;
     }
     // One by one, so that no two are held twice. An adapter is merged into the base model, which it holds at once.
-    match folder.adapter() {
+    let continues = lora_of(&program.stage, &role.name).is_some_and(|(lora, _)| lora.continues);
+    match folder.adapter().filter(|_| !continues) {
         None => ids.iter().enumerate().for_each(|(at, &id)| {
             if let Some(tensor) = found.read(at) {
                 rank.set(program, id, &tensor);
@@ -236,10 +306,7 @@ impl Saving<'_> {
     fn model(&self, lora: Option<(&Lora, &Adapter)>) -> Result<(), Diag> {
         let mut params: Vec<(String, InDevice)> = Vec::new();
         for (id, name) in params_of(self.program, &self.role.name) {
-            let factors = lora.and_then(|(lora, adapter)| {
-                let module = adapter.modules.iter().find(|m| name.strip_suffix(".weight") == Some(m.as_str()))?;
-                Some((lora.alpha / lora.r as f64, Adapter::factors(module)))
-            });
+            let factors = lora.and_then(|(lora, adapter)| factors_of(lora, adapter, &name));
             let shape = self.program.state(id).whole_shape();
             let param = InDevice { saving: self, name: name.clone(), shape, factors };
             param.read()?;
@@ -259,12 +326,13 @@ impl Saving<'_> {
         let params = params_of(self.program, &self.role.name);
         let base = base_of(&self.program.stage, self.role)
             .expect("the loader lets no adapter be written to a model that is in no folder");
+        let base = Folder::open(begins_at(&self.program.stage, self.role, base)?)?.path().display().to_string();
         let about = AdapterConfig {
             factors: adapter,
             r: lora.r,
             alpha: lora.alpha,
             dropout: lora.dropout,
-            base,
+            base: &base,
             params: params.iter().map(|(_, name)| name.as_str()).collect(),
         };
         let folder = self.folder.join("adapter");

@@ -2,6 +2,7 @@
 //! that every number is the right one.
 
 mod numbers;
+mod peft;
 #[path = "../common/place.rs"]
 mod place;
 mod runs;
@@ -57,11 +58,16 @@ impl Place {
         self.steps(stage).iter().map(|line| line["loss"].as_f64().expect("a loss")).collect()
     }
 
-    /// The report of a compiled stage.
+    /// The report of the preference stage.
     fn report(&self, sets: &[&str]) -> Value {
-        let sets: Vec<String> = sets.iter().map(|set| format!("stages.dpo.{set}")).collect();
+        self.report_of("dpo", sets)
+    }
+
+    /// The report of a compiled stage.
+    fn report_of(&self, stage: &str, sets: &[&str]) -> Value {
+        let sets: Vec<String> = sets.iter().map(|set| format!("stages.{stage}.{set}")).collect();
         let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
-        let text = self.out(&["compile", "pipeline.yaml", "--stage", "dpo", "--json"], &sets);
+        let text = self.out(&["compile", "pipeline.yaml", "--stage", stage, "--json"], &sets);
         serde_json::from_str::<Value>(&text).expect("JSON")[0].clone()
     }
 }

@@ -75,6 +75,9 @@ fn lora_trains_factors_only_and_leaves_a_merged_model() {
     let score = |model: &str| place.out(&["score", model, "--input", "texts.jsonl"], &[]);
     assert_eq!(score("runs/dpo"), score("runs/dpo/adapter"));
     assert_ne!(score("runs/dpo"), score("runs/sft"));
+    place.out(&["merge", "runs/dpo/adapter", "runs/merged"], &[]);
+    assert_eq!(place.tensors("runs/merged/model.safetensors"), merged);
+    assert_eq!(score("runs/merged"), score("runs/dpo"));
     // Micro-batches change no number, with fewer roundings in common.
     for (whole, cut) in losses.iter().zip(place.run("dpo", &[&LORA[..], &["micro_batch_size=1"]].concat())) {
         assert!((whole - cut).abs() < 1e-5, "{whole} and {cut}");
@@ -209,4 +212,64 @@ fn dropout_of_a_users_model_is_live_in_updates_only() {
     }
     // The same rows and weights in another step: other elements are left out.
     assert!((without[0] - without[1]).abs() < 1e-6 && (whole[0] - whole[1]).abs() > 1e-6, "{without:?} {whole:?}");
+}
+
+/// A second preference stage on the adapter that the first one left.
+fn with_more(place: &Place) {
+    let text = fs::read_to_string(place.path("pipeline.yaml")).expect("a file");
+    let dpo = text.split_once("  dpo:\n").expect("it has the stage").1.replace("policy: sft", "policy: dpo");
+    fs::write(place.path("pipeline.yaml"), format!("{text}  more:\n    recipe: dpo\n{dpo}")).expect("a file");
+}
+
+#[test]
+fn an_adapter_is_trained_further() {
+    let place = Place::new();
+    place.run("dpo", &LORA);
+    with_more(&place);
+    let further = [&LORA[..], &["lora_continue=true"]].concat();
+    let losses = place.run("more", &further);
+    // The reference has the factors too: both are one model at first.
+    assert!((losses[0] - 2f64.ln()).abs() < 1e-6, "{losses:?}");
+    assert!(losses.last() < losses.first(), "{losses:?}");
+    let factors = |stage: &str| place.tensors(&format!("runs/{stage}/adapter/adapter_model.safetensors"));
+    let (before, after) = (factors("dpo"), factors("more"));
+    assert_eq!(changed(&before, &after).len(), before.len());
+    // It is an adapter to the same base, and what it is beside that is the merged model.
+    let config = fs::read_to_string(place.path("runs/more/adapter/adapter_config.json")).expect("a file");
+    let config: Value = serde_json::from_str(&config).expect("JSON");
+    assert_eq!(config["base_model_name_or_path"], "runs/sft");
+    place.out(&["merge", "runs/more/adapter", "runs/merged"], &[]);
+    let merged = place.tensors("runs/more/model.safetensors");
+    assert_eq!(place.tensors("runs/merged/model.safetensors"), merged);
+    // What is trained stays near what it began with, and that is not the base: its weights and its reference are apart.
+    let report = place.report_of("more", &further);
+    let weights = report["roles"][0]["lora"]["weights"].as_u64().expect("a number");
+    let model = report["roles"][0]["frozen"].as_u64().expect("a number");
+    assert_eq!(report["roles"][1]["shared"].as_u64(), Some(model - weights * 16 * 16));
+}
+
+#[test]
+fn an_adapter_that_does_not_fit_is_an_error() {
+    let place = Place::new();
+    place.run("dpo", &LORA);
+    with_more(&place);
+    let said = |set: &str| {
+        let all = LORA.into_iter().chain(["lora_continue=true", set]);
+        let sets: Vec<String> = all.map(|set| format!("stages.more.{set}")).collect();
+        let sets = sets.iter().flat_map(|set| ["--set", set.as_str()]);
+        let ran =
+            place.command(&["run", "pipeline.yaml", "--stage", "more"].into_iter().chain(sets).collect::<Vec<_>>());
+        assert_eq!(ran.status.code(), Some(1), "{set}");
+        String::from_utf8_lossy(&ran.stderr).into_owned()
+    };
+    for (set, expected) in [
+        ("lora_r=4", "the adapter in `runs/dpo/adapter` has 2 as `r`, expected 4"),
+        ("lora_alpha=8", "has 4 as `lora_alpha`, expected 8"),
+        ("lora_target_modules=[q_proj]", "v_proj.lora_A.weight`, which nothing here trains further"),
+        ("lora_target_modules=[q_proj, k_proj, v_proj]", "k_proj.lora_A.weight`"),
+        ("policy=sft", "found no adapter in `runs/sft` or `runs/sft/adapter`"),
+    ] {
+        let said = said(set);
+        assert!(said.contains(expected), "{set}: {said}");
+    }
 }

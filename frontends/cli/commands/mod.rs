@@ -8,6 +8,7 @@ pub mod doctor;
 pub mod generate;
 pub mod launch;
 pub mod library;
+pub mod merge;
 pub mod opt;
 pub mod run;
 pub mod score;

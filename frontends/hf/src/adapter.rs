@@ -2,11 +2,13 @@
 //! `base_model.model.<layer>.lora_A.weight: [r, in]` and `.lora_B.weight: [out, r]`. A layer's weight with its factors is
 //! `W + (alpha / r) B A`; other tensors take the place of the base model's.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use dsgc_ir::Tensor;
 use dsgc_ir::diag::Diag;
-use dsgc_ir::stage::{Adapter as Factors, Model};
+use dsgc_ir::stage::{Adapter as Factors, Model, TensorRules};
+use memmap2::Mmap;
 use serde_json::{Map, Value, json};
 
 use crate::read_object;
@@ -58,12 +60,65 @@ impl Adapter {
 
     /// The folder of the model that the adapter belongs to: as `base_model_name_or_path` says, from the working directory
     /// or else from the adapter's folder.
-    pub(crate) fn base(&self) -> Result<PathBuf, Diag> {
+    pub fn base(&self) -> Result<PathBuf, Diag> {
         let Some(name) = self.config.get("base_model_name_or_path").and_then(Value::as_str) else {
             return Err(self.error("names no base model in `base_model_name_or_path`"));
         };
         let beside = self.path.join(name);
         Ok(if !Path::new(name).is_dir() && beside.is_dir() { beside } else { name.into() })
+    }
+
+    /// The tensors of an adapter that is trained further: factors and whole parameters by their names and shapes, all that
+    /// it has. Its rank and its scale must be those that the training asks for.
+    pub fn read(
+        &self,
+        (r, alpha): (usize, f64),
+        rules: &TensorRules,
+        wanted: &[(String, Vec<usize>)],
+    ) -> Result<Vec<Tensor>, Vec<Diag>> {
+        let mut errors = Vec::new();
+        let mut other = |key: &str, found: String, expected: String| {
+            if found != expected {
+                errors.push(self.error(&format!("has {found} as `{key}`, expected {expected}")));
+            }
+        };
+        let rank = self.config.get("r").map_or("nothing".to_owned(), Value::to_string);
+        other("r", rank, r.to_string());
+        other("lora_alpha", self.alpha().expect("`open` saw it").to_string(), alpha.to_string());
+        other("use_rslora", self.is_rank_stabilised().to_string(), "false".to_owned());
+        let bytes = self.bytes().map_err(|e| vec![e])?;
+        let tensors = parse(&self.path, WEIGHTS, &bytes).map_err(|e| vec![e])?;
+        let mut left: BTreeMap<String, Found> = BTreeMap::new();
+        for (name, view) in tensors.tensors() {
+            let own = name.strip_prefix(PREFIX).unwrap_or(&name).to_owned();
+            left.insert(own, Found { name, file: WEIGHTS, view });
+        }
+        let mut read = Vec::new();
+        for (name, shape) in wanted {
+            match left.remove(name) {
+                Some(tensor) => match tensor.read(name, shape, is_transposed(rules, name)) {
+                    Ok(tensor) => read.push(tensor),
+                    Err(error) => errors.push(error),
+                },
+                None => errors.push(self.error(&format!("has no `{PREFIX}{name}`"))),
+            }
+        }
+        errors.extend(left.values().map(|tensor| {
+            self.error(&format!("has the tensor `{}`, which nothing here trains further", tensor.name))
+                .help("name its layers in `lora_target_modules`")
+        }));
+        if errors.is_empty() { Ok(read) } else { Err(errors) }
+    }
+
+    /// Whether the factors' product is scaled by `alpha / sqrt(r)` (rsLoRA).
+    fn is_rank_stabilised(&self) -> bool {
+        self.config.get("use_rslora").is_some_and(|v| *v == true)
+    }
+
+    /// The file of tensors.
+    fn bytes(&self) -> Result<Mmap, Diag> {
+        let file = self.path.join(WEIGHTS);
+        if file.is_file() { map(&file) } else { Err(self.error(&format!("has no `{WEIGHTS}`"))) }
     }
 
     /// Merges the adapter into parameters that were read from its base.
@@ -73,11 +128,7 @@ impl Adapter {
         wanted: &[(String, Vec<usize>)],
         params: &mut [Option<Tensor>],
     ) -> Result<(), Vec<Diag>> {
-        let file = self.path.join(WEIGHTS);
-        if !file.is_file() {
-            return Err(vec![self.error(&format!("has no `{WEIGHTS}`"))]);
-        }
-        let bytes = map(&file).map_err(|e| vec![e])?;
+        let bytes = self.bytes().map_err(|e| vec![e])?;
         let tensors = parse(&self.path, WEIGHTS, &bytes).map_err(|e| vec![e])?;
         let mut errors = Vec::new();
         let mut all: Vec<Found> =
@@ -129,8 +180,7 @@ impl Adapter {
         };
         let factors = [a.read(&a.name, &[r, inputs], false)?, b.read(&b.name, &[out, r], false)?];
         let alpha = self.alpha().expect("`open` saw it");
-        let stable = self.config.get("use_rslora").is_some_and(|v| *v == true);
-        let divisor = if stable { (r as f64).sqrt() } else { r as f64 };
+        let divisor = if self.is_rank_stabilised() { (r as f64).sqrt() } else { r as f64 };
         Ok(merge(weight, [&factors[0], &factors[1]], alpha / divisor))
     }
 }

@@ -173,7 +173,12 @@ pub const RUN: Table = Table {
         key("batch_size", Form::Int, "rows per optimizer step, over all devices"),
         key("micro_batch_size", Form::Int, "rows per graph call on a device; changes speed and memory, never numbers"),
         key("gradient_accumulation_steps", Form::Int, "instead of `batch_size`: micro-batches per optimizer step"),
-        key("packing", Form::Bool, "several texts in a row, as many as `max_length` takes; `batch_size` counts rows"),
+        key(
+            "packing",
+            Form::Either(&[Form::Bool, Form::Choice(&["auto"])]),
+            "several texts in a row, as many as `max_length` takes; `batch_size` counts rows. `auto`, unless given: those of a \
+             batch, where no number changes; `batch_size` counts texts",
+        ),
         key(
             "align_overflow",
             Form::Bool,
@@ -245,6 +250,11 @@ pub const TRAINING: Table = Table {
             "lora_save",
             Form::Choice(&["adapter", "merged", "both"]),
             "the factors as a folder of PEFT's, the model with them merged in, or both; both unless given",
+        ),
+        key(
+            "lora_continue",
+            Form::Bool,
+            "train the factors of the adapter that the model is, or that its stage left, in place of new ones",
         ),
     ],
 };

@@ -101,6 +101,8 @@ pub struct DataDecl {
     pub same_length: bool,
     /// Length of the blocks that texts are packed into.
     pub packed: Option<Expr>,
+    /// Whether texts of a batch may share rows: what the recipe makes of a token depends on its own text only.
+    pub shared_rows: bool,
 }
 
 /// Columns of a file, and the sequences made of them.
@@ -173,6 +175,11 @@ pub const DATA: Table = Table {
         key("longer", Form::Choice(&["truncate", "drop"]), "what happens to longer rows"),
         key("same_length", Form::Bool, "pad all sequences of a row to one length"),
         key("packed", Form::Expr, "length of the blocks that texts are packed into"),
+        key(
+            "shared_rows",
+            Form::Bool,
+            "texts of a batch may share rows: what the graphs make of a token depends on its own text only",
+        ),
     ],
 };
 
@@ -324,7 +331,7 @@ impl Reader {
         };
         let doc = fields.get("doc").and_then(|n| self.word(n, "a text"));
         let mut flag = |key| fields.get(key).and_then(|n| self.bool(n)).unwrap_or(false);
-        let (optional, same_length) = (flag("optional"), flag("same_length"));
+        let (optional, same_length, shared_rows) = (flag("optional"), flag("same_length"), flag("shared_rows"));
         let pad = fields.get("pad").and_then(|n| self.choice(n, &[("left", Side::Left), ("right", Side::Right)]));
         let longer = fields
             .get("longer")
@@ -339,7 +346,11 @@ impl Reader {
                 }
             }
         }
-        Some(DataDecl { name, doc, optional, forms, pad, width, longer, same_length, packed })
+        if shared_rows && (pad == Some(Side::Left) || forms.iter().any(|form| form.sequences.len() > 1)) {
+            let diag = Diag::error(format!("texts of source `{}` cannot share rows", name.text)).label(name.span, "");
+            self.error(diag.help("that takes one sequence, padded on the right: leave `shared_rows` out"));
+        }
+        Some(DataDecl { name, doc, optional, forms, pad, width, longer, same_length, packed, shared_rows })
     }
 
     fn data_form_item(&mut self, name: &Word, node: &Node) -> Option<DataForm> {

@@ -48,6 +48,7 @@ impl Tokenised {
 }
 
 /// One sequence of one row.
+#[derive(Clone)]
 pub(super) struct Tokens {
     ids: Vec<i32>,
     trained: Vec<bool>,
@@ -168,7 +169,7 @@ pub(super) fn tokenise(
     }
     done.check(source).map_err(|e| vec![e.label(source.span, "")])?;
     let packed = match source.packing {
-        Packing::None => return Ok(done),
+        Packing::None | Packing::Batch => return Ok(done),
         Packing::Texts => pack(done.rows.into_iter().flatten().collect(), source.max_length),
         Packing::Blocks => cut(done.rows.into_iter().flatten().collect(), source.max_length),
     };
@@ -220,10 +221,12 @@ impl Tokenised {
     }
 }
 
-/// The tensors of the rows of these numbers.
+/// The tensors of the rows of these numbers; of fewer rows where texts of a batch share them.
 pub(super) fn batch(source: &Source, data: &Tokenised, rows: &[usize]) -> Batch {
     let longest = |at: usize| rows.iter().map(|&r| data.rows[r][at].ids.len()).max().unwrap_or(0);
     let over_all = (0..source.sequences.len()).map(longest).max().unwrap_or(0);
+    let texts = |at: usize| rows.iter().map(move |&r| &data.rows[r][at]);
+    let shared = (source.packing == Packing::Batch).then(|| pack(texts(0).cloned().collect(), over_all));
     let mut tensors = BTreeMap::new();
     for (at, sequence) in source.sequences.iter().enumerate() {
         let width = if source.pad_to_max {
@@ -235,9 +238,10 @@ pub(super) fn batch(source: &Source, data: &Tokenised, rows: &[usize]) -> Batch 
         };
         // A dimension of 0 is no tensor that a graph could be run on.
         let width = width.max(1);
+        let rows: Vec<&Tokens> = shared.as_ref().map_or_else(|| texts(at).collect(), |rows| rows.iter().collect());
         let size = rows.len() * width;
         let (mut tokens, mut segment, mut trained) = (vec![source.pad_id; size], vec![0; size], vec![false; size]);
-        for (i, row) in rows.iter().map(|&r| &data.rows[r][at]).enumerate() {
+        for (i, row) in rows.iter().enumerate() {
             let before = match source.pad {
                 Side::Right => 0,
                 Side::Left => width - row.ids.len(),
@@ -252,7 +256,7 @@ pub(super) fn batch(source: &Source, data: &Tokenised, rows: &[usize]) -> Batch 
         tensors.insert(format!("{}.segment", sequence.name), Tensor::i32(&shape, segment));
         tensors.insert(format!("{}.trained", sequence.name), Tensor::bool(&shape, trained));
     }
-    Batch { rows: rows.len(), tensors }
+    Batch { rows: shared.map_or(rows.len(), |shared| shared.len()), tensors }
 }
 
 /// The fields of a sequence, in order.

@@ -243,6 +243,22 @@ fn texts_are_packed_into_few_rows() {
 }
 
 #[test]
+fn texts_of_a_batch_share_rows() {
+    let text: String = ["x y z x", "x", "x y", "x y z", "y"].map(|t| format!("{{\"question\": \"{t}\"}}\n")).concat();
+    let one = Source { sequences: vec![sequence("text", &["prompt"])], packing: Packing::Batch, ..source() };
+    let data = open(one, &text).unwrap();
+    // With a start and an end: 6, 3, 4, 5 and 3 tokens. Texts are counted, not rows.
+    assert_eq!((data.len(), data.report().packed), (5, None));
+    let batch = data.batch(&[0, 1, 4]);
+    assert_eq!(batch.rows, 2);
+    assert_eq!(ints(&batch, "text.tokens"), [[1, 10, 11, 12, 10, 2], [1, 10, 2, 1, 11, 2]]);
+    assert_eq!(ints(&batch, "text.segment"), [[1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2]]);
+    assert_eq!(ints(&batch, "text.trained"), [[0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1]]);
+    // No row is longer than the longest text.
+    assert_eq!(data.batch(&[1, 4]).rows, 2);
+}
+
+#[test]
 fn texts_are_cut_into_blocks() {
     let text: String = ["x y z x", "x", "x y z y x y z"].map(|t| format!("{{\"question\": \"{t}\"}}\n")).concat();
     // With a start and an end: 6, 3 and 9 tokens, of which none is lost.

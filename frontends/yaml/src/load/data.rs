@@ -47,6 +47,8 @@ pub(super) struct Frame<'a> {
     pub micro_batch_size: usize,
     /// Where the stage asks for several texts in a row, if it does.
     pub packing: Option<Span>,
+    /// Whether texts of a batch may share rows, if the recipe allows it.
+    pub shared_rows: bool,
     pub tokenizer: &'a FoundTokenizer,
 }
 
@@ -136,6 +138,7 @@ pub(super) fn bind(
             diag.label(span, "").label(decl.name.span, "the source of the recipe").help(format!("leave `{key}` out")),
         );
     }
+    let pad_to_max = frame.fixed_width || find("pad_to_max").constant() == Constant::Bool(true);
     let held = held(documents, find("eval"), places);
     let split = split(documents, set, frame);
     let source = Source {
@@ -159,9 +162,10 @@ pub(super) fn bind(
         packing: match (&decl.packed, frame.packing) {
             (Some(_), _) => Packing::Blocks,
             (None, Some(_)) => Packing::Texts,
+            (None, None) if decl.shared_rows && frame.shared_rows && !pad_to_max => Packing::Batch,
             (None, None) => Packing::None,
         },
-        pad_to_max: frame.fixed_width || find("pad_to_max").constant() == Constant::Bool(true),
+        pad_to_max,
         same_length: decl.same_length,
         split: split?,
         shuffle: match find("shuffle").text() {

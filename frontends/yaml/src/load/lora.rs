@@ -9,9 +9,10 @@ use dsgc_ir::stage::{Lora, LoraSave, Targets};
 
 use super::models::Weights;
 use super::settings::{Decided, Provenance, parsed};
+use crate::literal::Constant;
 
 /// What the keys beside `lora_r` are where nobody says so, and why.
-fn defaults(random: bool) -> [(&'static str, &'static str, &'static str); 4] {
+fn defaults(random: bool) -> [(&'static str, &'static str, &'static str); 5] {
     let save = match random {
         true => ("lora_save", "merged", "the model has random weights, which no adapter can name"),
         false => ("lora_save", "both", "lora_r"),
@@ -20,6 +21,7 @@ fn defaults(random: bool) -> [(&'static str, &'static str, &'static str); 4] {
         ("lora_alpha", "8", "lora_r, as in PEFT"),
         ("lora_dropout", "0", "lora_r, as in PEFT"),
         ("lora_target_modules", "all_linear", "lora_r"),
+        ("lora_continue", "false", "lora_r"),
         save,
     ]
 }
@@ -50,9 +52,11 @@ pub(super) fn settle(training: &mut [Decided], weights: &Weights, errors: &mut V
     if !on {
         return;
     }
-    if let (Weights::Small, Some(save)) = (weights, training.iter_mut().find(|d| d.key == "lora_save")) {
+    if *weights == Weights::Small {
         // An adapter would be one of the whole model.
-        save.node = parsed("merged");
+        for (key, value) in [("lora_save", "merged"), ("lora_continue", "false")] {
+            training.iter_mut().filter(|d| d.key == key).for_each(|decided| decided.node = parsed(value));
+        }
     }
     if let Some(save) = find(training, "lora_save").filter(|save| random && save.text() != "merged") {
         errors.push(
@@ -61,6 +65,17 @@ pub(super) fn settle(training: &mut [Decided], weights: &Weights, errors: &mut V
                 .help("nobody could load it: its base would be nowhere; write `lora_save: merged`"),
         );
     }
+    if let Some(continues) = find(training, "lora_continue").filter(|it| random && is_true(it)) {
+        errors.push(
+            Diag::error("found `lora_continue` for a model with random weights")
+                .label(continues.node.span, "")
+                .help("name the folder of an adapter under `models`, or a stage that leaves one"),
+        );
+    }
+}
+
+fn is_true(decided: &Decided) -> bool {
+    decided.constant() == Constant::Bool(true)
 }
 
 /// What is on the host side.
@@ -81,6 +96,7 @@ pub(super) fn lora(training: &[Decided]) -> Option<Lora> {
             "merged" => LoraSave::Merged,
             _ => LoraSave::Both,
         },
+        continues: is_true(find(training, "lora_continue")?),
         span: r.node.span,
         adapter: None,
     })

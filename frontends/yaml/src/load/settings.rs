@@ -104,7 +104,7 @@ pub(super) const RUN_RULES: &[Rule] = &[
     rule("batch_size", "16", Range::AtLeast(1.0)),
     rule("micro_batch_size", "none", Range::AtLeast(1.0)),
     rule("gradient_accumulation_steps", "none", Range::AtLeast(1.0)),
-    rule("packing", "false", Range::Any),
+    rule("packing", "auto", Range::Any),
     rule("align_overflow", "true", Range::Any),
     rule("loss_normalization", "batch", Range::Any),
     rule("num_epochs", "1", Range::Above(0.0)),
@@ -150,6 +150,7 @@ pub(super) const TRAINING_RULES: &[Rule] = &[
     rule("lora_dropout", "none", Range::Share),
     rule("lora_target_modules", "none", Range::Any),
     rule("lora_save", "none", Range::Any),
+    rule("lora_continue", "none", Range::Any),
 ];
 
 /// Places that set something, from weak to strong.

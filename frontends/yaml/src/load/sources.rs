@@ -29,6 +29,8 @@ pub(super) struct Asked<'a> {
     pub length: Span,
     /// Where several texts in a row are asked for, if they are.
     pub packing: Option<Span>,
+    /// Whether texts of a batch may share rows, if the recipe allows it.
+    pub shared_rows: bool,
 }
 
 /// Binds all sources of a stage; `None` if one of them is wrong.
@@ -52,6 +54,7 @@ pub(super) fn sources(
             batch_size: asked.batch_size as usize,
             micro_batch_size: asked.micro_batch_size as usize,
             packing: asked.packing,
+            shared_rows: asked.shared_rows,
             tokenizer: &tokenizer,
         };
         bound.extend(bind(documents, decl, rows, &frame, around.places));

@@ -109,6 +109,7 @@ pub(super) fn prepare(
         micro_batch_size,
         length: options.iter().find(|d| d.key == "max_length").map_or(Span::NONE, |d| d.node.span),
         packing: run.iter().find(|d| d.key == "packing" && d.constant() == Constant::Bool(true)).map(|d| d.node.span),
+        shared_rows: run.iter().any(|d| d.key == "packing" && d.text() == "auto"),
     };
     let mut sources = sources::sources(documents, around, &named, &asked)?;
     let save = save(documents, stage, &recipe, &roles)?;
