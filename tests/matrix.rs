@@ -136,12 +136,17 @@ fn one_rank(tiny: Tiny, on: On) -> Arc<Ran> {
 
 /// Both models in both stages in every layout beside one rank, with settings whose plans are looked at.
 fn beside_one_rank(layouts: &Layouts, on: On, sets: &[&str], look: impl Fn(&Program, &[Planned])) {
+    with_a_vocabulary(tiny::TOKENS, layouts, on, sets, look);
+}
+
+/// The same where the models have so many tokens.
+fn with_a_vocabulary(vocabulary: usize, layouts: &Layouts, on: On, sets: &[&str], look: impl Fn(&Program, &[Planned])) {
     // In single precision a metric may be the difference of numbers of the size of one: it is as exact as those.
     let (least, bound) = if on == On::Doubles { (1e-3, 1e-9) } else { (1.0, 1e-5) };
     for (layers, layout) in layouts.iter().flat_map(|(layers, all)| all.iter().map(|layout| (*layers, *layout))) {
         let parallel = format!("compile.parallel={layout}");
         let sets = [&[parallel.as_str()], sets].concat();
-        for tiny in Tiny::all(layers) {
+        for tiny in Tiny::all(layers).map(|tiny| Tiny { vocabulary, ..tiny }) {
             let what = format!("{tiny:?}, {sets:?}");
             let (_folder, program) = load(tiny, on, &sets);
             let plans = planned_at_all(&program, on);
@@ -169,6 +174,23 @@ fn zero_0_1_2_and_3_on_2_and_4_ranks_have_one_ranks_numbers() {
 #[test]
 fn layers_shared_by_2_ranks_have_one_ranks_numbers() {
     in_doubles(TENSOR);
+}
+
+/// Layouts in which two ranks have 13 and 12 of 25 tokens.
+const ODD: &Layouts = &[
+    (2, &["{tensor: 2}", "{data: 2, tensor: 2, zero_stage: 1}", "{data: 2, tensor: 2, zero_stage: 3}"]),
+    (4, &["{tensor: 2, pipeline: 2, schedule: 1f1b}"]),
+];
+
+#[test]
+fn a_vocabulary_that_2_ranks_share_unevenly_has_one_ranks_numbers() {
+    let looked = |_: &Program, plans: &[Planned]| {
+        let tables = plans.iter().flat_map(|plan| &plan.states).filter(|state| state.whole_shape() == [25, 16]);
+        let parts: Vec<Option<i64>> = tables.map(|table| table.ty.dims[0].constant()).collect();
+        assert!(!parts.is_empty() && parts.iter().all(|&rows| rows < Some(25)), "{parts:?}");
+    };
+    with_a_vocabulary(25, ODD, On::Doubles, &[], looked);
+    with_a_vocabulary(25, &ODD[..1], On::Fast, &[], looked);
 }
 
 #[test]

@@ -410,31 +410,33 @@ fn ranks_take_the_memory_that_was_planned() {
     }
 }
 
+/// A folder with a tiny model's pipeline.
+fn of_tiny(tiny: Tiny) -> Place {
+    let place = Place::with(&tiny.pipeline("1e-3"));
+    tiny::write_tokenizer(&place.path("."));
+    fs::write(place.path("rows.jsonl"), tiny::rows().join("\n")).expect("a file");
+    place
+}
+
 /// Stages on four ranks, along two axes or one.
 #[test]
 fn four_ranks_have_the_numbers_of_threads() {
     let _alone = alone();
-    let tiny = |model, stage, layers| Tiny { model, stage, layers };
+    let tiny = |model, stage, layers| Tiny { model, stage, layers, vocabulary: tiny::TOKENS };
     for (tiny, layout) in [
         (tiny("llama", "ppo", 2), "compile.parallel={data: 2, tensor: 2, zero_stage: 3}"),
         (tiny("opt", "ppo", 2), "compile.parallel={data: 2, pipeline: 2, schedule: 1f1b, zero_stage: 1}"),
         (tiny("llama", "sft", 4), "compile.parallel={pipeline: 4, schedule: zero_bubble}"),
     ] {
-        let place = || {
-            let place = Place::with(&tiny.pipeline("1e-3"));
-            tiny::write_tokenizer(&place.path("."));
-            fs::write(place.path("rows.jsonl"), tiny::rows().join("\n")).expect("a file");
-            place
-        };
         let [one, as_threads] = [ONE, layout].map(|layout| {
-            let place = place();
+            let place = of_tiny(tiny);
             place.out(&["run", "pipeline.yaml"], &[layout]);
             place
         });
         assert!(metrics(&one).len() >= 20);
         assert_near(&as_threads, &one, layout);
         for mpi in BOTH {
-            let place = place();
+            let place = of_tiny(tiny);
             let mut command = mpi.ranks(4, DSGC);
             let ended = run(command.current_dir(place.path(".")).args(["run", "pipeline.yaml", "--set", layout]));
             assert_eq!(ended.code, Some(0), "{}: {}", mpi.name, ended.text);
@@ -443,32 +445,47 @@ fn four_ranks_have_the_numbers_of_threads() {
     }
 }
 
-/// So many steps, with a checkpoint after each, take some seconds.
-const LONG: [&str; 6] = ["--set", "stages.sft.max_steps=80", "--set", "save_steps=1", "--set", "save_total_limit=3"];
+/// A stage that runs on two ranks for some seconds, with a checkpoint after each step.
+struct Long {
+    name: &'static str,
+    layout: &'static str,
+    args: &'static [&'static str],
+}
+
+const SFT: Long = Long {
+    name: "sft",
+    layout: ZERO,
+    args: &["--set", "stages.sft.max_steps=80", "--set", "save_steps=1", "--set", "save_total_limit=3"],
+};
+
+/// As long as single precision has the numbers of one rank within 1e-5.
+const PPO: Long = Long { name: "ppo", layout: ZERO, args: &["--set", "save_steps=1", "--set", "save_total_limit=3"] };
 
 /// A run on two ranks that goes on while the test looks at it.
 struct Job {
     launcher: Child,
     mark: String,
+    metrics: PathBuf,
 }
 
 impl Job {
-    fn start(mpi: &Mpi, place: &Place, more: &[&str]) -> Job {
+    fn start(mpi: &Mpi, place: &Place, long: &Long, more: &[&str]) -> Job {
         static JOBS: Mutex<u32> = Mutex::new(0);
         let mut jobs = JOBS.lock().unwrap_or_else(PoisonError::into_inner);
         *jobs += 1;
         let mark = format!("DSGC_TEST_JOB=run-{}-{jobs}", std::process::id());
         let (name, value) = mark.split_once('=').expect("a variable");
         let mut command = mpi.ranks(2, DSGC);
-        command.current_dir(place.path(".")).env(name, value).args(["run", "pipeline.yaml", "--set", ZERO]);
-        command.args(LONG).args(more).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Job { launcher: command.spawn().expect("the launcher starts"), mark }
+        command.current_dir(place.path(".")).env(name, value).args(["run", "pipeline.yaml"]);
+        command.args(["--set", long.layout]).args(long.args).args(more).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let metrics = place.path(&format!("runs/{}/metrics.jsonl", long.name));
+        Job { launcher: command.spawn().expect("the launcher starts"), mark, metrics }
     }
 
     /// Its ranks, once it has written so many lines of metrics.
-    fn ranks_after(&mut self, place: &Place, lines: usize) -> Vec<u32> {
+    fn ranks_after(&mut self, lines: usize) -> Vec<u32> {
         let began = Instant::now();
-        let written = || fs::read_to_string(place.path("runs/sft/metrics.jsonl")).unwrap_or_default().lines().count();
+        let written = || fs::read_to_string(&self.metrics).unwrap_or_default().lines().count();
         while written() < lines {
             assert!(self.launcher.try_wait().expect("a child").is_none(), "the job has ended by itself");
             assert!(began.elapsed() < Duration::from_secs(60), "the job takes no step");
@@ -499,15 +516,14 @@ fn signal(name: &str, process: u32) {
 }
 
 /// What runs without a disturbance leave: on two ranks, and on one.
-fn undisturbed() -> BTreeMap<&'static str, Place> {
-    let run = |layout| {
-        let place = Place::with(PIPELINE);
-        let command = [&["run", "pipeline.yaml", "--set", layout], &LONG[..], &["--set", "save_steps=none"]].concat();
+fn undisturbed(long: &Long, place: impl Fn() -> Place) -> [Place; 2] {
+    [long.layout, ONE].map(|layout| {
+        let place = place();
+        let command = [&["run", "pipeline.yaml", "--set", layout], long.args, &["--set", "save_steps=none"]].concat();
         let ended = place.command(&command);
         assert!(ended.status.success(), "{ended:?}");
-        (layout, place)
-    };
-    [ZERO, ONE].map(run).into()
+        place
+    })
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -519,43 +535,56 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// Each rank once under each MPI; `scripts/kill-rank` does it more often.
-#[test]
-fn a_run_goes_on_after_a_rank_was_killed() {
-    let _alone = alone();
-    let whole = undisturbed();
+/// A run in which each of these ranks is killed after so many lines of metrics, and that goes on to the end on as many
+/// ranks, and on one.
+fn goes_on_after(kills: [(usize, usize); 2], long: &Long, new: impl Fn() -> Place) {
+    let [whole, one] = undisturbed(long, &new);
     for mpi in BOTH {
-        let place = Place::with(PIPELINE);
-        for (victim, lines, more) in [(1, 4, &[][..]), (0, 40, &["--resume", "auto"])] {
-            let mut job = Job::start(mpi, &place, more);
-            signal("-9", job.ranks_after(&place, lines)[victim]);
+        let place = new();
+        for (at, (victim, lines)) in kills.into_iter().enumerate() {
+            let mut job = Job::start(mpi, &place, long, if at == 0 { &[] } else { &["--resume", "auto"] });
+            signal("-9", job.ranks_after(lines)[victim]);
             let ended = job.ended();
             assert!(ended.code.is_none_or(|code| code != 0), "{}: {}", mpi.name, ended.text);
             assert!(says_that_one_was_killed(&ended.text), "{}: {}", mpi.name, ended.text);
             assert!(ended.took < Duration::from_secs(5), "{} took {:?}", mpi.name, ended.took);
         }
-        let other = Place::with(PIPELINE);
+        let other = new();
         copy(&place.path("runs"), &other.path("runs"));
-        let ended = Job::start(mpi, &place, &["--resume", "auto"]).ended();
+        let ended = Job::start(mpi, &place, long, &["--resume", "auto"]).ended();
         assert_eq!(ended.code, Some(0), "{}: {}", mpi.name, ended.text);
-        assert_equal(&place, &whole[ZERO], mpi.name);
-        let resumed = [&["run", "pipeline.yaml", "--resume", "auto", "--set", ONE], &LONG[..]].concat();
+        assert_equal(&place, &whole, mpi.name);
+        let resumed = [&["run", "pipeline.yaml", "--resume", "auto", "--set", ONE], long.args].concat();
         let ended = other.command(&resumed);
         assert!(ended.status.success(), "{ended:?}");
-        assert_near(&other, &whole[ONE], mpi.name);
+        assert_near(&other, &one, mpi.name);
     }
+}
+
+/// Each rank once under each MPI; `scripts/kill-rank` does it more often.
+#[test]
+fn a_run_goes_on_after_a_rank_was_killed() {
+    let _alone = alone();
+    goes_on_after([(1, 4), (0, 40)], &SFT, || Place::with(PIPELINE));
+}
+
+/// Actor, critic, an average, a penalty that follows the divergence, and a rollout in every step.
+#[test]
+fn ppo_goes_on_after_a_rank_was_killed() {
+    let _alone = alone();
+    goes_on_after([(0, 4), (1, 9)], &PPO, || of_tiny(Tiny { model: "opt", stage: "ppo", layers: 2, vocabulary: 25 }));
 }
 
 /// Whichever process is told to stop: one rank, all of them, or the launcher, which tells the ranks.
 #[test]
 fn a_run_stops_after_one_step_on_all_ranks() {
     let _alone = alone();
-    let whole = undisturbed();
+    let [whole, _] = undisturbed(&SFT, || Place::with(PIPELINE));
     for mpi in BOTH {
         let place = Place::with(PIPELINE);
         for (told, lines) in [("one", 4), ("all", 30), ("launcher", 55)] {
-            let mut job = Job::start(mpi, &place, if told == "one" { &[] } else { &["--resume", "auto"] });
-            let ranks = job.ranks_after(&place, lines);
+            let mut job = Job::start(mpi, &place, &SFT, if told == "one" { &[] } else { &["--resume", "auto"] });
+            let ranks = job.ranks_after(lines);
             match told {
                 "one" => signal("-TERM", ranks[1]),
                 "all" => ranks.iter().for_each(|&rank| signal("-TERM", rank)),
@@ -579,10 +608,10 @@ fn a_run_stops_after_one_step_on_all_ranks() {
                 ended.text
             );
         }
-        let ended = Job::start(mpi, &place, &["--resume", "auto"]).ended();
+        let ended = Job::start(mpi, &place, &SFT, &["--resume", "auto"]).ended();
         // 3 where nothing is left to do.
         assert!(matches!(ended.code, Some(0 | 3)), "{}: {}", mpi.name, ended.text);
-        assert_equal(&place, &whole[ZERO], mpi.name);
+        assert_equal(&place, &whole, mpi.name);
     }
 }
 

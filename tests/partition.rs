@@ -12,6 +12,11 @@ use dsgc_passes::{PIPELINE, PassContext, run_passes};
 
 #[allow(dead_code)] // Sessions are other tests'.
 mod stages;
+#[path = "common/tiny.rs"]
+#[allow(dead_code)] // Other tests use the rest.
+mod tiny;
+
+use tiny::Tiny;
 
 /// Tokens of the example's tokenizer.
 const VOCABULARY: usize = 512;
@@ -56,8 +61,8 @@ fn partitioned(program: &Program, mesh: Mesh) -> Program {
     run_passes(program, &names[..=until], &context).unwrap_or_else(|errors| panic!("{errors:?}"))
 }
 
-/// Inputs that a graph of a stage takes.
-fn inputs(graph: &Graph, bindings: &Bindings, rng: &mut Rng) -> Vec<(String, Tensor)> {
+/// Inputs that a graph of a stage takes whose models have so many tokens.
+fn inputs(graph: &Graph, vocabulary: usize, bindings: &Bindings, rng: &mut Rng) -> Vec<(String, Tensor)> {
     let one = |input| {
         let (name, ty) = (graph.name_of(input), graph.ty(input));
         let mut tensor = random_tensor(ty, bindings, rng);
@@ -65,7 +70,7 @@ fn inputs(graph: &Graph, bindings: &Bindings, rng: &mut Rng) -> Vec<(String, Ten
             let mut below = |n: usize| rng.below(n) as i32;
             numbers.iter_mut().for_each(|x| {
                 *x = match name.rsplit('.').next() {
-                    Some("tokens") => below(VOCABULARY),
+                    Some("tokens") => below(vocabulary),
                     Some("segment") => 1,
                     Some("t") => 3,
                     Some("place") => 0,
@@ -86,12 +91,12 @@ fn close(a: &Tensor, b: &Tensor) -> bool {
 }
 
 /// All graphs that both programs have, on the same inputs and states.
-fn equal(whole: &Program, local: &Program) -> usize {
+fn equal(whole: &Program, local: &Program, vocabulary: usize) -> usize {
     let ranks = local.mesh.ranks();
     for (at, graph) in whole.graphs.iter().enumerate() {
         let mut rng = Rng::new(at as u64 + 1);
         let bindings = random_bindings(graph, at as u64 + 1);
-        let given = inputs(graph, &bindings, &mut rng);
+        let given = inputs(graph, vocabulary, &bindings, &mut rng);
         let given: Vec<(&str, &Tensor)> = given.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
         let mut states: BTreeMap<StateId, Tensor> = BTreeMap::new();
         for (id, state) in whole.state_ids().filter(|(_, state)| !matches!(state.kind, StateKind::Copy { .. })) {
@@ -140,7 +145,7 @@ fn ranks_that_share_layers_compute_what_one_computes() {
         let program = stages::program(folder.path(), &pipeline(model), &rows, &extra);
         let whole = partitioned(&program, Mesh::default());
         let local = partitioned(&program, Mesh { tensor: 2, ..Mesh::default() });
-        assert!(equal(&whole, &local) > 10);
+        assert!(equal(&whole, &local, VOCABULARY) > 10);
         // Layers are column and row parallel: heads, the inner width and the vocabulary are in parts, the rest is whole.
         let cut = |name: &str| {
             let found = local.state_ids().find(|(_, state)| state.name.ends_with(name));
@@ -170,6 +175,25 @@ fn ranks_that_share_layers_compute_what_one_computes() {
                 GraphText(graph, &local)
             );
         }
+    }
+}
+
+/// Of 25 tokens two ranks have 13 and 12; and of eight ranks, the seventh has one, and the last none.
+#[test]
+fn a_vocabulary_is_filled_up_for_the_last_ranks() {
+    for (model, ranks) in [("opt", 2), ("llama", 2), ("opt", 8), ("llama", 8)] {
+        let tiny = Tiny { model, stage: "ppo", layers: 2, vocabulary: 25 };
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        tiny::write_tokenizer(folder.path());
+        let heads = [format!("models.{model}.config.heads=8"), format!("models.{model}.config.kv_heads=8")];
+        let heads: Vec<&str> = heads.iter().take(if model == "opt" { 1 } else { 2 }).map(String::as_str).collect();
+        let program = stages::program(folder.path(), &tiny.pipeline("1e-3"), &tiny::rows(), &heads);
+        let whole = partitioned(&program, Mesh::default());
+        let local = partitioned(&program, Mesh { tensor: ranks, ..Mesh::default() });
+        let tables: Vec<&State> = local.states.iter().filter(|state| state.whole_shape() == [25, 16]).collect();
+        let rows = Some(25usize.div_ceil(ranks) as i64);
+        assert!(!tables.is_empty() && tables.iter().all(|table| table.ty.dims[0].constant() == rows), "{local}");
+        assert!(equal(&whole, &local, 25) > 10);
     }
 }
 

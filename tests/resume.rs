@@ -45,41 +45,7 @@ stages:
   replay: {recipe: ./replay.yaml, actor: base, data: prefs}
 ";
 
-const REPLAY: &str = "
-recipe: replay
-models:
-  actor: {type: causal_lm, trained: true}
-data:
-  prompts: {fields: {prompt: text}, sequences: {prompt: [prompt]}, pad: left, width: 12, longer: drop}
-state:
-  drawn: {init: 0.0}
-graphs:
-  scored:
-    in:
-      seq: sequence[B, L]
-      answer: bool[B, A]
-    out: {rows: {seq: seq, answer: answer}}
-  imitation:
-    in:
-      seq: sequence[B, L]
-      answer: bool[B, A]
-    let:
-      - logp: next_logp(actor(seq), seq.tokens)[:, L - A - 1:]
-    out:
-      loss: mean(-logp, where=answer)
-plan:
-  - for: batch
-    in: batches(prompts, 4)
-    do:
-      - rollout: generate(actor, batch.prompt, max_new_tokens=6)
-      - exp: scored(rollout)
-      - buffer: recent(exp.rows, 6)
-      - for: mini
-        in: minibatches(buffer, 3)
-        do:
-          - update(actor, imitation(mini))
-          - set: {drawn: drawn + 1}
-";
+const REPLAY: &str = include_str!("common/replay.yaml");
 
 const STAGES: [&str; 5] = ["sft", "dpo", "reward", "ppo", "replay"];
 

@@ -23,7 +23,7 @@ const PLACES: usize = 2;
 fn pieces(model: &'static str, order: PipelineOrder, mesh: Mesh, zero_stage: u8, sets: &[&str]) -> Vec<Piece> {
     let folder = tempfile::tempdir().expect("a folder can be made");
     tiny::write_tokenizer(folder.path());
-    let tiny = Tiny { model, stage: "sft", layers: 4 };
+    let tiny = Tiny { model, stage: "sft", layers: 4, vocabulary: tiny::TOKENS };
     let program = stages::program(folder.path(), &tiny.pipeline("1e-2"), &tiny::rows(), sets);
     let mut program = laid_out(&program, mesh, zero_stage);
     program.stage.parallel.order = order;
@@ -45,6 +45,32 @@ fn length(order: PipelineOrder, parts: usize) -> usize {
     }
 }
 
+/// Most parts that the runs of layers of a place have under way, by the formulas of `ir/src/schedule.rs`; two places have
+/// rounds of two parts.
+fn under_way(order: PipelineOrder, place: usize, parts: usize) -> usize {
+    match order {
+        PipelineOrder::Gpipe => parts,
+        PipelineOrder::OneForwardOneBackward => PLACES - place,
+        PipelineOrder::Interleaved => {
+            let runs = chunks(order);
+            (2 * (PLACES - 1 - place) + (runs - 1) * PLACES + 1).min(runs * parts)
+        }
+        PipelineOrder::ZeroBubble => PLACES,
+    }
+}
+
+/// The same of what a place does.
+fn most_under_way(actions: &[(usize, usize)], pieces: &[Piece], last: Work) -> usize {
+    let mut now = 0usize;
+    let most = actions.iter().map(|&(_, piece)| {
+        now += usize::from(pieces[piece].work == Work::Forward);
+        let all = now;
+        now -= usize::from(pieces[piece].work == last);
+        all
+    });
+    most.max().unwrap_or(0)
+}
+
 fn keeps_to_its_schedule(mesh: Mesh, zero_stage: u8, sets: &[&str]) {
     for (model, order) in ["opt", "llama"].into_iter().flat_map(|m| PipelineOrder::ALL.map(|order| (m, order))) {
         let what = format!("{model} {} {mesh}, zero_stage {zero_stage}, {sets:?}", order.name());
@@ -61,6 +87,10 @@ fn keeps_to_its_schedule(mesh: Mesh, zero_stage: u8, sets: &[&str]) {
             let ends = timeline(&actions, &pieces, |_| 1).unwrap_or_else(|why| panic!("{what}: {why}"));
             let last = ends.into_iter().flatten().max();
             assert_eq!(last, Some(length(order, parts) as u64), "{what} in {parts} parts");
+            let last = if order.splits_backward() { Work::Weight } else { Work::Backward };
+            let found: Vec<usize> = actions.iter().map(|own| most_under_way(own, &pieces, last)).collect();
+            let expected: Vec<usize> = (0..PLACES).map(|place| under_way(order, place, parts)).collect();
+            assert_eq!(found, expected, "parts under way, {what} in {parts} parts");
         }
     }
 }

@@ -20,24 +20,33 @@ use sha2::{Digest, Sha256};
 mod on_ranks;
 #[allow(dead_code)] // Other tests use the rest.
 mod stages;
+#[path = "common/tiny.rs"]
+#[allow(dead_code)] // Other tests use the rest.
+mod tiny;
 
-use on_ranks::{On, Outputs, Ran, Watched, assert_near, device, first_message, laid_out, planned, ran};
+use on_ranks::{
+    On, Outputs, Ran, Watched, assert_near, device, difference_above, first_message, laid_out, planned, ran,
+};
+use tiny::Tiny;
 
 /// Sizes that neither two nor four ranks can share out evenly.
 const PIPELINE: &str = "
 dsgc: 1
 seed: 7
 models:
-  opt: {model: opt, tokenizer: TOKENIZER, config: {hidden: 12, layers: 2, heads: 2, ffn: 26, max_positions: 31}}
+  opt: {model: opt, tokenizer: TOKENIZER, config: {vocab: 641, hidden: 12, layers: 2, heads: 2, ffn: 26, max_positions: 31}}
 data:
   texts: {path: rows.jsonl, fields: {text: prompt}}
 stages:
   sft: {model: opt, data: texts, batch_size: 8, micro_batch_size: 2, max_length: 24, learning_rate: 1e-2, max_steps: 4}
 ";
 
+fn rows() -> Vec<String> {
+    (0..24).map(|i| format!("{{\"prompt\": \"Question {i} and {}?\"}}", i * i)).collect()
+}
+
 fn program(folder: &Path) -> Program {
-    let rows: Vec<String> = (0..24).map(|i| format!("{{\"prompt\": \"Question {i} and {}?\"}}", i * i)).collect();
-    stages::program(folder, PIPELINE, &rows, &[])
+    stages::program(folder, PIPELINE, &rows(), &[])
 }
 
 /// Ranks along `pipeline`, `data` and `tensor`, and the stage of ZeRO.
@@ -50,10 +59,23 @@ fn on(program: &Program, (pipeline, data, tensor, zero_stage): Layout) -> Progra
     laid_out(program, Mesh { pipeline, data, tensor }, zero_stage)
 }
 
-/// Runs a stage, from the newest checkpoint if it is to be resumed; the last rank may be told to stop after a step.
+/// Runs a stage in doubles, from the newest checkpoint if it is to be resumed; the last rank may be told to stop after a step.
 fn run(program: &Program, layout: Layout, resume: bool, stops: Option<u64>) -> Ran {
+    run_with(program, layout, On::Doubles, resume, stops)
+}
+
+fn run_with(program: &Program, layout: Layout, with: On, resume: bool, stops: Option<u64>) -> Ran {
     let program = on(program, layout);
-    ran(&program, On::Doubles, resume, stops.map(|step| (program.mesh.ranks() - 1, step)))
+    ran(&program, with, resume, stops.map(|step| (program.mesh.ranks() - 1, step)))
+}
+
+/// What was run before a stop and after it.
+fn joined(begun: &Ran, after: Ran) -> Ran {
+    Ran {
+        steps: [begun.steps.clone(), after.steps].concat(),
+        evaluations: [begun.evaluations.clone(), after.evaluations].concat(),
+        states: after.states,
+    }
 }
 
 fn manifest(program: &Program, step: u64) -> Value {
@@ -82,15 +104,71 @@ fn what_ranks_write_any_number_of_ranks_reads() {
             assert!(bytes.iter().all(|&own| own < share * 5 / 4), "{bytes:?} are no equal shares");
         }
         for to in [from, ONE, (1, 4, 1, 1), (2, 1, 2, 0)] {
-            let after = run(&program, to, true, None);
-            let both = Ran {
-                steps: [begun.steps.clone(), after.steps].concat(),
-                evaluations: [begun.evaluations.clone(), after.evaluations].concat(),
-                states: after.states,
-            };
+            let both = joined(&begun, run(&program, to, true, None));
             assert_near(&both, &one, 1e-9, &format!("from {from:?} to {to:?}"));
             if to == from {
                 assert!(both == whole, "{from:?} goes on to other bits");
+            }
+        }
+    }
+}
+
+/// Every step learns from rollouts of this one and of earlier ones.
+const REPLAY: &str = include_str!("common/replay.yaml");
+
+const REPLAYED: &str = "
+dsgc: 1
+seed: 7
+models:
+  opt: {model: opt, tokenizer: TOKENIZER, config: {vocab: 641, hidden: 16, layers: 2, heads: 2, ffn: 32, max_positions: 48}}
+data:
+  prompts: {path: rows.jsonl}
+stages:
+  replay:
+    recipe: ./replay.yaml
+    actor: opt
+    data: prompts
+    batch_size: 4
+    micro_batch_size: 1
+    learning_rate: 1e-3
+    max_steps: 5
+";
+
+/// Actor, critic, their moments, the average, the penalty that follows the divergence, other text beside the rollouts, and
+/// rollouts that are kept: all go on where they were, on as many ranks or on others.
+#[test]
+fn ppo_goes_on_on_any_number_of_ranks() {
+    let tiny = Tiny { model: "opt", stage: "ppo", layers: 2, vocabulary: 25 };
+    for (pipeline, rows) in [(tiny.pipeline("1e-3"), tiny::rows()), (REPLAYED.to_string(), rows())] {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        tiny::write_tokenizer(folder.path());
+        fs::write(folder.path().join("replay.yaml"), REPLAY).expect("a file");
+        let mut program = stages::program(folder.path(), &pipeline, &rows, &[]);
+        program.stage.max_steps = Some(6);
+        for with in [On::Doubles, On::Fast] {
+            // In single precision moments have as few digits as gradients that nearly cancel: what they do to weights is
+            // compared.
+            let comparable = |mut ran: Ran| {
+                ran.steps.iter_mut().for_each(|step| step.retain(|name, _| name != tiny::OF_FEW_DIGITS));
+                ran.states.retain(|name, _| with == On::Doubles || !(name.ends_with(".m") || name.ends_with(".v")));
+                ran
+            };
+            let (least, bound) = if with == On::Doubles { (1e-3, 1e-9) } else { (1.0, 1e-5) };
+            let one = comparable(run_with(&program, ONE, with, false, None));
+            for from in [(1, 2, 1, 3), (1, 1, 2, 0), (2, 1, 1, 0)] {
+                let whole = run_with(&program, from, with, false, None);
+                assert_eq!(whole.steps.len(), 6);
+                let begun = run_with(&program, from, with, false, Some(3));
+                for to in [from, ONE, (1, 2, 2, 1)] {
+                    let both = joined(&begun, run_with(&program, to, with, true, None));
+                    let what = format!("{}, {with:?}, from {from:?} to {to:?}", program.stage.name);
+                    assert!(to != from || both == whole, "{what}: it goes on to other bits");
+                    let (metrics, states) = difference_above(&comparable(both), &one, least);
+                    assert!(
+                        metrics <= bound && states <= bound,
+                        "{what}: {metrics:e} in metrics, {states:e} in states"
+                    );
+                }
             }
         }
     }
@@ -190,6 +268,28 @@ fn ranks_that_run_another_program_do_not_begin() {
     let error = disagreement(other, false).message;
     assert!(error.starts_with("ranks differ in the planned program: "), "{error}");
     assert!(error.contains(" on rank 0, ") && error.ends_with(" on rank 2"), "{error}");
+}
+
+/// Ranks that begin after different steps of one run.
+#[test]
+fn ranks_that_go_on_after_another_step_end() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut program = on(&program(folder.path()), (1, 2, 1, 0));
+    program.stage.checkpoints.every = Some(1);
+    ran(&program, On::Doubles, false, None);
+    let planned = planned(&program, On::Doubles);
+    let stop = AtomicBool::new(false);
+    let rank = |member: Member| -> Result<(), Vec<Diag>> {
+        let keeper = Keeper::new(&program, &stop);
+        let step = 2 + member.rank();
+        let folder = Path::new(&program.stage.output_dir).join(format!("checkpoints/step-{step:08}"));
+        let device = device(&planned, On::Doubles, &member);
+        let mut session = Session::open_as(planned.clone(), device, member, &mut |_| Ok(()))?;
+        session.resume(&keeper.open(&folder).map_err(|e| vec![e])?).map_err(|e| vec![e])?;
+        session.run_kept(&keeper, &mut |_| Ok(())).map(drop).map_err(|e| vec![e])
+    };
+    let error = on_threads(planned.mesh, rank, first_message).expect_err("they differ").remove(0).message;
+    assert_eq!(error, "ranks differ in the step that the run begins after: 2 on rank 0, 3 on rank 1");
 }
 
 #[test]

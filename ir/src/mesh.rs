@@ -208,9 +208,9 @@ impl Placement {
         for (rank, part) in parts.iter().enumerate() {
             let region = self.region(mesh, rank);
             let first: Vec<usize> = region.iter().map(|places| places.start).collect();
+            let extents: Vec<usize> = region.iter().map(|places| places.len()).collect();
             // Of what several ranks have, the first one's counts.
-            if self.is_at(mesh.place(Axis::Pipeline, rank)) && !put.contains(&first) {
-                let extents: Vec<usize> = region.iter().map(|places| places.len()).collect();
+            if !extents.contains(&0) && !put.contains(&first) {
                 let own = if part.shape == extents { part } else { &part.beginning(&extents) };
                 whole.put(&first, own);
                 put.push(first);

@@ -4,15 +4,19 @@
 //! messages, which follow from what the pieces take from each other. One function makes each [`PipelineOrder`];
 //! [`timeline`] finds out whether it ends, and how long it takes.
 //!
-//! With `p` places, `v` runs of layers at each of them, `m >= p` parts, and equal times for work of every kind, places wait this
-//! share of the time, their bubble ([`bubble`]):
+//! With `p` places, `v` runs of layers at each of them, `m >= p` parts, and equal times for work of every kind, places wait
+//! this share of the time, their bubble ([`bubble`]), and place `i` has so many parts under way at most, each in one of its
+//! runs:
 //!
-//! | order | bubble | parts that a place has under way |
+//! | order | bubble | under way at place `i` |
 //! |---|---|---|
 //! | `gpipe` | `(p - 1) / (m + p - 1)` | `m` |
-//! | `1f1b` | `(p - 1) / (m + p - 1)` | `p` less the places before it |
-//! | `interleaved_1f1b` | `(p - 1) / (v m + p - 1)` | at most `p + (p - 1) / v`, where `m` is a multiple of `p` |
+//! | `1f1b` | `(p - 1) / (m + p - 1)` | `p - i` |
+//! | `interleaved_1f1b` | `(p - 1) / (v m + p - 1)` | `2 (p - 1 - i) + (v - 1) r + 1`, and `v m` at most |
 //! | `zero_bubble` | `(p - 1) / (3 m + p - 1)` | `p` |
+//!
+//! Rounds of interleaved runs have `r` parts: `p` where `m` is a multiple of it, as Megatron-LM wants it (Narayanan et al.
+//! 2021, whose warm-up this is), else the most of `floor(m / p)` rounds that are as equal as can be.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -358,7 +362,7 @@ mod tests {
                     PipelineOrder::OneForwardOneBackward | PipelineOrder::Interleaved => (places - place).min(parts),
                     PipelineOrder::ZeroBubble => places.min(parts),
                 };
-                assert!(under_way(actions) <= most, "{what}: {} under way at {place}", under_way(actions));
+                assert_eq!(under_way(actions), most, "{what}: parts under way at {place}");
             }
             // The bubble is what is left where there are parts enough to fill it.
             let (p, m, v, lacking) = (places, parts, chunks, places.saturating_sub(parts));

@@ -30,5 +30,7 @@ pub mod share_rows;
 pub mod simplify;
 pub mod split_stages;
 
-pub use pipeline::{Fact, Notes, Numerics, Observer, PIPELINE, Pass, PassContext, Step, compile, run_passes};
+pub use pipeline::{
+    Common, Fact, Notes, Numerics, Observer, PIPELINE, Pass, PassContext, Step, common, compile, run_passes,
+};
 pub use plan_memory::live_bytes;

@@ -10,9 +10,15 @@
 //! better. An op that makes more bytes than die with it waits until somebody needs its result, but never longer than to
 //! where an operand dies without it; an op with which more bytes die than it makes runs as soon as it can. So gradients die
 //! in the optimizer right after they are final, unless clipping needs all of them first. Neither move makes more live at
-//! any other time, if every value counts as much as in [`crate::plan_memory`]; what lies in place of what else may change,
-//! so each order is weighed by the planner's own count, and only an order with a smaller peak takes the place of the old
-//! one. Of equally good ones the first is taken, and ties inside of one go by program order.
+//! any other time, if every value counts as much as in [`crate::plan_memory`].
+//!
+//! One more order goes by what is gathered, as DeepCompile's schedule of ZeRO 3 does (Tanaka et al. 2025): of the gathers
+//! that are dead again before another one is needed, that with which most bytes die on the way goes first, to its last
+//! use, so what the others leave lies there when it is gone. That may make more live elsewhere.
+//!
+//! What lies in place of what else may change, so each order is weighed by the planner's own count, and only an order with
+//! a smaller peak takes the place of the old one. Of equally good ones the first is taken, and ties inside of one go by
+//! program order.
 //!
 //! What reads a state's old value stays before the op that makes the new one, which may lie in its place.
 
@@ -68,7 +74,8 @@ pub(crate) fn order(graph: &Graph, program: &Program, target: &dyn Target) -> Op
     let work = Work::of(graph, program);
     let same: Vec<OpId> = graph.ops().map(|(id, _)| id).collect();
     let late = work.late();
-    let orders = [late.clone(), work.early(&same, false), work.early(&late, false), work.early(&late, true)];
+    let mut orders = vec![late.clone(), work.early(&same, false), work.early(&late, false), work.early(&late, true)];
+    orders.extend(work.by_gathers(graph, &late).map(|order| work.early(&order, false)));
     let before = live_bytes(graph, program, target);
     let mut best: Option<Better> = None;
     for order in orders {
@@ -198,6 +205,82 @@ impl Work {
         let mut early = order.to_vec();
         early.sort_by_key(|op| keys[op.0 as usize]);
         early
+    }
+
+    /// Gathers one after the other, each with what leads to its last use; `None` where there are not two to choose from.
+    fn by_gathers(&self, graph: &Graph, order: &[OpId]) -> Option<Vec<OpId>> {
+        let users = users(graph);
+        let gathers: Vec<usize> =
+            graph.ops().filter(|(_, op)| matches!(op.op, Op::AllGather { .. })).map(|(id, _)| id.0 as usize).collect();
+        if gathers.len() < 2 {
+            return None;
+        }
+        let uses = |gather: usize| {
+            let results = graph.op(OpId(gather as u32)).results();
+            results.flat_map(|r| users[r.0 as usize].clone()).collect::<Vec<OpId>>()
+        };
+        let uses: Vec<Vec<OpId>> = gathers.iter().map(|&gather| uses(gather)).collect();
+        // Per op, the gathers that it cannot do without.
+        let words = gathers.len().div_ceil(64);
+        let mut needs = vec![vec![0u64; words]; self.after.len()];
+        for at in 0..needs.len() {
+            let mut own = vec![0u64; words];
+            for before in &self.after[at] {
+                own.iter_mut().zip(&needs[before.0 as usize]).for_each(|(own, other)| *own |= other);
+            }
+            if let Ok(number) = gathers.binary_search(&at) {
+                own[number / 64] |= 1 << (number % 64);
+            }
+            needs[at] = own;
+        }
+        let mut place = vec![0; order.len()];
+        order.iter().enumerate().for_each(|(i, op)| place[op.0 as usize] = i);
+        let mut placed = vec![false; order.len()];
+        let mut gathered = vec![0u64; words];
+        let mut made = Vec::with_capacity(order.len());
+        let mut left: Vec<usize> = (0..gathers.len()).collect();
+        while !left.is_empty() {
+            let alone = |&number: &usize| {
+                let others = |word: usize| {
+                    let all = uses[number].iter().fold(0, |all, op| all | needs[op.0 as usize][word]) & !gathered[word];
+                    if word == number / 64 { all & !(1 << (number % 64)) } else { all }
+                };
+                (0..words).all(|word| others(word) == 0)
+            };
+            let way = |number: usize| self.way(&uses[number], &placed, &place);
+            let dies = |way: &[usize]| way.iter().map(|&at| self.freed[at]).sum::<usize>();
+            let best = left.iter().copied().filter(alone).map(|number| (number, way(number)));
+            let best = best.max_by_key(|(number, way)| (dies(way), std::cmp::Reverse(place[gathers[*number]])));
+            // Else the next one of the order, and no further.
+            let (number, way) = best.unwrap_or_else(|| {
+                let &number = left.iter().min_by_key(|&&number| place[gathers[number]]).expect("some are left");
+                (number, self.way(&[OpId(gathers[number] as u32)], &placed, &place))
+            });
+            for at in way {
+                placed[at] = true;
+                made.push(OpId(at as u32));
+                if let Ok(other) = gathers.binary_search(&at) {
+                    gathered[other / 64] |= 1 << (other % 64);
+                }
+            }
+            left.retain(|&other| other != number && !placed[gathers[other]]);
+        }
+        made.extend(order.iter().filter(|op| !placed[op.0 as usize]));
+        Some(made)
+    }
+
+    /// What leads to these ops, themselves too, and is not placed yet.
+    fn way(&self, to: &[OpId], placed: &[bool], place: &[usize]) -> Vec<usize> {
+        let mut found = std::collections::BTreeSet::new();
+        let mut open: Vec<usize> = to.iter().map(|op| op.0 as usize).collect();
+        while let Some(at) = open.pop() {
+            if !placed[at] && found.insert(at) {
+                open.extend(self.after[at].iter().map(|before| before.0 as usize));
+            }
+        }
+        let mut way: Vec<usize> = found.into_iter().collect();
+        way.sort_by_key(|&at| place[at]);
+        way
     }
 }
 

@@ -11,30 +11,21 @@
 //! Layers are shared out first (`tensor`), then rows. `assign` says what a rank holds of each state. One walk over each graph
 //! follows what ranks hold of every value (`Has`): a rank has other rows than the others, so what is summed over rows is
 //! partial; sums of partial values stay so; what is elementwise stays in parts. Where an op wants something else than it
-//! has, `Partition::reshard` is the only place that inserts a collective:
-//!
-//! | has \ wants | same | cut |
-//! |---|---|---|
-//! | same | - | `shard` |
-//! | cut | `all_gather` | - |
-//! | partial | `all_reduce` | `reduce_scatter` |
-//!
-//! A value is moved once and used by all ops of its phase that want it. The backward pass gathers again: so what was gathered
-//! lives for its layer only (ZeRO 3).
+//! has, `table` says what is sent, along both axes.
 
 mod assign;
+mod table;
 mod tensor;
-
-use std::collections::BTreeMap;
 
 use dsgc_ir::diag::Diag;
 use dsgc_ir::infer::Contraction;
 use dsgc_ir::trained::reads;
-use dsgc_ir::{Axis, Builder, Class, Dim, Graph, Level, Op, OpData, Phase, Program, Site, StateId, Type, Value};
+use dsgc_ir::{Axis, Class, Dim, Graph, Level, Mesh, Op, OpData, Placement, Program, Site, StateId, Type, Value};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::rebuild::{Rebuild, without_dead_ops};
 use assign::Assigned;
+use table::{Has, Part, Table};
 
 /// The pass.
 pub const PASS: Pass = Pass {
@@ -73,37 +64,13 @@ pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<D
     Ok(program)
 }
 
-/// What the ranks along the data axis have of a value.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Has {
-    /// All have it.
-    Same,
-    /// Each has what its own rows give.
-    Rows,
-    /// Each has a summand.
-    Partial,
-    /// Each has a part of the first dim, which has so many places in all.
-    Cut(usize),
-}
-
-/// What an op wants of an operand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Want {
-    Same,
-    Cut(usize),
-}
-
 /// A graph on its way.
 struct Partition<'a> {
     /// The program before, and after as far as its states are concerned.
     whole: &'a Program,
     local: &'a Program,
-    context: &'a PassContext<'a>,
     rebuild: Rebuild<'a>,
-    /// Per value of the new graph.
-    has: Vec<Has>,
-    /// What has been moved already: value, what was wanted, and whether for the forward pass.
-    moved: BTreeMap<(Value, Want, bool), Value>,
+    table: Table<'a>,
 }
 
 impl<'a> Partition<'a> {
@@ -121,7 +88,8 @@ impl<'a> Partition<'a> {
             _ => Has::Same,
         };
         let has = graph.inputs().collect::<Vec<_>>().iter().map(rows).collect();
-        let mut partition = Partition { whole, local, context, rebuild, has, moved: BTreeMap::new() };
+        let table = Table::new(Axis::Data, local.mesh.data, has, context);
+        let mut partition = Partition { whole, local, rebuild, table };
         let added_up = added_up(graph);
         for (_, op) in graph.ops() {
             partition.op(op);
@@ -130,19 +98,18 @@ impl<'a> Partition<'a> {
                 && partition.has_old(op.result()) == Has::Partial
                 && !added_up.contains(&state)
             {
-                let want = assigned.finished.get(&state).and_then(|placement| placement.cut_of_data(&local.mesh));
-                let want = want.map_or(Want::Same, Want::Cut);
+                let want = assigned.finished.get(&state).map_or(Has::Same, |placement| cut(placement, &local.mesh));
                 let finished = partition.reshard(partition.rebuild.get(op.result()), want, &op.site);
                 partition.rebuild.set(op.result(), finished);
             }
         }
         let outputs = graph.outputs.iter().map(|(name, value)| {
             let value = partition.rebuild.get(*value);
-            let left = match partition.has[value.0 as usize] {
+            let left = match partition.table.has(value) {
                 // The host adds up the totals of all parts.
                 Has::Partial if is_total(name) => value,
                 Has::Same | Has::Rows => value,
-                _ => partition.reshard(value, Want::Same, &Site::default()),
+                _ => partition.reshard(value, Has::Same, &Site::default()),
             };
             (name.clone(), left)
         });
@@ -156,27 +123,23 @@ impl<'a> Partition<'a> {
     }
 
     fn has_old(&self, old: Value) -> Has {
-        self.has[self.rebuild.get(old).0 as usize]
-    }
-
-    fn ranks(&self) -> usize {
-        self.local.mesh.data
+        self.table.has(self.rebuild.get(old))
     }
 
     /// Says what is had of the values that were pushed since.
     fn note(&mut self, has: Has) {
-        self.has.resize(self.rebuild.new.values().len(), has);
+        self.table.note(&self.rebuild.new, has);
     }
 
     fn op(&mut self, op: &OpData) {
         let has: Vec<Has> = op.args.iter().map(|&arg| self.has_old(arg)).collect();
-        let cut = has.iter().find_map(|has| if let Has::Cut(extent) = has { Some(*extent) } else { None });
+        let part = has.iter().copied().find(|has| matches!(has, Has::Cut(_)));
         match &op.op {
             Op::Read { state } => {
                 self.rebuild.copy(op, self.local);
                 let has = match &self.local.state(*state).placement {
                     Some(placement) if placement.partial.is_some() => Has::Partial,
-                    Some(placement) => placement.cut_of_data(&self.local.mesh).map_or(Has::Same, Has::Cut),
+                    Some(placement) => cut(placement, &self.local.mesh),
                     None => Has::Same,
                 };
                 self.note(has);
@@ -185,23 +148,17 @@ impl<'a> Partition<'a> {
             _ if has.contains(&Has::Rows) => self.with_rows(op),
             Op::Adamw { .. } => {
                 // Moments say where the step is taken.
-                let want = match has[2] {
-                    Has::Cut(extent) => Want::Cut(extent),
-                    _ => Want::Same,
-                };
+                let want = if let Has::Cut(_) = has[2] { has[2] } else { Has::Same };
                 let (each, settings) = op.args.split_at(op.args.len() - 3);
                 let mut args = self.as_wanted(each, want, &op.site);
-                args.extend(self.as_wanted(settings, Want::Same, &op.site));
+                args.extend(self.as_wanted(settings, Has::Same, &op.site));
                 self.rebuild.push(op, op.op.clone(), &args, self.local);
-                self.note(match want {
-                    Want::Cut(extent) => Has::Cut(extent),
-                    Want::Same => Has::Same,
-                });
+                self.note(want);
             }
-            rule if let Some(extent) = cut.filter(|_| rule.class() == Class::Elementwise || *rule == Op::Stop {}) => {
-                let args = self.as_wanted(&op.args, Want::Cut(extent), &op.site);
+            rule if let Some(part) = part.filter(|_| rule.class() == Class::Elementwise || *rule == Op::Stop {}) => {
+                let args = self.as_wanted(&op.args, part, &op.site);
                 self.rebuild.push(op, op.op.clone(), &args, self.local);
-                self.note(Has::Cut(extent));
+                self.note(part);
             }
             Op::Contract { spec } if has.iter().all(|&has| matches!(has, Has::Cut(_))) && sums_all(spec) => {
                 self.rebuild.copy(op, self.local);
@@ -210,16 +167,10 @@ impl<'a> Partition<'a> {
             rule if has.contains(&Has::Partial) && is_linear(rule, &has, self.old().ty(op.result())) => {
                 let args: Vec<Value> = op.args.iter().map(|&arg| self.rebuild.get(arg)).collect();
                 let adds = matches!(op.op, Op::Add {} | Op::Sub {});
-                let kept = |partition: &mut Self, arg: Value| match partition.has[arg.0 as usize] {
-                    Has::Same if adds => {
-                        let ranks = partition.ranks();
-                        let mut b = Builder::new(&mut partition.rebuild.new, op.site.clone());
-                        let summand = on_one_rank(&mut b, arg, Axis::Data, ranks);
-                        partition.note(Has::Partial);
-                        summand
-                    }
+                let kept = |partition: &mut Self, arg: Value| match partition.table.has(arg) {
+                    Has::Same if adds => partition.reshard(arg, Has::Partial, &op.site),
                     Has::Partial | Has::Same => arg,
-                    _ => partition.reshard(arg, Want::Same, &op.site),
+                    _ => partition.reshard(arg, Has::Same, &op.site),
                 };
                 let args: Vec<Value> = args.into_iter().map(|arg| kept(self, arg)).collect();
                 self.rebuild.push(op, op.op.clone(), &args, self.local);
@@ -231,13 +182,13 @@ impl<'a> Partition<'a> {
 
     /// An op on wholes.
     fn on_wholes(&mut self, op: &OpData) {
-        let args = self.as_wanted(&op.args, Want::Same, &op.site);
+        let args = self.as_wanted(&op.args, Has::Same, &op.site);
         self.rebuild.push(op, op.op.clone(), &args, self.local);
         self.note(Has::Same);
     }
 
     /// What became of old values, as an op at this site wants them.
-    fn as_wanted(&mut self, old: &[Value], want: Want, site: &Site) -> Vec<Value> {
+    fn as_wanted(&mut self, old: &[Value], want: Has, site: &Site) -> Vec<Value> {
         old.iter().map(|&old| self.reshard(self.rebuild.get(old), want, site)).collect()
     }
 
@@ -246,12 +197,12 @@ impl<'a> Partition<'a> {
     fn with_rows(&mut self, op: &OpData) {
         let args: Vec<Value> = op.args.iter().map(|&arg| self.rebuild.get(arg)).collect();
         let stays = |partition: &Self, arg: Value| {
-            let sum = matches!(op.op, Op::AddRows {}) && partition.has[arg.0 as usize] == Has::Partial;
-            sum || partition.has[arg.0 as usize] == Has::Rows
+            let sum = matches!(op.op, Op::AddRows {}) && partition.table.has(arg) == Has::Partial;
+            sum || partition.table.has(arg) == Has::Rows
         };
         let args: Vec<Value> = args
             .into_iter()
-            .map(|arg| if stays(self, arg) { arg } else { self.reshard(arg, Want::Same, &op.site) })
+            .map(|arg| if stays(self, arg) { arg } else { self.reshard(arg, Has::Same, &op.site) })
             .collect();
         self.rebuild.push(op, op.op.clone(), &args, self.local);
         let batch = self.old().batch.as_ref();
@@ -259,7 +210,7 @@ impl<'a> Partition<'a> {
         let extreme = matches!(op.op, Op::ReduceMax { .. } | Op::ReduceMin { .. });
         for result in op.results() {
             let has = if rows(self.old().ty(result)) || extreme { Has::Rows } else { Has::Partial };
-            self.has.push(has);
+            self.table.set(self.rebuild.get(result), has);
         }
     }
 
@@ -267,79 +218,30 @@ impl<'a> Partition<'a> {
         let value = self.rebuild.get(op.args[0]);
         let placement = self.local.state(state).placement.as_ref();
         let value = match placement {
-            Some(placement) if placement.partial.is_some() => match self.has[value.0 as usize] {
+            Some(placement) if placement.partial.is_some() => match self.table.has(value) {
                 Has::Partial => value,
                 // Zeros of all ranks add up to zero.
                 Has::Same if is_zero(&self.rebuild.new, value) => value,
                 has => panic!("bug: `{}` of @{} is {has:?}", self.whole.state(state).name, self.old().name),
             },
-            _ => match placement.and_then(|placement| placement.cut_of_data(&self.local.mesh)) {
-                Some(extent) => self.reshard(value, Want::Cut(extent), &op.site),
-                // What a rank keeps of its own rows from call to call, as generation does, is its own.
-                None if self.has[value.0 as usize] == Has::Rows => value,
-                None => self.reshard(value, Want::Same, &op.site),
-            },
+            // What a rank keeps of its own rows from call to call, as generation does, is its own.
+            _ => {
+                let want = placement.map_or(Has::Same, |placement| cut(placement, &self.local.mesh));
+                self.reshard(value, want, &op.site)
+            }
         };
         self.rebuild.push(op, op.op.clone(), &[value], self.local);
     }
 
-    /// The value as it is wanted, for an op at this site: the only place where ranks come to send something.
-    fn reshard(&mut self, value: Value, want: Want, site: &Site) -> Value {
-        let over = Axis::Data;
-        let ty = self.rebuild.new.ty(value).clone();
-        let (op, then) = match (self.has[value.0 as usize], want) {
-            (Has::Same | Has::Rows, Want::Same) => return value,
-            (Has::Cut(has), Want::Cut(extent)) if has == extent => return value,
-            (Has::Same, Want::Cut(extent)) => {
-                if let Some(stretched) = self.stretched(value, site) {
-                    return stretched;
-                }
-                (Op::Shard { over, axis: 0, ranks: self.ranks() }, Has::Cut(extent))
-            }
-            (Has::Cut(extent), Want::Same) => (Op::AllGather { over, axis: 0, lens: vec![extent] }, Has::Same),
-            (Has::Partial, Want::Same) => (Op::AllReduce { over }, Has::Same),
-            (Has::Partial, Want::Cut(extent)) => {
-                (Op::ReduceScatter { over, axis: 0, ranks: self.ranks() }, Has::Cut(extent))
-            }
-            (has, want) => panic!("bug: {ty} in @{} is {has:?}, and {want:?} is wanted", self.old().name),
-        };
-        let forward = site.phase == Phase::Forward;
-        if let Some(&moved) = self.moved.get(&(value, want, forward)) {
-            return moved;
-        }
-        self.context.matched(op.name(), 1);
-        // What was read belongs to the layer of the op that needs it; its place is that of what is moved.
-        let loc = self.rebuild.new.def(value).map_or(site.loc, |def| self.rebuild.new.op(def).site.loc);
-        let moved = Builder::new(&mut self.rebuild.new, Site { loc, ..site.clone() }).one(op, &[value]);
-        self.note(then);
-        self.moved.insert((value, want, forward), moved);
-        moved
-    }
-
-    /// A rank's part of a value that is the same along the first dim: stretched that far only.
-    fn stretched(&mut self, value: Value, site: &Site) -> Option<Value> {
-        let def = self.rebuild.new.op(self.rebuild.new.def(value)?);
-        let Op::Broadcast { shape } = &def.op else { return None };
-        let operand = def.args[0];
-        let given = &self.rebuild.new.ty(operand).dims;
-        if given.len() == shape.len() && given[0] != Dim::from(1i64) {
-            return None;
-        }
-        let extent = usize::try_from(shape[0].constant()?).ok()?;
-        let mut shape = shape.clone();
-        shape[0] = Dim::from(extent.div_ceil(self.ranks()) as i64);
-        let part = Builder::new(&mut self.rebuild.new, site.clone()).one(Op::Broadcast { shape }, &[operand]);
-        self.note(Has::Cut(extent));
-        Some(part)
+    /// The value as it is wanted, for an op at this site.
+    fn reshard(&mut self, value: Value, want: Has, site: &Site) -> Value {
+        self.table.reshard(&mut self.rebuild.new, value, want, site)
     }
 }
 
-/// A number that all ranks along an axis have, as a summand of the first one: the only part of `[1]` that is not beyond its
-/// end.
-fn on_one_rank(b: &mut Builder, value: Value, over: Axis, ranks: usize) -> Value {
-    let row = b.one(Op::Reshape { shape: vec![Dim::from(1i64)] }, &[value]);
-    let part = b.one(Op::Shard { over, axis: 0, ranks }, &[row]);
-    b.one(Op::Reshape { shape: vec![] }, &[part])
+/// What ranks with different rows have of a state, unless they have summands.
+fn cut(placement: &Placement, mesh: &Mesh) -> Has {
+    placement.cut_of_data(mesh).map_or(Has::Same, |extent| Has::Cut(Part { dim: 0, extent }))
 }
 
 /// States that a graph reads only to add to them.

@@ -7,6 +7,7 @@ use dsgc_ir::diag::{Diag, nearest};
 use dsgc_ir::verify::verify;
 use dsgc_ir::{Level, Planned, Program, Target};
 
+use crate::split_stages::Split;
 use crate::{
     adapt, autodiff, canonicalize, copies, decode, fit, fuse, infer, join_updates, merge, offload, offload_activations,
     order, partition, plan_memory, precision, prefetch, quantize, rematerialize, reshard, share_prefix, share_rows,
@@ -150,22 +151,67 @@ pub struct Step<'a> {
 /// Is told of every pass that has run.
 pub type Observer<'a> = &'a mut dyn FnMut(&Step);
 
-/// Runs the pipeline. In debug builds the verifier runs after every pass.
-pub fn compile(program: Program, context: &PassContext, observe: Observer) -> Result<Planned, Vec<Diag>> {
+/// A program on its way: what all places along `pipeline` have of it in common, up to the pass that cuts it into their pieces.
+pub struct Common {
+    /// Before it is cut, and after.
+    program: Program,
+    split: Split,
+    /// What the pass said.
+    notes: Notes,
+    /// The program as it came, where memory has a limit.
+    asked: Option<Program>,
+}
+
+/// Runs the pipeline as far as it is the same for all places.
+pub fn common(program: Program, context: &PassContext, observe: Observer) -> Result<Common, Vec<Diag>> {
     let asked = plan_memory::limit(&program, context.target).map(|_| program.clone());
-    let mut program = program;
-    for pass in PIPELINE {
-        let next = run_one(pass, program.clone(), context).map_err(|errors| match &asked {
+    let program = run_each(&PIPELINE[..cuts()], program, asked.as_ref(), context, observe)?;
+    let split = Split::of(program.clone(), context)?;
+    Ok(Common { program, split, notes: context.take_notes(), asked })
+}
+
+impl Common {
+    /// Runs what is left of the pipeline, for one place. In debug builds the verifier runs after every pass.
+    pub fn at(&self, place: usize, context: &PassContext, observe: Observer) -> Result<Planned, Vec<Diag>> {
+        let (pass, rest) = PIPELINE[cuts()..].split_first().expect("it is a pass");
+        let program = verified(pass, self.split.at(place));
+        observe(&Step { pass, before: &self.program, after: &program, notes: self.notes.clone() });
+        let asked = self.asked.as_ref().map(|asked| Program { place, ..asked.clone() });
+        let program = run_each(rest, program, asked.as_ref(), context, observe)?;
+        match Planned::new(program) {
+            Ok(planned) => Ok(planned),
+            Err(fault) => panic!("bug: the planned program is not valid: {fault}"),
+        }
+    }
+}
+
+/// Runs the pipeline for a program's place along `pipeline`.
+pub fn compile(program: Program, context: &PassContext, observe: Observer) -> Result<Planned, Vec<Diag>> {
+    let place = program.place;
+    common(program, context, observe)?.at(place, context, observe)
+}
+
+/// Which pass cuts a program into pieces.
+fn cuts() -> usize {
+    PIPELINE.iter().position(|pass| pass.name == split_stages::PASS.name).expect("it is a pass")
+}
+
+fn run_each(
+    passes: &[Pass],
+    mut program: Program,
+    asked: Option<&Program>,
+    context: &PassContext,
+    observe: Observer,
+) -> Result<Program, Vec<Diag>> {
+    for pass in passes {
+        let next = run_one(pass, program.clone(), context).map_err(|errors| match asked {
             Some(asked) if pass.name == plan_memory::PASS.name => fit::with_help(errors, asked, context),
             _ => errors,
         })?;
         observe(&Step { pass, before: &program, after: &next, notes: context.take_notes() });
         program = next;
     }
-    match Planned::new(program) {
-        Ok(planned) => Ok(planned),
-        Err(fault) => panic!("bug: the planned program is not valid: {fault}"),
-    }
+    Ok(program)
 }
 
 /// Runs passes by name, in this order. Their contracts hold as in [`PIPELINE`]: what a pass requires, an earlier one
@@ -209,11 +255,15 @@ fn all_names() -> String {
 
 /// Runs a pass. In debug builds the verifier runs after it.
 pub(crate) fn run_one(pass: &Pass, program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
-    let next = (pass.run)(program, context)?;
+    (pass.run)(program, context).map(|next| verified(pass, next))
+}
+
+/// What a pass has made, which the verifier looks at in debug builds.
+fn verified(pass: &Pass, program: Program) -> Program {
     if cfg!(debug_assertions)
-        && let Err(fault) = verify(&next)
+        && let Err(fault) = verify(&program)
     {
         panic!("bug: after the pass `{}`: {fault}", pass.name);
     }
-    Ok(next)
+    program
 }

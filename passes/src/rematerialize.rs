@@ -27,6 +27,7 @@ mod class;
 mod cut;
 mod gathers;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 use dsgc_ir::diag::Diag;
@@ -40,7 +41,7 @@ use crate::order::order;
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use crate::plan_memory::{limit, most_held, persistent_bytes, planned_bytes, scratch_bytes, too_large};
 use crate::rebuild::{Rebuild, without_dead_ops};
-use crate::split_stages;
+use crate::split_stages::Split;
 use body::{Bodies, Group};
 use gathers::{Gather, gathers};
 
@@ -76,7 +77,8 @@ fn rematerialize(graph: &Graph, program: &Program, context: &PassContext, bodies
     };
     let mut chosen = made(&choice);
     if let Some(limit) = limit(program, context.target).filter(|_| !program.stage.memory.keep_all) {
-        let fits = |graph: &Graph| arenas(graph, program, context.target).all(|bytes| bytes <= limit);
+        let others = Workspaces::default();
+        let fits = |graph: &Graph| arenas(graph, program, context.target, &others).all(|bytes| bytes <= limit);
         choice.again.fill(false);
         chosen = made(&choice);
         if !fits(&chosen) {
@@ -136,32 +138,44 @@ impl Choice {
 
 /// Bytes of memory that this graph takes after the passes that follow, at the place along `pipeline` that needs most.
 pub(crate) fn arena(graph: &Graph, program: &Program, target: &dyn Target) -> usize {
-    arenas(graph, program, target).max().unwrap_or(0)
+    arenas(graph, program, target, &Workspaces::default()).max().unwrap_or(0)
 }
 
+/// Bytes of the workspaces of graphs, by their names: they are the same as long as a graph is.
+type Workspaces = RefCell<BTreeMap<String, (Graph, usize)>>;
+
 /// The same at each place. What passes choose is the same at all of them, which have pieces of one graph.
-fn arenas(graph: &Graph, program: &Program, target: &dyn Target) -> impl Iterator<Item = usize> {
+fn arenas(graph: &Graph, program: &Program, target: &dyn Target, others: &Workspaces) -> impl Iterator<Item = usize> {
     let mut whole = program.clone();
     let same = whole.graphs.iter_mut().find(|same| same.name == graph.name).expect("it is a graph of the program");
     *same = without_dead_ops(graph, program);
     let name = graph.name.clone();
+    let split = Split::of(whole, &PassContext::new(target));
     (0..program.mesh.pipeline).map(move |place| {
-        let split = split_stages::run(Program { place, ..whole.clone() }, &PassContext::new(target));
         // The fewer values lie between pieces, the sooner there is room.
-        let Ok(split) = split else { return usize::MAX };
-        let pieces = split.stage.pieces.get(&name).into_iter().flatten().map(|piece| &piece.graph);
-        let own: Vec<&Graph> = pieces.chain([&name]).filter_map(|name| split.graph(name)).collect();
-        most_held(&split) + arena_of(&own, &split, target)
+        let Ok(split) = &split else { return usize::MAX };
+        let at = split.at(place);
+        let pieces = at.stage.pieces.get(&name).into_iter().flatten().map(|piece| &piece.graph);
+        let own: Vec<&Graph> = pieces.chain([&name]).filter_map(|name| at.graph(name)).collect();
+        most_held(&at) + arena_of(&own, &at, target, others)
     })
 }
 
 /// Bytes of the arena that the one of these graphs takes that needs most, after fusion and what follows it. Its workspace is that
 /// of the graph of the program that needs most.
-fn arena_of(graphs: &[&Graph], program: &Program, target: &dyn Target) -> usize {
+fn arena_of(graphs: &[&Graph], program: &Program, target: &dyn Target, known: &Workspaces) -> usize {
     let quiet = PassContext::new(target);
     let fused = |graph: &Graph| fused(&merge(&without_dead_ops(graph, program), program, &quiet), program, &quiet);
     let others = program.graphs.iter().filter(|other| graphs.iter().all(|graph| graph.name != other.name));
-    let mut scratch = others.map(|other| scratch_bytes(&fused(other), target)).max().unwrap_or(0);
+    let workspace = |other: &Graph| {
+        if let Some((_, bytes)) = known.borrow().get(&other.name).filter(|(same, _)| same == other) {
+            return *bytes;
+        }
+        let bytes = scratch_bytes(&fused(other), target);
+        known.borrow_mut().insert(other.name.clone(), (other.clone(), bytes));
+        bytes
+    };
+    let mut scratch = others.map(workspace).max().unwrap_or(0);
     let mut values = 0;
     for graph in graphs {
         let graph = offload(&fused(graph), program, &quiet);

@@ -30,7 +30,7 @@ use dsgc_ir::cost::time;
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::held::parts_of_graphs;
 use dsgc_ir::schedule::PipelineOrder;
-use dsgc_ir::{Class, DType, Dim, Op, Phase, Placement, Program, StateKind, Symbol, Type, Value};
+use dsgc_ir::{Class, DType, Dim, Graph, Op, Phase, Placement, Program, StateKind, Symbol, Type, Value};
 
 use crate::pipeline::{Fact, Numerics, Pass, PassContext};
 use cut::{Layer, Room};
@@ -47,54 +47,82 @@ pub const PASS: Pass = Pass {
 };
 
 /// Runs the pass.
-pub fn run(mut program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
-    if program.mesh.pipeline == 1 {
-        return Ok(program);
-    }
-    let layers = layers(&program).map_err(|e| vec![e])?;
-    for (block, places) in &layers {
-        let counts: Vec<String> = (0..program.mesh.pipeline)
-            .map(|place| places.iter().filter(|&&of| of == place).count().to_string())
-            .collect();
-        if context.explain {
-            context.changed(format!("layers of `{block}` at each place: {}", counts.join(", ")));
+pub fn run(program: Program, context: &PassContext) -> Result<Program, Vec<Diag>> {
+    let place = program.place;
+    Ok(Split::of(program, context)?.at(place))
+}
+
+/// A program in pieces.
+pub(crate) struct Split {
+    /// With all that is the same at every place, and the graphs of none.
+    program: Program,
+    /// The graphs of all places, in their order, and the place of each that is a piece.
+    graphs: Vec<(Option<usize>, Graph)>,
+}
+
+impl Split {
+    /// Cuts a program for ranks along `pipeline`; where there is one place, it has all.
+    pub(crate) fn of(mut program: Program, context: &PassContext) -> Result<Split, Vec<Diag>> {
+        if program.mesh.pipeline == 1 {
+            let graphs = std::mem::take(&mut program.graphs);
+            return Ok(Split { program, graphs: graphs.into_iter().map(|graph| (None, graph)).collect() });
         }
-    }
-    let all: Places = (0..program.mesh.pipeline).collect();
-    let (graphs, homes) = homes::find(&program, &layers);
-    let mut own = Vec::new();
-    for prepared in &graphs {
-        let name = prepared.graph.name.clone();
-        match pieces::cut(&program, prepared, &layers, &homes) {
-            None => own.push(prepared.graph.clone()),
-            Some(cut) => {
-                context.matched("piece", cut.pieces.len());
-                own.push(cut.inputs);
-                let here = cut.graphs.into_iter().zip(&cut.pieces).filter(|(_, piece)| piece.place == program.place);
-                own.extend(here.map(|(graph, _)| graph));
-                program.stage.pieces.insert(name, cut.pieces);
+        let layers = layers(&program).map_err(|e| vec![e])?;
+        for (block, places) in &layers {
+            let counts: Vec<String> = (0..program.mesh.pipeline)
+                .map(|place| places.iter().filter(|&&of| of == place).count().to_string())
+                .collect();
+            if context.explain {
+                context.changed(format!("layers of `{block}` at each place: {}", counts.join(", ")));
             }
         }
-    }
-    program.graphs = own;
-    let partial = homes::added_up(&graphs, &homes);
-    for (id, homes) in homes.into_iter().filter(|(_, homes)| *homes != all) {
-        let state = &mut program.states[id.0 as usize];
-        let extents =
-            || state.ty.dims.iter().map(|d| d.constant().expect("states have constant dims") as usize).collect();
-        let mut placement = state.placement.clone().unwrap_or_else(|| Placement::of_whole(extents()));
-        placement.places = homes.into_iter().collect();
-        let local = placement.local_at(&program.mesh, program.place);
-        state.ty.dims = local.into_iter().map(|extent| Dim::from(extent as i64)).collect();
-        state.placement = Some(placement);
-    }
-    for id in partial {
-        let state = &mut program.states[id.0 as usize];
-        if let Some(placement) = &mut state.placement {
-            placement.partial.get_or_insert(dsgc_ir::Axis::Pipeline);
+        let all: Places = (0..program.mesh.pipeline).collect();
+        let (graphs, homes) = homes::find(&program, &layers);
+        let mut own = Vec::new();
+        for prepared in &graphs {
+            let name = prepared.graph.name.clone();
+            match pieces::cut(&program, prepared, &layers, &homes) {
+                None => own.push((None, prepared.graph.clone())),
+                Some(cut) => {
+                    context.matched("piece", cut.pieces.len());
+                    own.push((None, cut.inputs));
+                    own.extend(cut.pieces.iter().map(|piece| Some(piece.place)).zip(cut.graphs));
+                    program.stage.pieces.insert(name, cut.pieces);
+                }
+            }
         }
+        let partial = homes::added_up(&graphs, &homes);
+        for (id, homes) in homes.into_iter().filter(|(_, homes)| *homes != all) {
+            let state = &mut program.states[id.0 as usize];
+            let extents =
+                || state.ty.dims.iter().map(|d| d.constant().expect("states have constant dims") as usize).collect();
+            let mut placement = state.placement.clone().unwrap_or_else(|| Placement::of_whole(extents()));
+            placement.places = homes.into_iter().collect();
+            state.placement = Some(placement);
+        }
+        for id in partial {
+            let state = &mut program.states[id.0 as usize];
+            if let Some(placement) = &mut state.placement {
+                placement.partial.get_or_insert(dsgc_ir::Axis::Pipeline);
+            }
+        }
+        program.graphs.clear();
+        Ok(Split { program, graphs: own })
     }
-    Ok(program)
+
+    /// What ranks of a place have of it.
+    pub(crate) fn at(&self, place: usize) -> Program {
+        let mut program = Program { place, ..self.program.clone() };
+        let here = self.graphs.iter().filter(|(of, _)| of.is_none_or(|of| of == place));
+        program.graphs = here.map(|(_, graph)| graph.clone()).collect();
+        for state in &mut program.states {
+            if let Some(placement) = state.placement.as_ref().filter(|placement| !placement.is_at(place)) {
+                let local = placement.local_at(&program.mesh, place);
+                state.ty.dims = local.into_iter().map(|extent| Dim::from(extent as i64)).collect();
+            }
+        }
+        program
+    }
 }
 
 /// The place of each layer of every block that repeats.

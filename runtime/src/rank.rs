@@ -90,35 +90,34 @@ impl Rank {
         all.broadcast(0, &mut told)?;
         Ok(told[0])
     }
+}
 
-    /// Whether this holds on any rank. An error, on all of them, where they do not agree on facts, which have names; a rank may
-    /// lack one.
-    pub fn agree(&self, facts: &BTreeMap<String, String>, here: bool) -> Result<bool, Diag> {
-        if self.member.mesh.is_single() {
-            return Ok(here);
-        }
-        let all = self.member.all();
-        all.note("what all ranks must have alike");
-        let message = serde_json::to_vec(&(here, facts)).unwrap_or_else(|e| panic!("bug: texts are no JSON: {e}"));
-        let read = |message: &Vec<u8>| {
-            serde_json::from_slice(message).unwrap_or_else(|e| panic!("bug: a rank sent no JSON: {e}"))
-        };
-        let all: Vec<(bool, BTreeMap<String, String>)> = all.messages(&message)?.iter().map(read).collect();
-        for (rank, (_, theirs)) in all.iter().enumerate() {
-            for (name, other) in theirs {
-                let first = all.iter().position(|(_, facts)| facts.contains_key(name)).unwrap_or(rank);
-                let one = &all[first].1[name];
-                if one != other {
-                    let message = format!("ranks differ in {name}: {one} on rank {first}, {other} on rank {rank}");
-                    return Err(Diag::error(message).help(
-                        "all ranks run one pipeline on the same files with one build of dsgc; where they do, a device or \
-                         its memory is broken",
-                    ));
-                }
+/// Whether this holds on any rank. An error, on all of them, where they do not agree on facts, which have names; a rank may
+/// lack one.
+pub(crate) fn agree(member: &Member, facts: &BTreeMap<String, String>, here: bool) -> Result<bool, Diag> {
+    if member.mesh.is_single() {
+        return Ok(here);
+    }
+    let all = member.all();
+    all.note("what all ranks must have alike");
+    let message = serde_json::to_vec(&(here, facts)).unwrap_or_else(|e| panic!("bug: texts are no JSON: {e}"));
+    let read =
+        |message: &Vec<u8>| serde_json::from_slice(message).unwrap_or_else(|e| panic!("bug: a rank sent no JSON: {e}"));
+    let all: Vec<(bool, BTreeMap<String, String>)> = all.messages(&message)?.iter().map(read).collect();
+    for (rank, (_, theirs)) in all.iter().enumerate() {
+        for (name, other) in theirs {
+            let first = all.iter().position(|(_, facts)| facts.contains_key(name)).unwrap_or(rank);
+            let one = &all[first].1[name];
+            if one != other {
+                let message = format!("ranks differ in {name}: {one} on rank {first}, {other} on rank {rank}");
+                return Err(Diag::error(message).help(
+                    "all ranks run one pipeline on the same files with one build of dsgc; where they do, a device or \
+                     its memory is broken",
+                ));
             }
         }
-        Ok(all.iter().any(|(here, _)| *here))
     }
+    Ok(all.iter().any(|(here, _)| *here))
 }
 
 /// Whether this holds on any rank of a group.

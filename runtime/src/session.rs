@@ -20,7 +20,7 @@ use crate::checkpoint::{Keeper, hex};
 use crate::data::{DataReport, Dataset};
 use crate::pieces::{InPieces, Spent};
 use crate::plan::{Cache, Counters, Place, Told};
-use crate::rank::Rank;
+use crate::rank::{Rank, agree};
 use crate::roles;
 use crate::values::{Origin, Values};
 
@@ -176,7 +176,7 @@ impl Session {
         member.transport.begin(&format!("the beginning of `{}`", program.stage.name));
         let (device, spent) = InPieces::wrap(device, &program, &member);
         let mut rank = Rank { device, member };
-        rank.agree(&planned(&program, &rank.member), false).map_err(|e| vec![e])?;
+        agree(&rank.member, &planned(&program, &rank.member), false).map_err(|e| vec![e])?;
         outermost(&program.stage.plan).map_err(|e| vec![e])?;
         let mut errors = Vec::new();
         if let Err(mut found) = roles::load(&program, &mut rank, observer) {
@@ -204,7 +204,7 @@ impl Session {
         }
         if !rank.member.mesh.is_single() {
             let rows = |(name, data): (&String, &Dataset)| (format!("the rows of `{name}`"), data.digest());
-            rank.agree(&data.iter().map(rows).collect(), false).map_err(|e| vec![e])?;
+            agree(&rank.member, &data.iter().map(rows).collect(), false).map_err(|e| vec![e])?;
         }
         Ok(Session {
             program,
@@ -248,7 +248,7 @@ impl Session {
         if let Some(keeper) = keeper {
             run.insert("what the run is".into(), keeper.identity().digest());
         }
-        self.rank.agree(&run, false)?;
+        agree(&self.rank.member, &run, false)?;
         let plan = self.program.stage.plan.clone();
         let reached = match self.train(&plan, keeper, observer)? {
             (_, Ended::Stopped(step)) => return Ok(Ended::Stopped(step)),
@@ -359,7 +359,7 @@ impl Session {
                 }
                 // All ranks stop after the same step, whichever is told to.
                 let stops = keeper.is_some_and(|keeper| keeper.stop.load(Ordering::Relaxed));
-                let stops = self.rank.agree(&facts, stops)? && step < steps;
+                let stops = agree(&self.rank.member, &facts, stops)? && step < steps;
                 if step == steps || eval_steps.is_some_and(|every| step.is_multiple_of(every)) {
                     reached = self.evaluate(step, observer)?;
                 }
@@ -433,4 +433,32 @@ fn wrong_number(metrics: &Metrics) -> Option<(String, f64)> {
 fn open_source(source: &Source, seed: u64) -> Result<Dataset, Vec<Diag>> {
     let tokenizer = Tokenizer::load(&source.tokenizer).map_err(|e| vec![e.label(source.span, "for these rows")])?;
     Dataset::open(source, seed, &tokenizer)
+}
+
+#[cfg(test)]
+mod tests {
+    use dsgc_ir::Mesh;
+
+    use super::*;
+    use crate::rank::on_threads;
+
+    /// Three ranks after a step, of which the last one says otherwise.
+    fn after(step: u64, loss: f64, (last_step, last_loss): (u64, f64)) -> Result<Vec<bool>, Diag> {
+        let mesh = Mesh { data: 3, ..Mesh::default() };
+        let run = |member: Member| {
+            let (step, loss) = if member.rank() == 2 { (last_step, last_loss) } else { (step, loss) };
+            agree(&member, &taken(step, &Metrics::from([("loss".into(), loss), ("lr".into(), step as f64)])), false)
+        };
+        on_threads(mesh, run, |diag| diag.message.clone())
+    }
+
+    #[test]
+    fn ranks_have_taken_the_same_step_to_the_same_loss() {
+        assert_eq!(after(3, 0.5, (3, 0.5)), Ok(vec![false; 3]));
+        let message = |last| after(3, 0.5, last).expect_err("they differ").message;
+        assert_eq!(message((4, 0.5)), "ranks differ in the step that they have taken: 3 on rank 0, 4 on rank 2");
+        assert_eq!(message((4, 0.25)), "ranks differ in the step that they have taken: 3 on rank 0, 4 on rank 2");
+        let other = "ranks differ in the `loss` of step 3: 0.5 on rank 0, 0.5000000000000001 on rank 2";
+        assert_eq!(message((3, 0.5 + f64::EPSILON / 2.0)), other);
+    }
 }

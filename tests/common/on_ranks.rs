@@ -1,10 +1,11 @@
 //! Stages on several ranks, each a thread of this process.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Axis, Mesh, Planned, Program, StateId, StateKind, Tensor};
+use dsgc_ir::{Axis, Mesh, Planned, Program, StateId, StateKind, Target, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::cpu::{Cpu, CpuTarget};
 #[cfg(feature = "wgpu")]
@@ -13,8 +14,6 @@ use dsgc_kernels::interp::{Interp, InterpTarget, Precision};
 use dsgc_kernels::ranks::Member;
 use dsgc_passes::PassContext;
 use dsgc_runtime::{Ended, Event, Keeper, Metrics, Session, on_threads};
-
-use crate::stages;
 
 /// What runs a rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,17 +38,25 @@ pub fn laid_out(program: &Program, mesh: Mesh, zero_stage: u8) -> Program {
 
 /// The plan of the ranks at the program's place along `pipeline`.
 pub fn planned(program: &Program, on: On) -> Planned {
-    match on {
-        On::Doubles => stages::compile(program, &PassContext::new(&InterpTarget), None),
-        On::Cpu | On::Fast => stages::compile(program, &PassContext::new(&CpuTarget { threads: 1 }), None),
-        #[cfg(feature = "wgpu")]
-        On::Gpu => stages::compile(program, &PassContext::new(&cube::target(Platform::Wgpu)), None),
-    }
+    planned_at(program, on, program.place..program.place + 1).remove(0)
 }
 
 /// The plans of all places along `pipeline`.
 pub fn planned_at_all(program: &Program, on: On) -> Vec<Planned> {
-    (0..program.mesh.pipeline).map(|place| planned(&Program { place, ..program.clone() }, on)).collect()
+    planned_at(program, on, 0..program.mesh.pipeline)
+}
+
+fn planned_at(program: &Program, on: On, places: Range<usize>) -> Vec<Planned> {
+    let target: Box<dyn Target> = match on {
+        On::Doubles => Box::new(InterpTarget),
+        On::Cpu | On::Fast => Box::new(CpuTarget { threads: 1 }),
+        #[cfg(feature = "wgpu")]
+        On::Gpu => Box::new(cube::target(Platform::Wgpu)),
+    };
+    let context = PassContext::new(target.as_ref());
+    let common = dsgc_passes::common(program.clone(), &context, &mut |_| {}).unwrap_or_else(|e| panic!("{e:?}"));
+    let at = |place| common.at(place, &context, &mut |_| {}).unwrap_or_else(|e| panic!("{e:?}"));
+    places.map(at).collect()
 }
 
 pub fn device(planned: &Planned, on: On, member: &Member) -> Box<dyn Device> {

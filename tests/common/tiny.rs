@@ -15,12 +15,12 @@ models:
   opt:
     model: opt
     tokenizer: tokenizer
-    config: {vocab: 24, hidden: 16, layers: LAYERS, heads: 2, ffn: 32, max_positions: 32, init_std: 0.1}
+    config: {vocab: VOCABULARY, hidden: 16, layers: LAYERS, heads: 2, ffn: 32, max_positions: 32, init_std: 0.1}
   llama:
     model: llama
     tokenizer: tokenizer
     config:
-      {vocab: 24, hidden: 16, layers: LAYERS, heads: 4, kv_heads: 2, head_dim: 4, ffn: 24, max_positions: 32, eps: 1e-5,
+      {vocab: VOCABULARY, hidden: 16, layers: LAYERS, heads: 4, kv_heads: 2, head_dim: 4, ffn: 24, max_positions: 32, eps: 1e-5,
       init_std: 0.1, tied: false}
 data:
   texts: {path: rows.jsonl, eval: 0.25, fields: {text: prompt}}
@@ -76,7 +76,12 @@ pub struct Tiny {
     pub model: &'static str,
     pub stage: &'static str,
     pub layers: usize,
+    /// Tokens of the model, of which the tokenizer has the first [`TOKENS`].
+    pub vocabulary: usize,
 }
+
+/// Tokens of the tokenizer.
+pub const TOKENS: usize = 24;
 
 impl Tiny {
     /// Both models in both stages.
@@ -85,6 +90,7 @@ impl Tiny {
             model,
             stage,
             layers,
+            vocabulary: TOKENS,
         })
     }
 
@@ -92,6 +98,7 @@ impl Tiny {
     pub fn pipeline(self, learning_rate: &str) -> String {
         let stage = if self.stage == "sft" { SFT } else { PPO };
         let text = format!("{MODELS}{stage}").replace("LAYERS", &self.layers.to_string());
+        let text = text.replace("VOCABULARY", &self.vocabulary.to_string());
         text.replace("MODEL", self.model).replace("LEARNING_RATE", learning_rate)
     }
 }

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
+use dsgc_ir::Tensor;
 use dsgc_ir::diag::Diag;
-use dsgc_ir::{Program, Tensor};
 use dsgc_kernels::Device;
 use dsgc_kernels::interp::{Interp, Precision};
 use dsgc_yaml::load::{Options, check};
@@ -32,10 +32,8 @@ pub fn run(args: &Args) -> Done {
     let loaded = check(&args.file, &options, &Disk)?;
     show(&loaded.warnings, &loaded.sources);
     for program in &loaded.stages {
-        for place in 0..program.mesh.pipeline {
-            let program = Program { place, ..program.clone() };
-            plan(&program, &loaded, loaded.device.into(), false, &mut |_| {})?;
-        }
+        let places: Vec<usize> = (0..program.mesh.pipeline).collect();
+        plan(program, &loaded, loaded.device.into(), &places)?;
     }
     let failed: Vec<Diag> = loaded.tests.iter().filter_map(failure).collect();
     if !failed.is_empty() {

@@ -3,10 +3,11 @@
 use clap::ValueEnum;
 use dsgc_ir::diag::Diag;
 use dsgc_ir::{Planned, Program};
+use dsgc_passes::{PassContext, Step};
 use dsgc_yaml::load::Loaded;
 use rayon::prelude::*;
 
-use super::{Done, PipelineArgs, plan};
+use super::{Done, PipelineArgs};
 use crate::console::{Failure, say};
 use crate::device::DeviceName;
 use crate::report::{PassReport, StageReport, memory_table};
@@ -79,16 +80,21 @@ pub fn run(args: &Args) -> Done {
 /// Compiles a stage for every place along `pipeline`; `explain` asks for changes.
 fn compile(program: &Program, loaded: &Loaded, device: DeviceName, explain: bool) -> Result<Compiled, Failure> {
     let target = device.target(&program.mesh)?;
+    let fail = |errors| Failure::new(errors, &loaded.sources);
     let (mut passes, mut changes) = (Vec::<PassReport>::new(), Vec::new());
-    let first = || {
-        plan(program, loaded, device, explain, &mut |step| {
-            passes.push(PassReport::new(step, passes.last(), target.as_ref()));
-            changes.extend(step.notes.changes.iter().map(|text| format!("{}: {text}", step.pass.name)));
-        })
+    let mut observe = |step: &Step| {
+        passes.push(PassReport::new(step, passes.last(), target.as_ref()));
+        changes.extend(step.notes.changes.iter().map(|text| format!("{}: {text}", step.pass.name)));
     };
-    let other = |place| plan(&Program { place, ..program.clone() }, loaded, device, false, &mut |_| {});
-    let others = || (1..program.mesh.pipeline).into_par_iter().map(other).collect::<Result<Vec<Planned>, Failure>>();
-    let (first, others) = rayon::join(first, others);
+    let mut context = PassContext::new(target.as_ref());
+    context.explain = explain;
+    let common = dsgc_passes::common(program.clone(), &context, &mut observe).map_err(fail)?;
+    let mut others = Ok(Vec::new());
+    let other = |place| common.at(place, &PassContext::new(target.as_ref()), &mut |_| {}).map_err(fail);
+    let first = rayon::in_place_scope(|scope| {
+        scope.spawn(|_| others = (1..program.mesh.pipeline).into_par_iter().map(other).collect());
+        common.at(0, &context, &mut observe).map_err(fail)
+    });
     let places = [vec![first?], others?].concat();
     let report = StageReport::new(&places, passes, target.as_ref());
     Ok(Compiled { places, report, changes })

@@ -16,7 +16,7 @@ pub mod score;
 use std::path::PathBuf;
 
 use dsgc_ir::{Planned, Program};
-use dsgc_passes::{Observer, PassContext};
+use dsgc_passes::PassContext;
 use dsgc_yaml::load::{Loaded, Options, load};
 
 use crate::console::{Failure, show};
@@ -57,16 +57,11 @@ impl PipelineArgs {
     }
 }
 
-/// Runs all passes on a stage's program; if `explain`, they say of each change what it was.
-fn plan(
-    program: &Program,
-    loaded: &Loaded,
-    device: DeviceName,
-    explain: bool,
-    observe: Observer,
-) -> Result<Planned, Failure> {
+/// Runs all passes on a stage's program, for each of these places along `pipeline`.
+fn plan(program: &Program, loaded: &Loaded, device: DeviceName, places: &[usize]) -> Result<Vec<Planned>, Failure> {
     let target = device.target(&program.mesh)?;
-    let mut context = PassContext::new(target.as_ref());
-    context.explain = explain;
-    dsgc_passes::compile(program.clone(), &context, observe).map_err(|e| Failure::new(e, &loaded.sources))
+    let context = PassContext::new(target.as_ref());
+    let fail = |errors| Failure::new(errors, &loaded.sources);
+    let common = dsgc_passes::common(program.clone(), &context, &mut |_| {}).map_err(fail)?;
+    places.iter().map(|&place| common.at(place, &context, &mut |_| {}).map_err(fail)).collect()
 }

@@ -135,8 +135,7 @@ fn plans(program: &Program, loaded: &Loaded, device: DeviceName) -> Result<Vec<P
         Some(transport) => vec![program.mesh.place(Axis::Pipeline, transport.rank())],
         None => (0..program.mesh.pipeline).collect(),
     };
-    let at = |place| plan(&Program { place, ..program.clone() }, loaded, device, false, &mut |_| {});
-    places.into_iter().map(at).collect()
+    plan(program, loaded, device, &places)
 }
 
 /// A stage that is to run: its plans, one for each place along `pipeline`, its checkpoints, and where it begins.

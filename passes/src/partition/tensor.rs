@@ -5,6 +5,10 @@
 //! parts, and nothing needs to be moved but for sums over it, which are partial (Megatron-LM, Shoeybi et al. 2019, is what
 //! comes out for a transformer: column and row parallel layers). Ops on a vocabulary that is cut are written out: a rank
 //! looks up the tokens that are its own (`vocabulary`).
+//!
+//! Parts are equally long, so the last ones may go beyond the end of a dim. What stands there is zero in states, and
+//! whatever comes of it elsewhere (`Beyond`): ops that take several places together get zeros, and a softmax nothing, so
+//! it never counts.
 
 mod vocabulary;
 
@@ -13,10 +17,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use dsgc_ir::diag::{Diag, Span};
 use dsgc_ir::factors::{Factor, Kind, factors};
 use dsgc_ir::{
-    Axis, Bindings, Builder, Cut, Dim, Graph, Op, OpData, Placement, Program, Site, StateId, StateKind, Type, Value,
+    Axis, Bindings, Builder, Class, Cut, DType, Dim, Graph, Op, OpData, Placement, Program, Site, StateId, StateKind,
+    Type, Value,
 };
 
-use super::{Has, is_linear, on_one_rank};
+use super::table::{Has, Part, Table};
+use super::{is_linear, is_zero};
 use crate::canonicalize;
 use crate::pipeline::PassContext;
 use crate::rebuild::{Rebuild, without_dead_ops};
@@ -33,7 +39,7 @@ pub(super) fn run(program: Program, context: &PassContext) -> Result<Program, Ve
         let state = &mut local.states[state.0 as usize];
         let whole = state.ty.shape(&Bindings::new()).expect("states have constant dims");
         let cuts = vec![Cut { over: Axis::Tensor, dim }];
-        state.ty.dims[dim] = Dim::from((whole[dim] / ranks) as i64);
+        state.ty.dims[dim] = Dim::from(whole[dim].div_ceil(ranks) as i64);
         state.placement = Some(Placement { cuts, ..Placement::of_whole(whole) });
     }
     let share = |(at, graph): (usize, &Graph)| Share::of(graph, at, &cuts, &local, context);
@@ -194,14 +200,16 @@ impl Classes {
         let mut errors: BTreeMap<(Span, usize), Diag> = BTreeMap::new();
         for (_, all) in open {
             let divisor = all.iter().fold(0, |divisor, &at| gcd(divisor, self.extent(program, at)));
-            if !divisor.is_multiple_of(ranks) {
-                if self.vocabulary[self.parents[all[0]]] {
-                    context.matched("vocabulary that its ranks cannot share evenly, whole", 1);
-                } else {
-                    // Layers are alike, and so are their messages.
-                    let (span, error) = uneven(program, self.places[first_weight(all, weighs)], divisor);
-                    errors.entry((span, divisor)).or_insert(error);
-                }
+            let even = divisor.is_multiple_of(ranks);
+            // Where one place is several elsewhere, as a head is many columns, parts of unequal length would tear them apart.
+            if !even && all.iter().any(|&at| self.extent(program, at) != divisor) {
+                // Layers are alike, and so are their messages.
+                let (span, error) = uneven(program, self.places[first_weight(all, weighs)], divisor);
+                errors.entry((span, divisor)).or_insert(error);
+                continue;
+            }
+            if divisor < ranks {
+                context.matched("width of fewer places than ranks, whole", 1);
                 continue;
             }
             let taken = |&at: &usize| match self.places[at] {
@@ -224,6 +232,7 @@ impl Classes {
                 }
             }
             context.matched(if self.vocabulary[self.parents[all[0]]] { "vocabulary cut" } else { "width cut" }, 1);
+            context.matched("dim filled up for its last ranks", usize::from(!even));
         }
         if !errors.is_empty() {
             return Err(errors.into_values().collect());
@@ -289,18 +298,27 @@ fn factors_of(graph: &Graph, op: &OpData) -> Vec<Factor> {
     factors(&op.op, &types(op.args.clone()), &types(op.results().collect()))
 }
 
+/// What stands beyond the end of a dim in the parts of the last ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Beyond {
+    /// Zeros.
+    Zeros,
+    /// What stands at all other places of the dim too.
+    Same,
+    /// Anything, NaN too.
+    Anything,
+}
+
 /// A graph on its way.
 struct Share<'a> {
     at: usize,
     cuts: &'a Cuts,
     /// The program with a rank's states.
     local: &'a Program,
-    context: &'a PassContext<'a>,
     rebuild: Rebuild<'a>,
-    /// Per value of the new graph, whether it is a summand of what is meant.
-    partial: Vec<bool>,
-    /// Sums of partial values.
-    summed: BTreeMap<Value, Value>,
+    table: Table<'a>,
+    /// By value of the new graph that goes beyond an end, if that is no zeros.
+    beyond: BTreeMap<Value, Beyond>,
     /// Of logits that are cut.
     softmaxes: BTreeMap<Value, Softmax>,
 }
@@ -308,23 +326,24 @@ struct Share<'a> {
 impl<'a> Share<'a> {
     fn of(graph: &'a Graph, at: usize, cuts: &'a Cuts, local: &'a Program, context: &'a PassContext<'a>) -> Graph {
         let rebuild = Rebuild::same(graph);
-        let partial = vec![false; graph.inputs().len()];
-        let (summed, softmaxes) = (BTreeMap::new(), BTreeMap::new());
-        let mut share = Share { at, cuts, local, context, rebuild, partial, summed, softmaxes };
+        let table = Table::new(Axis::Tensor, local.mesh.tensor, vec![Has::Same; graph.inputs().len()], context);
+        let (beyond, softmaxes) = (BTreeMap::new(), BTreeMap::new());
+        let mut share = Share { at, cuts, local, rebuild, table, beyond, softmaxes };
         for (_, op) in graph.ops() {
             share.op(op);
         }
-        let mut outputs = Vec::new();
-        for (name, value) in &graph.outputs {
-            let whole = share.whole(share.rebuild.get(*value), share.cut(*value), &Site::default());
-            outputs.push((name.clone(), whole));
-        }
+        let outputs = graph.outputs.iter();
+        let whole = |(name, value): &(String, Value)| {
+            let value = share.rebuild.get(*value);
+            (name.clone(), share.reshard(value, Has::Same, &Site::default()))
+        };
+        let outputs = outputs.map(whole).collect();
         share.rebuild.new.outputs = outputs;
         without_dead_ops(&share.rebuild.new, local)
     }
 
     fn ranks(&self) -> usize {
-        self.local.mesh.tensor
+        self.table.ranks()
     }
 
     /// The dim along which a value of the old graph is cut.
@@ -332,12 +351,23 @@ impl<'a> Share<'a> {
         self.cuts.values.get(&(self.at, old)).copied()
     }
 
-    fn note(&mut self, partial: bool) {
-        self.partial.resize(self.rebuild.new.values().len(), partial);
+    /// What is had of a value of the old graph, unless ranks have summands.
+    fn cut_of(&self, old: Value) -> Has {
+        let part = |dim| Part { dim, extent: extent(&self.rebuild.old.ty(old).dims[dim]) };
+        self.cut(old).map_or(Has::Same, |dim| Has::Cut(part(dim)))
+    }
+
+    /// Says what is had of the values that were pushed since.
+    fn note(&mut self, has: Has) {
+        self.table.note(&self.rebuild.new, has);
     }
 
     fn builder(&mut self, site: &Site) -> Builder<'_> {
         Builder::new(&mut self.rebuild.new, site.clone())
+    }
+
+    fn reshard(&mut self, value: Value, want: Has, site: &Site) -> Value {
+        self.table.reshard(&mut self.rebuild.new, value, want, site)
     }
 
     /// The operands, those of sums whole.
@@ -347,11 +377,6 @@ impl<'a> Share<'a> {
     }
 
     fn op(&mut self, op: &OpData) {
-        if let Op::Read { .. } | Op::Write { .. } = op.op {
-            let args = self.finished(op);
-            self.rebuild.push(op, op.op.clone(), &args, self.local);
-            return self.note(false);
-        }
         let results: Vec<Value> = op.results().collect();
         let is_cut = |factor: &&Factor| {
             let arg = factor.args.iter().any(|&(arg, dim)| self.cut(op.args[arg]) == Some(dim));
@@ -362,40 +387,37 @@ impl<'a> Share<'a> {
         if cut.iter().any(|factor| factor.kind == Kind::Vocabulary) {
             return self.vocabulary(op);
         }
-        if let Some(drawn) = cut.iter().find(|factor| factor.kind == Kind::Drawn) {
-            return self.drawn(op, drawn.results[0].1);
+        if cut.iter().any(|factor| factor.kind == Kind::Drawn) {
+            return self.drawn(op);
         }
         let sums: Vec<usize> = cut.iter().flat_map(|factor| &factor.sums).copied().collect();
         let known = |&arg: &Value| self.rebuild.get(arg);
         let args: Vec<Value> = op.args.iter().map(known).collect();
         // A sum that is there already is taken.
-        let args: Vec<Value> = args.into_iter().map(|arg| self.summed.get(&arg).copied().unwrap_or(arg)).collect();
-        let has = |&arg: &Value| if self.partial[arg.0 as usize] { Has::Partial } else { Has::Same };
-        let has: Vec<Has> = args.iter().map(has).collect();
+        let args: Vec<Value> = args.into_iter().map(|arg| self.table.sum_of(arg).unwrap_or(arg)).collect();
+        let has: Vec<Has> = args.iter().map(|&arg| self.table.has(arg)).collect();
         let linear = has.contains(&Has::Partial)
             && sums.is_empty()
             && stays_as_large(&op.op)
-            && is_linear(&op.op, &has, self.rebuild.old.ty(results[0]));
+            && results.first().is_some_and(|&result| is_linear(&op.op, &has, self.rebuild.old.ty(result)));
         let args: Vec<Value> = if linear {
             let adds = matches!(op.op, Op::Add {} | Op::Sub {});
-            let summand = |(arg, has): (Value, Has)| match has {
-                Has::Same if adds => {
-                    let ranks = self.ranks();
-                    let summand = on_one_rank(&mut self.builder(&op.site), arg, Axis::Tensor, ranks);
-                    self.note(true);
-                    summand
-                }
-                _ => arg,
-            };
-            args.into_iter().zip(has).map(summand).collect()
+            let want = |has: Has| if adds && has == Has::Same { Has::Partial } else { has };
+            args.into_iter().zip(has).map(|(arg, has)| self.reshard(arg, want(has), &op.site)).collect()
         } else {
             self.finished(op)
         };
+        let takes_one_place = matches!(op.op.class(), Class::Elementwise | Class::Structure | Class::View);
+        let args = if takes_one_place { args } else { args.into_iter().map(|arg| self.cleared(arg, op)).collect() };
+        let beyond = self.beyond(&op.op, &args);
         let local = self.localised(op);
-        self.note(false);
         self.rebuild.push(op, local, &args, self.local);
-        for (at, _) in results.iter().enumerate() {
-            self.partial.push(linear || sums.contains(&at));
+        for (at, &old) in results.iter().enumerate() {
+            let new = self.rebuild.get(old);
+            self.table.set(new, if linear || sums.contains(&at) { Has::Partial } else { self.cut_of(old) });
+            if self.goes_beyond(new).is_some() && beyond != Beyond::Zeros {
+                self.beyond.insert(new, beyond);
+            }
         }
     }
 
@@ -412,57 +434,106 @@ impl<'a> Share<'a> {
 
     /// A rank's extent of a dim that is cut.
     fn part(&self, dim: &Dim) -> Dim {
-        let extent = dim.constant().unwrap_or_else(|| panic!("bug: the dim {dim} is cut"));
-        Dim::from(extent / self.ranks() as i64)
+        Dim::from(extent(dim).div_ceil(self.ranks()) as i64)
     }
 
     /// What depends on the number of its place is made whole, and cut.
-    fn drawn(&mut self, op: &OpData, dim: usize) {
+    fn drawn(&mut self, op: &OpData) {
         let args = self.finished(op);
-        let ranks = self.ranks();
-        let mut b = self.builder(&op.site);
-        let whole = b.one(op.op.clone(), &args);
-        let part = b.one(Op::Shard { over: Axis::Tensor, axis: dim, ranks }, &[whole]);
-        self.note(false);
+        let whole = self.builder(&op.site).one(op.op.clone(), &args);
+        self.note(Has::Same);
+        let part = self.reshard(whole, self.cut_of(op.result()), &op.site);
         self.rebuild.set(op.result(), part);
     }
 
     /// A value, or the sum of which it is a summand.
     fn sum(&mut self, value: Value, site: &Site) -> Value {
-        if !self.partial[value.0 as usize] {
-            return value;
-        }
-        if let Some(&sum) = self.summed.get(&value) {
-            return sum;
-        }
-        self.context.matched("all_reduce over tensor", 1);
-        let sum = self.builder(site).one(Op::AllReduce { over: Axis::Tensor }, &[value]);
-        self.note(false);
-        self.summed.insert(value, sum);
-        sum
+        if self.table.has(value) == Has::Partial { self.reshard(value, Has::Same, site) } else { value }
     }
 
-    /// A value with the parts of all ranks along a dim. Parts lie together along the first dim only, so another one is put first
-    /// meanwhile.
-    fn whole(&mut self, value: Value, cut: Option<usize>, site: &Site) -> Value {
-        let value = self.sum(value, site);
-        let Some(dim) = cut else { return value };
-        self.context.matched("all_gather over tensor", 1);
-        let ranks = self.ranks();
-        let mut b = self.builder(site);
-        let ty = b.ty(value);
-        let len = ty.dims[dim].constant().unwrap_or_else(|| panic!("bug: a dim of {ty} is cut")) as usize * ranks;
-        let order: Vec<usize> = [dim].into_iter().chain((0..ty.rank()).filter(|&other| other != dim)).collect();
-        let back: Vec<usize> =
-            (0..ty.rank()).map(|to| order.iter().position(|&o| o == to).expect("it orders")).collect();
-        let turn = |b: &mut Builder, order: &[usize], value| match dim {
-            0 => value,
-            _ => b.one(Op::Transpose { order: order.to_vec() }, &[value]),
-        };
-        let first = turn(&mut b, &order, value);
-        let all = b.one(Op::AllGather { over: Axis::Tensor, axis: 0, lens: vec![len] }, &[first]);
-        let whole = turn(&mut b, &back, all);
-        self.note(false);
-        whole
+    /// The dim in which the last ranks' parts of a value go beyond its end.
+    fn goes_beyond(&self, value: Value) -> Option<Part> {
+        match self.table.has(value) {
+            Has::Cut(part) if !part.extent.is_multiple_of(self.ranks()) => Some(part),
+            _ => None,
+        }
     }
+
+    /// What stands beyond the end of what an op makes of these operands.
+    fn beyond(&self, op: &Op, args: &[Value]) -> Beyond {
+        let of = |arg: &Value| match self.goes_beyond(*arg) {
+            Some(_) => self.beyond.get(arg).copied().unwrap_or(Beyond::Zeros),
+            // It is stretched along the dim.
+            None if is_zero(&self.rebuild.new, *arg) => Beyond::Zeros,
+            None => Beyond::Same,
+        };
+        let of: Vec<Beyond> = args.iter().map(of).collect();
+        let most = of.iter().copied().max().unwrap_or(Beyond::Zeros);
+        let zeros = |at: &[usize]| at.iter().all(|&at| of[at] == Beyond::Zeros);
+        match op {
+            // A product of anything and zero may be no number.
+            Op::Mul {} if most < Beyond::Anything && of.contains(&Beyond::Zeros) => Beyond::Zeros,
+            Op::Where {} if zeros(&[1, 2]) => Beyond::Zeros,
+            Op::Broadcast { .. } | Op::Add {} | Op::Sub {} | Op::Neg {} | Op::Cast { .. } => most,
+            op if matches!(op.class(), Class::Structure | Class::View) => most,
+            op if op.class() == Class::Elementwise && of.iter().all(|&of| of == Beyond::Same) => Beyond::Same,
+            // Of zeros.
+            op if matches!(op.class(), Class::Contraction | Class::Reduction | Class::Update | Class::State) => {
+                Beyond::Zeros
+            }
+            Op::EmbedGrad { .. } => Beyond::Zeros,
+            _ => Beyond::Anything,
+        }
+    }
+
+    /// The value with zeros beyond the end of its dim.
+    fn cleared(&mut self, value: Value, op: &OpData) -> Value {
+        match self.goes_beyond(value) {
+            Some(part) if self.beyond.contains_key(&value) => self.filled(value, part, 0.0, op),
+            _ => value,
+        }
+    }
+
+    /// The value with this number beyond the end of a dim.
+    fn filled(&mut self, value: Value, Part { dim, extent }: Part, number: f64, op: &OpData) -> Value {
+        let place = self.place(op);
+        let len = extent.div_ceil(self.ranks()) as i64;
+        let mut b = self.builder(&op.site);
+        let ty = b.ty(value);
+        let number_of =
+            |b: &mut Builder, number: i64| b.one(Op::Const { value: number as f64, dtype: DType::I32 }, &[]);
+        let (of_rank, end) = (number_of(&mut b, len), number_of(&mut b, extent as i64));
+        let first = b.one(Op::Mul {}, &[place, of_rank]);
+        // As many places as there are from the rank's first one on.
+        let left = b.one(Op::Sub {}, &[end, first]);
+        let left = b.stretch(left, &[Dim::from(len)]);
+        let places = b.one(Op::Iota { len: Dim::from(len) }, &[]);
+        let inside = b.one(Op::Lt {}, &[places, left]);
+        let mut column = vec![Dim::from(1i64); ty.rank() - dim];
+        column[0] = Dim::from(len);
+        let inside = b.one(Op::Reshape { shape: column }, &[inside]);
+        let inside = b.stretch(inside, &ty.dims);
+        let number = b.fill(number, &ty.dims);
+        let number = b.cast(number, ty.dtype);
+        let filled = b.one(Op::Where {}, &[inside, value, number]);
+        self.note(Has::Cut(Part { dim, extent }));
+        filled
+    }
+
+    /// The rank's place along the axis: its part of 0, 1, 2, ...
+    fn place(&mut self, op: &OpData) -> Value {
+        let ranks = self.ranks();
+        let places = self.builder(&op.site).one(Op::Iota { len: Dim::from(ranks as i64) }, &[]);
+        self.note(Has::Same);
+        let place = self.reshard(places, Has::Cut(Part { dim: 0, extent: ranks }), &op.site);
+        let place = self.builder(&op.site).one(Op::Reshape { shape: vec![] }, &[place]);
+        self.note(Has::Same);
+        place
+    }
+}
+
+/// The extent of a dim that is cut.
+fn extent(dim: &Dim) -> usize {
+    let extent = dim.constant().and_then(|extent| usize::try_from(extent).ok());
+    extent.unwrap_or_else(|| panic!("bug: the dim {dim} is cut"))
 }
