@@ -55,12 +55,39 @@ fn products_of_narrow_floats() {
         ("4, 1, 333", "303, 333", "btd,vd->btv", 333),
         ("16, 1024", "66, 1024", "md,nd->mn", 1024),
         ("2, 90, 128", "200, 128", "btd,vd->btv", 128),
+        // Two neighbours that begin where a word does, along the sum and across it.
+        ("6, 70", "9, 70", "md,nd->mn", 70),
+        ("70, 6", "70, 10", "dm,dn->mn", 70),
+        // Work for every multiprocessor of a large GPU, by tiles of the larger size on tensor cores.
+        ("133, 128, 40", "133, 40, 128", "bmd,bdn->bmn", 40),
     ] {
         for wide in ["", ":f32"] {
             let params = format!("%a: NARROW[{a}], %b: NARROW[{b}]");
             let line = format!("%y = contract %a, %b spec={spec}{wide}");
             compare(&params, &line, 1, 1e-6 * f64::from(terms).sqrt());
         }
+    }
+}
+
+/// Products that compute in narrow floats, where a device has tensor cores, and no others.
+#[cfg(feature = "wgpu")]
+#[test]
+fn reports_say_what_runs_on_tensor_cores() {
+    use dsgc_ir::{Bindings, Dim, Op, Target, Type};
+    use dsgc_kernels::cube::{CubeTarget, Platform};
+    let (f32, bf16, f16) = (DType::F32, DType::Bf16, DType::F16);
+    for (cores, left, right, expected) in [
+        (true, bf16, bf16, true),
+        (true, f16, f16, true),
+        (true, f32, f32, false),
+        (true, f32, bf16, false),
+        (false, bf16, bf16, false),
+    ] {
+        let target = CubeTarget { platform: Platform::Cuda, allocation: None, cores };
+        let matrix = |dtype| Type::new(dtype, vec![Dim::from(64usize); 2]);
+        let op = Op::Contract { spec: "md,nd->mn".into() };
+        let said = target.lowering(&op, &[matrix(left), matrix(right)], &Bindings::new()).expect("it has kernels");
+        assert_eq!(said.starts_with("product, tensor cores, tiles of"), expected, "{said}");
     }
 }
 

@@ -5,7 +5,7 @@
 //! makes a tile of the result from tiles of both operands in shared memory. The sum of each element runs in order, and that
 //! of a pair of tiles is added as a whole, so that rounding grows with the count of tiles. A region that finishes the
 //! product goes over the sums before they leave the registers; where words of a result would have elements of two units, the
-//! product is stored first.
+//! product is stored first. Where a device has tensor cores, products of narrow floats are those of `cores.rs`.
 
 use cubecl::prelude::*;
 use dsgc_ir::body::product_parts;
@@ -16,7 +16,7 @@ use super::index::{Store, joined, offset, rounded, strides};
 use super::kept::{Kept, factor};
 use super::region::{self, Operand, arrays};
 use super::steps::{Item, Made, each, evaluate, pack, steps, write};
-use super::{Launch, MOST_CUBES, numbers};
+use super::{Launch, MOST_CUBES, cores, numbers};
 
 /// Rows and columns of a tile of the result.
 const TILE: usize = 64;
@@ -29,16 +29,16 @@ const EACH: usize = TILE / SIDE;
 
 /// How many dims each group has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Ranks {
-    batch: usize,
-    rows: usize,
-    columns: usize,
-    summed: usize,
+pub(super) struct Ranks {
+    pub(super) batch: usize,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) summed: usize,
 }
 
 impl Ranks {
     /// Where the numbers of a group begin: extents, then strides in the left operand, the right one, the result.
-    fn starts(self) -> [usize; 4] {
+    pub(super) fn starts(self) -> [usize; 4] {
         let [batch, rows, columns] = [4 * self.batch, 4 * self.rows, 4 * self.columns];
         [0, batch, batch + rows, batch + rows + columns]
     }
@@ -46,19 +46,48 @@ impl Ranks {
 
 /// All that a compiled kernel depends on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Plan {
-    ranks: Ranks,
+pub(super) struct Plan {
+    pub(super) ranks: Ranks,
     /// How both operands are kept.
-    kept: [Kept; 2],
+    pub(super) kept: [Kept; 2],
     /// Of both operands, whether neighbours are in a row or column of the result, and not in the sum.
-    across: [bool; 2],
+    pub(super) across: [bool; 2],
     /// What the sums are rounded to.
-    product: Store,
+    pub(super) product: Store,
     /// What is computed of each sum.
-    items: Vec<Item>,
-    results: Vec<Made>,
+    pub(super) items: Vec<Item>,
+    pub(super) results: Vec<Made>,
     /// Columns of a unit that share words of results.
-    each: u32,
+    pub(super) each: u32,
+}
+
+/// A product that is launched.
+pub(super) struct Work {
+    pub(super) plan: Plan,
+    /// As what both operands are multiplied.
+    pub(super) computed: DType,
+    pub(super) left: Buffer,
+    pub(super) right: Buffer,
+    /// Of the region that finishes it.
+    pub(super) operands: Vec<Buffer>,
+    pub(super) results: Vec<Buffer>,
+    /// What the launch is told: extents and strides, and where numbers of the rest are.
+    pub(super) numbers: Vec<usize>,
+    /// How many there are of each group of letters.
+    pub(super) batch: usize,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    pub(super) summed: usize,
+}
+
+impl Work {
+    /// Launches of cubes that make tiles of so many rows and columns, each with its first batch.
+    pub(super) fn launches(&self, tile: usize) -> impl Iterator<Item = (CubeCount, usize)> {
+        let [columns, rows] = [self.columns, self.rows].map(|n| n.div_ceil(tile) as u32);
+        let batch = self.batch;
+        let cubes = move |first: usize| CubeCount::Static(columns, rows, (batch - first).min(MOST_CUBES) as u32);
+        (0..batch).step_by(MOST_CUBES).map(move |first| (cubes(first), first))
+    }
 }
 
 /// Place `e` of a unit among those of a tile of an operand: the row or column, and the summed letter.
@@ -221,6 +250,11 @@ pub(super) fn tiles() -> String {
     format!("tiles of {TILE} x {TILE} by {DEPTH}")
 }
 
+/// As what the operands of a product are multiplied.
+pub(super) fn computed(left: DType, right: DType) -> DType {
+    product_type(left, right).unwrap_or(DType::F32)
+}
+
 fn parse(spec: &str) -> Contraction {
     Contraction::parse(spec).unwrap_or_else(|why| panic!("bug: wrong labels: {why}"))
 }
@@ -367,7 +401,7 @@ fn multiply_into<R: Runtime>(l: &Launch<R>, labels: &Contraction, [a, b]: [Opera
     let mut given: Vec<usize> =
         groups.iter().flat_map(|(extents, all)| [std::slice::from_ref(extents), &all[..]].concat().concat()).collect();
     let loads = region::loads(&finish.operands, out, &mut given);
-    let computed = product_type(a.1.dtype, b.1.dtype).unwrap_or(DType::F32);
+    let computed = computed(a.1.dtype, b.1.dtype);
     let kept = [&a.1, &b.1].map(|operand| Kept::of(operand.dtype, &operand.shape, computed, &mut given));
     let plan = Plan {
         ranks,
@@ -378,27 +412,43 @@ fn multiply_into<R: Runtime>(l: &Launch<R>, labels: &Contraction, [a, b]: [Opera
         each: each(&finish.made),
         results: finish.made,
     };
+    let work = Work {
+        plan,
+        computed,
+        left: a.1.buffer,
+        right: b.1.buffer,
+        operands: finish.operands.iter().map(|operand| operand.buffer).collect(),
+        results: finish.results,
+        numbers: given,
+        batch,
+        rows,
+        columns,
+        summed,
+    };
+    if l.cores && cores::multiplies(computed) {
+        cores::run(l, &work);
+        return;
+    }
     let cube = CubeDim::new_2d(SIDE as u32, SIDE as u32);
-    for first in (0..batch).step_by(MOST_CUBES) {
-        let count = [columns.div_ceil(TILE), rows.div_ceil(TILE), (batch - first).min(MOST_CUBES)].map(|n| n as u32);
+    for (cubes, first) in work.launches(TILE) {
         // SAFETY: elements beyond the operands are not read, those beyond the result not written.
         unsafe {
             product::launch_unchecked::<R>(
                 l.client,
-                CubeCount::Static(count[0], count[1], count[2]),
+                cubes,
                 cube,
-                l.memory.words(a.1.buffer),
-                l.memory.words(b.1.buffer),
-                arrays(l, finish.operands.iter().map(|operand| operand.buffer)),
-                arrays(l, finish.results.iter().copied()),
+                l.memory.words(work.left),
+                l.memory.words(work.right),
+                arrays(l, work.operands.iter().copied()),
+                arrays(l, work.results.iter().copied()),
                 l.faults(),
-                numbers(&given),
-                rows as u32,
-                columns as u32,
-                summed as u32,
+                numbers(&work.numbers),
+                work.rows as u32,
+                work.columns as u32,
+                work.summed as u32,
                 first as u32,
                 l.code,
-                plan.clone(),
+                work.plan.clone(),
             );
         }
     }

@@ -6,10 +6,10 @@ use dsgc_ir::{Bindings, Body, Class, Op, Type};
 use super::index::Store;
 use super::reduce::{self, TOGETHER, Way};
 use super::target::{MOST_TENSORS, knows_narrow};
-use super::{contract, head, region};
+use super::{contract, cores, head, region};
 
 /// The kernel family, how the work is shared out, and how narrow floats are had; nothing of ops that run no kernel.
-pub(super) fn lowering(op: &Op, args: &[Type], results: &[Type], bounds: &Bindings) -> Option<String> {
+pub(super) fn lowering(op: &Op, args: &[Type], results: &[Type], bounds: &Bindings, cores: bool) -> Option<String> {
     let shape = |i: usize| args[i].shape(bounds).unwrap_or_default();
     let class = op.class();
     let family = match op {
@@ -22,7 +22,7 @@ pub(super) fn lowering(op: &Op, args: &[Type], results: &[Type], bounds: &Bindin
         _ if class == Class::Elementwise => elements(1, results),
         Op::Fused { body, shape } => fused(body, shape.len(), results),
         Op::Contract { spec } | Op::ContractEach { spec, .. } | Op::ContractFused { spec, .. } => {
-            product(spec, op, args, results)
+            product(spec, op, args, results, cores)
         }
         Op::ReduceSum { axes } | Op::ReduceMax { axes } | Op::ReduceMin { axes } => {
             let (whole, rank) = (shape(0), args[0].dims.len());
@@ -102,7 +102,7 @@ fn reduced(along: Along) -> String {
     }
 }
 
-fn product(spec: &str, op: &Op, args: &[Type], results: &[Type]) -> String {
+fn product(spec: &str, op: &Op, args: &[Type], results: &[Type], cores: bool) -> String {
     let finish = match op {
         Op::ContractFused { bodies, .. } => {
             let stored =
@@ -117,5 +117,7 @@ fn product(spec: &str, op: &Op, args: &[Type], results: &[Type]) -> String {
     };
     let kept: Vec<&str> = args.iter().filter(|ty| ty.dtype.is_quantized()).map(|ty| ty.dtype.name()).collect();
     let kept = kept.first().map_or(String::new(), |name| format!(", weights of {name} made numbers in the tiles"));
-    format!("product, {}{kept}{finish}", contract::tiles())
+    let narrow = args.len() > 1 && cores::multiplies(contract::computed(args[0].dtype, args[1].dtype));
+    let tiles = if cores && narrow { cores::tiles() } else { contract::tiles() };
+    format!("product, {tiles}{kept}{finish}")
 }

@@ -15,6 +15,7 @@
 mod attention;
 mod collective;
 mod contract;
+mod cores;
 mod head;
 mod index;
 mod kept;
@@ -66,6 +67,8 @@ pub struct Cube<R: Runtime> {
     client: ComputeClient<R>,
     memory: Memory<R>,
     member: Member,
+    /// Whether products run on tensor cores.
+    cores: bool,
     direct: Option<Box<dyn Direct<R>>>,
     /// Bytes that collectives have sent.
     sent: Cell<u64>,
@@ -77,15 +80,15 @@ impl<R: Runtime> Cube<R> {
     /// so much memory.
     fn new(
         program: Planned,
-        platform: Platform,
+        target: CubeTarget,
         client: ComputeClient<R>,
         gives: Gives,
         member: Member,
         direct: Option<Box<dyn Direct<R>>>,
     ) -> Result<Cube<R>, Diag> {
         let memory = Memory::new(&client, program.arena, gives)?;
-        let program = Arc::new(program);
-        Ok(Cube { platform, program, client, memory, member, direct, sent: Cell::new(0), profile: None })
+        let (program, CubeTarget { platform, cores, .. }) = (Arc::new(program), target);
+        Ok(Cube { platform, program, client, memory, member, cores, direct, sent: Cell::new(0), profile: None })
     }
 
     /// What a code of [`Launch::code`] names.
@@ -158,6 +161,7 @@ impl<R: Runtime> Cube<R> {
                 client: &self.client,
                 memory: &self.memory,
                 member: &self.member,
+                cores: self.cores,
                 direct: self.direct.as_deref(),
                 sent: &self.sent,
                 graph,
@@ -280,6 +284,7 @@ struct Launch<'a, R: Runtime> {
     client: &'a ComputeClient<R>,
     memory: &'a Memory<R>,
     member: &'a Member,
+    cores: bool,
     direct: Option<&'a dyn Direct<R>>,
     sent: &'a Cell<u64>,
     graph: &'a Graph,

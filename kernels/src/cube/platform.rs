@@ -39,7 +39,7 @@ pub fn open(platform: Platform, program: Planned, member: Member, at: Option<usi
         Platform::Wgpu => {
             let client = wgpu::client();
             let gives = wgpu::gives(&client);
-            Ok(Box::new(Cube::new(program, platform, client, gives, member, None)?))
+            Ok(Box::new(Cube::new(program, target(platform), client, gives, member, None)?))
         }
         #[cfg(feature = "cuda")]
         Platform::Cuda => {
@@ -48,7 +48,7 @@ pub fn open(platform: Platform, program: Planned, member: Member, at: Option<usi
             let gives = cuda::gives(&client, device);
             let direct = if at.is_some() && !member.mesh.is_single() { Nccl::new(&member, device)? } else { None };
             let direct = direct.map(|nccl| Box::new(nccl) as Box<dyn Direct<_>>);
-            Ok(Box::new(Cube::new(program, platform, client, gives, member, direct)?))
+            Ok(Box::new(Cube::new(program, target(platform), client, gives, member, direct)?))
         }
         #[allow(unreachable_patterns)] // Where both are there.
         _ => Err(not_built(platform)),
@@ -74,14 +74,20 @@ pub fn describe(platform: Platform) -> Result<Description, Diag> {
     }
 }
 
-/// A platform as passes must know it to make programs for this machine's device, or for any where there is none.
+/// A platform as passes must know it to make programs for this machine's device, or for one of these years where there is
+/// none.
 pub fn target(platform: Platform) -> CubeTarget {
-    let allocation = match platform {
+    let allocation: Option<u64> = match platform {
         #[cfg(feature = "wgpu")]
         Platform::Wgpu => wgpu::at_once(),
         _ => None,
     };
-    CubeTarget { platform, allocation: allocation.map(|bytes| bytes as usize / ALIGNMENT * ALIGNMENT) }
+    let cores = match platform {
+        #[cfg(feature = "cuda")]
+        Platform::Cuda => cuda::present().is_err() || cuda::cores(),
+        _ => platform == Platform::Cuda,
+    };
+    CubeTarget { platform, allocation: allocation.map(|bytes| bytes as usize / ALIGNMENT * ALIGNMENT), cores }
 }
 
 /// An error where this binary was built without the platform.
@@ -144,7 +150,7 @@ fn description<R: cubecl::Runtime>(
         ("f16", float(FloatKind::F16)),
         ("bf16", float(FloatKind::BF16)),
         ("subgroups", properties.features.plane.contains(Plane::Ops)),
-        ("tensor cores", !properties.features.matmul.cmma.is_empty()),
+        ("tensor cores", target(platform).cores),
     ];
     let features = features.into_iter().filter(|feature| feature.1).map(|feature| feature.0).collect();
     Description { platform, name, at_once: gives.at_once, left: gives.in_all, features }
@@ -231,6 +237,13 @@ mod cuda {
 
     use crate::cube::memory::Gives;
 
+    /// What kernels for tensor cores include.
+    const HEADERS: [&str; 4] = ["mma.h", "crt/mma.h", "cuda_bf16.h", "cuda_fp16.h"];
+
+    fn has_header(name: &str) -> bool {
+        cuda_path().is_some_and(|path| path.join("include").join(name).is_file())
+    }
+
     pub(super) fn present() -> Result<(), Diag> {
         let missing = |what: &str, help: &str| {
             Err(Diag::error(format!("the device `cuda` finds no {what} on this machine"))
@@ -249,7 +262,7 @@ mod cuda {
             return missing("NVRTC", "install CUDA's runtime compiler (`libnvrtc`, of the CUDA toolkit 12 or later)");
         }
         // Every kernel includes this one, and CubeCL ends the program where it finds no toolkit.
-        if !cuda_path().is_some_and(|path| path.join("include/cuda_runtime.h").is_file()) {
+        if !has_header("cuda_runtime.h") {
             return missing("headers of CUDA", "install the CUDA toolkit, or let `CUDA_PATH` name its folder");
         }
         Ok(())
@@ -259,6 +272,13 @@ mod cuda {
     pub(super) fn devices() -> usize {
         let count = cudarc::driver::result::init().and_then(|()| cudarc::driver::result::device::get_count());
         count.ok().and_then(|count| usize::try_from(count).ok()).unwrap_or(0)
+    }
+
+    /// Whether products run on tensor cores: devices have those of bf16 from compute capability 8.0 on, and kernels for them
+    /// need headers of the toolkit.
+    pub(super) fn cores() -> bool {
+        let capability = CudaContext::new(0).and_then(|context| context.compute_capability());
+        capability.is_ok_and(|(major, _)| major >= 8) && HEADERS.iter().all(|name| has_header(name))
     }
 
     /// What the driver calls the device that runs.

@@ -39,6 +39,8 @@ pub struct CubeTarget {
     pub platform: Platform,
     /// Bytes of the largest allocation, a multiple of the alignment, if that has a bound.
     pub allocation: Option<usize>,
+    /// Whether products of narrow floats run on tensor cores.
+    pub cores: bool,
 }
 
 impl Target for CubeTarget {
@@ -83,7 +85,7 @@ impl Target for CubeTarget {
 
     fn lowering(&self, op: &Op, args: &[Type], bounds: &Bindings) -> Option<String> {
         let results = infer(op, args, None).unwrap_or_default();
-        super::lowering::lowering(op, args, &results, bounds)
+        super::lowering::lowering(op, args, &results, bounds, self.cores)
     }
 
     fn memory(&self) -> Option<usize> {
