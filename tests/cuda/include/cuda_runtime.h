@@ -43,7 +43,7 @@ extern Unit *unit;
 #define __syncwarp() (emulation::unit->wait(true, __LINE__))
 #define __threadfence()
 
-using std::fma, std::isinf, std::isnan;
+using std::abs, std::ceil, std::floor, std::fma, std::isinf, std::isnan, std::round, std::sqrt, std::trunc;
 template <class T> T max(T a, T b) { return a > b ? a : b; }
 template <class T> T min(T a, T b) { return a < b ? a : b; }
 // CUDA's give the number where the other is NaN.
