@@ -172,7 +172,7 @@ string refused(const Program &program, int count, const char *const *options) {
     return all;
 }
 
-/// Makes a shared library of a kernel, unless there is one.
+/// Makes a shared library of a kernel, unless there is one. Its names are its own: a kernel may be called as a function of C is.
 bool compile(Program &program, int count, const char *const *options) {
     string folder = variable("CUDA_ON_CPU"), kept = folder + "/kept";
     if (folder.empty()) wrong("`CUDA_ON_CPU` names no folder");
@@ -195,7 +195,7 @@ bool compile(Program &program, int count, const char *const *options) {
         if (!program.log.empty()) return false;
         std::ofstream(part + ".cpp") << text;
         int status;
-        program.log = run("g++ -std=c++20 -O1 -march=native -fno-strict-aliasing -w -shared -fPIC -I" + folder + "/include -o " + part +
+        program.log = run("g++ -std=c++20 -O1 -march=native -fno-strict-aliasing -w -shared -fPIC -Wl,-Bsymbolic -I" + folder + "/include -o " + part +
                               ".so " + part + ".cpp", status);
         if (status) return false;
         rename((part + ".so").c_str(), library.c_str());
