@@ -17,7 +17,7 @@ use tiny::Tiny;
 fn load(model: &'static str, sets: &[&str]) -> (TempDir, Program) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     tiny::write_tokenizer(folder.path());
-    let pipeline = Tiny { model, stage: "sft", layers: 2 }.pipeline("1e-3");
+    let pipeline = Tiny { model, stage: "sft", layers: 2, vocabulary: tiny::TOKENS }.pipeline("1e-3");
     let program = stages::program(folder.path(), &pipeline, &tiny::rows(), sets);
     (folder, program)
 }
