@@ -35,7 +35,8 @@ pub fn instructions() -> Vec<&'static str> {
             ($($name:tt),*) => { [$((is_x86_feature_detected!($name), $name)),*] };
         }
         let all = present!("sse4.2", "avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16");
-        all.into_iter().filter(|(here, _)| *here).map(|(_, name)| name).collect()
+        let amx = (super::machine::has_matrix_registers(), "amx_bf16");
+        all.into_iter().chain([amx]).filter(|(here, _)| *here).map(|(_, name)| name).collect()
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
@@ -88,6 +89,12 @@ impl MultiplyAdds {
     /// Products of bf16 that are added in f32; nothing where the CPU has no instruction for it, or where its f32 is
     /// faster.
     pub fn bf16() -> Option<MultiplyAdds> {
+        #[cfg(target_arch = "x86_64")]
+        if super::machine::has_matrix_registers() {
+            // SAFETY: the machine has these instructions.
+            let window = || unsafe { super::gemm::micro::amx::window(ROUNDS) };
+            return Some(MultiplyAdds { how: "tdpbf16ps", work: ROUNDS * super::gemm::micro::amx::WORK, window });
+        }
         #[cfg(target_arch = "x86_64")]
         if super::machine::has_fast_bf16_pairs() {
             // SAFETY: the machine has these instructions.

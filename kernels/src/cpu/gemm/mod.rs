@@ -9,12 +9,12 @@
 //! Blocks of `k` depend on `k` alone, and every result is one chain of sums along `k` inside of a block, then block by
 //! block: so numbers depend neither on the number of threads nor on the other rows and columns.
 //!
-//! With bf16 tiles (`vdpbf16ps`) a denormal operand counts as zero, and so does a denormal partial sum; sums round to
+//! With bf16 tiles (`vdpbf16ps`, `tdpbf16ps`) a denormal operand counts as zero, and so does a denormal partial sum; sums round to
 //! nearest even, in an order inside of a pair that is the machine's. A result differs from the exact sum by at most
 //! `(k + 2) * 2^-24 * sum |left * right|`, plus `2^-126 * k * (1 + max |left| + max |right|)` for what was flushed.
 
 pub mod measure;
-mod micro;
+pub(super) mod micro;
 mod pack;
 #[cfg(test)]
 mod tests;
@@ -95,7 +95,7 @@ impl Element for bf16 {
     fn tiles() -> Vec<Micro<bf16>> {
         let (pairs, wide) = (micro::pairs(), micro::wide());
         let (first, then) = if has_fast_bf16_pairs() { (pairs, wide) } else { (wide, pairs) };
-        first.into_iter().chain(then).collect()
+        micro::matrices().into_iter().chain(first).chain(then).collect()
     }
 }
 
@@ -293,7 +293,7 @@ impl<'a, T: Element, O: Element> Blocks<'a, T, O> {
         let most = if product.threads.is_some() { TEAM } else { ALONE };
         let mut blocks = Blocks { product, micro, shared, own, columns, most, depth: 0 };
         let units = if blocks.direct() { k } else { k.min(most.k) }.div_ceil(micro.depth);
-        blocks.depth = units.div_ceil(units.div_ceil(DEPTH).max(1)) * micro.depth;
+        blocks.depth = units.div_ceil(units.div_ceil(micro.block).max(1)) * micro.depth;
         blocks
     }
 

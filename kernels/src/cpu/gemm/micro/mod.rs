@@ -1,13 +1,17 @@
 //! Register tiles: the only code here that knows the machine.
 
+#[cfg(target_arch = "x86_64")]
+pub(in crate::cpu) mod amx;
 mod portable;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 use half::bf16;
 
-use super::Element;
+use crate::cpu::machine::has_matrix_registers;
+
 use super::pack::{self, Pair, Panel, Unit, Wide};
+use super::{DEPTH, Element};
 
 /// Sums of one tile: `out[i, j] (+)= sum over units of left[unit, i] * right[unit, j]`, of panels, in registers.
 ///
@@ -31,6 +35,8 @@ pub(in crate::cpu) struct Micro<T> {
     pub(super) columns: usize,
     /// Elements along `k` in a unit.
     pub(super) depth: usize,
+    /// Most units along `k` in a block; at most [`DEPTH`].
+    pub(super) block: usize,
     pub(super) tile: Tile,
     /// Of the left and of the right operand.
     pub(super) pack: [Pack<T>; 2],
@@ -39,7 +45,7 @@ pub(in crate::cpu) struct Micro<T> {
 /// A tile of `ROWS` and `COLUMNS` with its panels of units `U`.
 fn micro<T: Element, U: Unit<T>, const ROWS: usize, const COLUMNS: usize>(tile: Tile) -> Micro<T> {
     let pack: [Pack<T>; 2] = [pack::panel::<T, U, ROWS>, pack::panel::<T, U, COLUMNS>];
-    Micro { rows: ROWS, columns: COLUMNS, depth: U::DEPTH, tile, pack }
+    Micro { rows: ROWS, columns: COLUMNS, depth: U::DEPTH, block: DEPTH, tile, pack }
 }
 
 /// Tiles of f32, into which operands are widened when they are packed.
@@ -55,6 +61,19 @@ pub(super) fn wide<T: Element>() -> Vec<Micro<T>> {
         }
     }
     tiles.push(micro::<T, Wide, { portable::ROWS }, { portable::COLUMNS }>(portable::tile));
+    tiles
+}
+
+/// Tiles of pairs of bf16 in registers of their own, several times as fast as all others.
+pub(super) fn matrices() -> Vec<Micro<bf16>> {
+    let mut tiles = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    if has_matrix_registers() {
+        let Micro { pack, .. } = micro::<bf16, Pair, { amx::ROWS }, { amx::COLUMNS }>(amx::tile);
+        let (rows, columns) = (amx::ROWS, amx::COLUMNS);
+        let pack = [amx::rows as Pack<bf16>, pack[1]];
+        tiles.push(Micro { rows, columns, depth: Pair::DEPTH, block: amx::BLOCK, tile: amx::tile, pack });
+    }
     tiles
 }
 
