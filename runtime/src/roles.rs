@@ -326,7 +326,11 @@ impl Saving<'_> {
         let params = params_of(self.program, &self.role.name);
         let base = base_of(&self.program.stage, self.role)
             .expect("the loader lets no adapter be written to a model that is in no folder");
-        let base = Folder::open(begins_at(&self.program.stage, self.role, base)?)?.path().display().to_string();
+        // An adapter that was trained further has the base that it had.
+        let base = match lora.continues {
+            true => Folder::open(begins_at(&self.program.stage, self.role, base)?)?.path().display().to_string(),
+            false => base.to_string(),
+        };
         let about = AdapterConfig {
             factors: adapter,
             r: lora.r,

@@ -214,11 +214,12 @@ fn dropout_of_a_users_model_is_live_in_updates_only() {
     assert!((without[0] - without[1]).abs() < 1e-6 && (whole[0] - whole[1]).abs() > 1e-6, "{without:?} {whole:?}");
 }
 
-/// A second preference stage on the adapter that the first one left.
+/// A second preference stage on the adapter that the first one leaves.
 fn with_more(place: &Place) {
     let text = fs::read_to_string(place.path("pipeline.yaml")).expect("a file");
     let dpo = text.split_once("  dpo:\n").expect("it has the stage").1.replace("policy: sft", "policy: dpo");
-    fs::write(place.path("pipeline.yaml"), format!("{text}  more:\n    recipe: dpo\n{dpo}")).expect("a file");
+    let with_factors = text.replace("  dpo:\n", "  dpo:\n    lora_r: 2\n");
+    fs::write(place.path("pipeline.yaml"), format!("{with_factors}  more:\n    recipe: dpo\n{dpo}")).expect("a file");
 }
 
 #[test]
@@ -267,7 +268,7 @@ fn an_adapter_that_does_not_fit_is_an_error() {
         ("lora_alpha=8", "has 4 as `lora_alpha`, expected 8"),
         ("lora_target_modules=[q_proj]", "v_proj.lora_A.weight`, which nothing here trains further"),
         ("lora_target_modules=[q_proj, k_proj, v_proj]", "k_proj.lora_A.weight`"),
-        ("policy=sft", "found no adapter in `runs/sft` or `runs/sft/adapter`"),
+        ("policy=sft", "`lora_continue` for a model in `runs/sft`, whose stage leaves no adapter"),
     ] {
         let said = said(set);
         assert!(said.contains(expected), "{set}: {said}");

@@ -175,7 +175,7 @@ pub const RUN: Table = Table {
         key("gradient_accumulation_steps", Form::Int, "instead of `batch_size`: micro-batches per optimizer step"),
         key(
             "packing",
-            Form::Either(&[Form::Bool, Form::Choice(&["auto"])]),
+            Form::Choice(&["auto", "true", "false"]),
             "several texts in a row, as many as `max_length` takes; `batch_size` counts rows. `auto`, unless given: those of a \
              batch, where no number changes; `batch_size` counts texts",
         ),

@@ -7,7 +7,7 @@
 use dsgc_ir::diag::Diag;
 use dsgc_ir::stage::{Lora, LoraSave, Targets};
 
-use super::models::Weights;
+use super::models::{Known, Weights};
 use super::settings::{Decided, Provenance, parsed};
 use crate::literal::Constant;
 
@@ -31,7 +31,8 @@ fn find<'d>(training: &'d [Decided], key: &str) -> Option<&'d Decided> {
 }
 
 /// Fills in what follows from `lora_r`, and notes what does not go together.
-pub(super) fn settle(training: &mut [Decided], weights: &Weights, errors: &mut Vec<Diag>) {
+pub(super) fn settle(training: &mut [Decided], known: &Known, errors: &mut Vec<Diag>) {
+    let weights = &known.weights;
     let on = find(training, "lora_r").is_some_and(|r| r.count().is_some());
     let random = *weights == Weights::Random;
     for (key, value, why) in defaults(random) {
@@ -65,11 +66,16 @@ pub(super) fn settle(training: &mut [Decided], weights: &Weights, errors: &mut V
                 .help("nobody could load it: its base would be nowhere; write `lora_save: merged`"),
         );
     }
-    if let Some(continues) = find(training, "lora_continue").filter(|it| random && is_true(it)) {
+    if let Some(continues) = find(training, "lora_continue").filter(|it| is_true(it) && !known.adapter) {
+        let what = match weights {
+            Weights::Random | Weights::Small => "with random weights".to_string(),
+            Weights::Folder(folder) => format!("in `{folder}`, which is no adapter and has none beside it"),
+            Weights::Stage(folder) => format!("in `{folder}`, whose stage leaves no adapter"),
+        };
         errors.push(
-            Diag::error("found `lora_continue` for a model with random weights")
+            Diag::error(format!("found `lora_continue` for a model {what}"))
                 .label(continues.node.span, "")
-                .help("name the folder of an adapter under `models`, or a stage that leaves one"),
+                .help("name the folder of an adapter under `models`, or a stage with `lora_r` that saves one"),
         );
     }
 }
@@ -100,6 +106,11 @@ pub(super) fn lora(training: &[Decided]) -> Option<Lora> {
         span: r.node.span,
         adapter: None,
     })
+}
+
+/// Whether a stage leaves an adapter of the role.
+pub(super) fn leaves_adapter(training: &[Decided]) -> bool {
+    lora(training).is_some_and(|lora| lora.save != LoraSave::Merged)
 }
 
 /// Whether a stage leaves an adapter of the role and no merged model.

@@ -15,7 +15,7 @@ use super::documents::{Documents, ScopedModel, is_file};
 use super::heads::Trunk;
 use super::settings::literal;
 use super::smoke;
-use super::{Places, TokenizerFacts};
+use super::{Host, Places, TokenizerFacts};
 
 /// Where a model's weights are.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,6 +45,8 @@ pub(super) struct Known {
     /// The model that it is built upon.
     pub trunk: Option<Trunk>,
     pub weights: Weights,
+    /// Whether the folder of its weights is that of an adapter, or has one beside them.
+    pub adapter: bool,
     /// What is wrong with the tokenizer, if there is none: said only where one is needed.
     pub tokenizer: Result<FoundTokenizer, Diag>,
 }
@@ -124,7 +126,12 @@ fn one(documents: &mut Documents<'_>, source: &ModelSource, places: &Places, smo
         );
         return None;
     }
-    Some(Known { document, config, trunk: None, weights, tokenizer })
+    let has = |host: &dyn Host, file: &str| match &weights {
+        Weights::Folder(folder) => host.text(&Path::new(folder).join(file)).is_ok(),
+        _ => false,
+    };
+    let adapter = ["adapter_config.json", "adapter/adapter_config.json"].iter().any(|file| has(documents.host, file));
+    Some(Known { document, config, trunk: None, weights, adapter, tokenizer })
 }
 
 type Json = serde_json::Map<String, serde_json::Value>;

@@ -168,11 +168,11 @@ fn as_typed(documents: &mut Documents<'_>, role: &RoleDecl, named: Option<&Node>
     let Some(missing) = wanted.into_iter().find(|output| !found.contains(output)) else { return Some(known) };
     match head {
         Some(head) if known.trunk.is_none() => {
-            let Known { document, config, weights, tokenizer, .. } = known;
+            let Known { document, config, weights, adapter, tokenizer, .. } = known;
             let trunk = Trunk { document, config };
             let pad = tokenizer.as_ref().ok().and_then(|t| t.facts.pad.or(t.facts.eos));
             let config = heads::config_over(documents, &head, &trunk, &role.name, pad)?;
-            Some(Known { document: head, config, trunk: Some(trunk), weights, tokenizer })
+            Some(Known { document: head, config, trunk: Some(trunk), weights, adapter, tokenizer })
         }
         _ => {
             documents.error(
@@ -283,7 +283,7 @@ pub(super) fn trainings(
         let by_ratio = layers.second_counts("warmup_steps", "warmup_ratio", &mut documents.errors);
         let lost = if by_ratio { "warmup_steps" } else { "warmup_ratio" };
         role.training.retain(|d| d.key != lost);
-        lora::settle(&mut role.training, &role.known.weights, &mut documents.errors);
+        lora::settle(&mut role.training, &role.known, &mut documents.errors);
         for decided in &role.training {
             if decided.key == "adam_betas" && decided.floats().len() != 2 {
                 documents.error(

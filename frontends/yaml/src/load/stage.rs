@@ -67,7 +67,8 @@ pub(super) fn results(prepared: &Prepared, output_dir: &str) -> Vec<(String, Kno
                 false => (format!("{}.{}", prepared.name, role.name), format!("{folder}/{}", role.name)),
             };
             let folder = if lora::leaves_adapter_only(&role.training) { format!("{folder}/adapter") } else { folder };
-            (name, Known { weights: Weights::Stage(folder), ..role.known.clone() })
+            let adapter = lora::leaves_adapter(&role.training);
+            (name, Known { weights: Weights::Stage(folder), adapter, ..role.known.clone() })
         })
         .collect()
 }

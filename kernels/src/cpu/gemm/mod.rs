@@ -7,7 +7,8 @@
 //! The operand with fewer panels is packed whole, once, by all threads; the panels of the other are cut among the
 //! threads, and each packs its own into its second-level cache, block by block of `k`, and runs the shared panels past it.
 //! Blocks of `k` depend on `k` alone, and every result is one chain of sums along `k` inside of a block, then block by
-//! block: so numbers depend neither on the number of threads nor on the other rows and columns.
+//! block (AMX's tiles go on with the chain): so numbers depend neither on the number of threads nor on the other rows and
+//! columns.
 //!
 //! With bf16 tiles (`vdpbf16ps`, `tdpbf16ps`) a denormal operand counts as zero, and so does a denormal partial sum; sums round to
 //! nearest even, in an order inside of a pair that is the machine's. A result differs from the exact sum by at most
